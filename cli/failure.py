@@ -1,0 +1,155 @@
+"""Every error as a person and a script see it: two lines on stderr, an exit code, and a document with ``--json``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import DiskError, GateError, HCompressError, OutOfMemoryError, UsageError
+
+SCHEMA = "hcompress.error/1"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Terminated(BaseException):
+    """SIGTERM came; raised from its handler so that ``finally`` blocks run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is printed and returned."""
+
+    code: int
+    kind: str
+    message: str
+    hint: str = ""
+    report: dict[str, Any] | None = None
+
+
+def report(error: BaseException, arguments: Sequence[str]) -> int:
+    """Print ``error`` and return its exit code; ``arguments`` say whether ``--json`` or ``--debug`` was given."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of stdout left, e.g. `hcompress show run | head`; it has what it wanted.
+        _abandon_stdout()
+        return 0
+    failure = describe(error)
+    flags = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    with contextlib.suppress(OSError):  # A closed stderr must not hide the exit code.
+        if failure.code == 1 or "--debug" in flags:
+            _print_traceback(error)
+        click.echo(f"error: {_one_line(failure.message)}", err=True)
+        if failure.hint:
+            click.echo(f"hint: {_one_line(failure.hint)}", err=True)
+    try:
+        _print_result(failure, as_json="--json" in flags)
+    except OSError:
+        # stdout itself is what fails: a full disk or a reader that left. The code above still says why.
+        _abandon_stdout()
+    return failure.code
+
+
+def describe(error: BaseException) -> Failure:
+    """The exit code and the words for any error.
+
+    Anything that isn't known here is a bug of ours: exit 1, with a traceback.
+    """
+    if isinstance(error, HCompressError):
+        shown = error.report if isinstance(error, GateError) else None
+        return Failure(error.exit_code, error.title, error.message, error.hint, shown)
+    if isinstance(error, click.ClickException):
+        return _from_click(error)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return Failure(130, "interrupted", "interrupted; nothing was written")
+    if isinstance(error, Terminated):
+        return Failure(143, "terminated", "terminated; nothing was written")
+    if isinstance(error, OSError) and error.errno in (*FULL, *DENIED):
+        return _from_disk(error)
+    if _is_out_of_memory(error):
+        return Failure(
+            OutOfMemoryError.exit_code,
+            OutOfMemoryError.title,
+            f"not enough memory ({error})" if str(error) else "not enough memory",
+            "lower --num-calibration, or close other programs",
+        )
+    return Failure(
+        1,
+        HCompressError.title,
+        f"{type(error).__name__}: {error}",
+        f"this is a bug in hcompress {__version__}; please report it with the lines above and the command",
+    )
+
+
+def _from_click(error: click.ClickException) -> Failure:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    command = context.command_path if context else "hcompress"
+    hint = f"{command} --help shows examples and options"
+    message = error.message if isinstance(error, click.NoSuchOption) else error.format_message()
+    close = error.possibilities if isinstance(error, click.NoSuchOption) else None
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    return Failure(UsageError.exit_code, UsageError.title, message[:1].lower() + message[1:].rstrip("."), hint)
+
+
+def _from_disk(error: OSError) -> Failure:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if error.errno in FULL:
+        return Failure(
+            DiskError.exit_code,
+            DiskError.title,
+            f"{where}no space left on the device",
+            "free some space, or choose another disk with --out; nothing was written",
+        )
+    reason = os.strerror(error.errno or errno.EACCES).lower()
+    hint = "check its owner and mode, or choose another folder with --out"
+    return Failure(DiskError.exit_code, DiskError.title, f"{where}{reason}", hint)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's own classes are known by name only, as a failing command need not have imported torch.
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words))
+    )
+
+
+def _print_result(failure: Failure, *, as_json: bool) -> None:
+    if as_json:
+        from .. import canonical
+
+        shown = {"code": failure.code, "kind": failure.kind, "message": failure.message, "hint": failure.hint}
+        document: dict[str, Any] = {"schema": SCHEMA, "error": shown}
+        if failure.report is not None:
+            document["report"] = failure.report
+        click.echo(canonical.dumps(document), nl=False)
+    elif failure.report is not None:
+        from .figures import print_report
+
+        print_report(failure.report)
+
+
+def _print_traceback(error: BaseException) -> None:
+    import traceback
+
+    click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+def _abandon_stdout() -> None:
+    # Python flushes stdout again at exit, which would fail again with a message of its own.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return

@@ -1,0 +1,120 @@
+"""Figures of a report as a person reads them: the before/after table, the checks and the decisions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import canonical
+from ..errors import InputError
+from ..plan import Decision, MaskWeights
+from ..verdict import Check
+from .output import print_line, print_table
+
+REPORT_SCHEMA = "hcompress.report/1"
+REPORT = "report.json"
+NOTHING = "-"
+KEYS = (
+    *("method", "seed", "metric", "files", "dense_bytes", "average_bits", "sparsity", "params", "macs", "latency_ms"),
+    *("parity", "checks", "time_s", "peak_rss_bytes", "layers", "notes"),
+)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a run folder, with every key that is printed.
+
+    Raises:
+        InputError: The folder has no report, or one that lacks a key; names it.
+    """
+    record = canonical.read_record(folder / REPORT, REPORT_SCHEMA)
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise InputError(f"{folder / REPORT}: key {missing[0]!r} is missing", hint="make the run again")
+    return record
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Before and after, the proofs, the checks and the notes of one run."""
+    print_table(("", "dense", "compressed", "change"), comparison_rows(report))
+    for line in proof_lines(report):
+        print_line(line)
+
+
+def comparison_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The before/after table; a figure that was not measured has no row."""
+    rows = []
+    metric = report["metric"]
+    if metric is not None:
+        unit = metric["unit"]
+        change = f"{metric['compressed'] - metric['dense']:+.4g} {'points' if unit == '%' else unit}"
+        name = f"{metric['name']} ({metric['num_examples']:,} examples)"
+        rows.append((name, f"{metric['dense']:.4g} {unit}", f"{metric['compressed']:.4g} {unit}", change))
+    dense_bytes = report["dense_bytes"]
+    for name, size_bytes in sorted(report["files"].items()):
+        if name.startswith("model."):
+            rows.append((name, size(dense_bytes), size(size_bytes), share(size_bytes, dense_bytes)))
+    for key, label in (("params", "parameters"), ("macs", "MACs")):
+        pair = report[key]
+        if pair is not None and pair["dense"] is not None:
+            rows.append(
+                (label, count(pair["dense"]), count(pair["compressed"]), share(pair["compressed"], pair["dense"]))
+            )
+    rows.append(("average bits", NOTHING, f"{report['average_bits']:.4g}", ""))
+    rows.append(("sparsity", NOTHING, f"{100 * report['sparsity']:.4g} %", ""))
+    latency = report["latency_ms"]
+    if latency is not None:
+        rows.append(("latency, batch 1", *latency_cells(latency["dense"], latency["compressed"])))
+    return rows
+
+
+def latency_cells(dense_ms: float, compressed_ms: float) -> tuple[str, str, str]:
+    """Two times and their ratio."""
+    change = f"{dense_ms / compressed_ms:.3g}x as fast" if compressed_ms else ""
+    return f"{dense_ms:.3g} ms", f"{compressed_ms:.3g} ms", change
+
+
+def proof_lines(report: dict[str, Any]) -> list[str]:
+    """Parity, checks, cost and notes, a line each."""
+    lines = [parity_line(entry) for entry in report["parity"]]
+    lines += [check_line(check) for check in report["checks"]]
+    lines.append(f"took {report['time_s']:.1f} s, peak memory {size(report['peak_rss_bytes'])}")
+    return lines + [f"note: {note}" for note in report["notes"]]
+
+
+def parity_line(entry: dict[str, Any]) -> str:
+    """One comparison of the exported model with the torch one."""
+    agreement = entry["argmax_agreement"]
+    same = "" if agreement is None else f", same class for {100 * agreement:.4g} % of examples"
+    return f"parity at batch {entry['batch']}: largest difference {entry['max_abs']:.3g}{same}"
+
+
+def check_line(check: dict[str, Any]) -> str:
+    """One gate with its limit and whether it holds."""
+    return str(Check(check["name"], check["value"], check["limit"], check["unit"], check["ok"]))
+
+
+def size(size_bytes: float) -> str:
+    """Decimal bytes: ``283 kB``, ``1.08 MB``."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.3g} {unit}"
+    return f"{size_bytes:g} B"
+
+
+def count(number: float) -> str:
+    """A whole number with its thousands apart."""
+    return f"{number:,.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    """What remains, in percent."""
+    return f"{100 * part / whole:.3g} %" if whole else ""
+
+
+def decision_text(decision: Decision) -> str:
+    """A decision in words."""
+    if isinstance(decision, MaskWeights):
+        return f"keeps {decision.kept:,} of {decision.total:,}, {decision.pattern}"
+    per = "one scale" if decision.axis is None else f"a scale for each index of dimension {decision.axis}"
+    found = decision.range if isinstance(decision.range, str) else "{:.4g} to {:.4g}".format(*decision.range)
+    return f"{decision.bits} bits, {decision.scheme}, {per}, range {found}"

@@ -1,0 +1,60 @@
+"""``hcompress inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import options, preflight
+from .figures import NOTHING, count
+from .options import checkpoint_argument, command, setting_options
+from .output import print_json, print_line, print_table
+from .progress import Progress
+
+EXAMPLES = """\
+hcompress inspect model.pt
+hcompress inspect model.pt --model net.py:make --input-shape 3,32,32
+hcompress inspect model.safetensors --json"""
+
+
+@command("inspect", examples=EXAMPLES)
+@checkpoint_argument
+@setting_options("model", "model_args", "input_shape")
+def inspect(checkpoint: Path, as_json: bool, quiet: bool) -> None:
+    """Show what CHECKPOINT holds: tensors, sizes, tied weights, and what stands in the way of compressing it."""
+    settings = options.resolve()
+    preflight.check_checkpoint(checkpoint)
+
+    from ..pipeline import inspect_checkpoint
+
+    with Progress(quiet=quiet) as progress:
+        record = inspect_checkpoint(checkpoint, settings, progress=progress)
+    if as_json:
+        print_json(record)
+    else:
+        _print(record)
+
+
+def _print(record: dict[str, Any]) -> None:
+    print_line(f"{record['path']}: {record['format']}, sha256 {record['sha256']}")
+    macs = "MACs unknown" if record["macs"] is None else f"{count(record['macs'])} MACs"
+    dtypes = ", ".join(f"{number} {name}" for name, number in sorted(record["dtypes"].items()))
+    print_line(f"{count(record['parameters'])} parameters, {macs}; tensors: {dtypes}")
+    rows = [
+        (
+            layer["name"],
+            layer["op"],
+            " x ".join(map(str, layer["shape"])),
+            count(layer["parameters"]),
+            NOTHING if layer["macs"] is None else count(layer["macs"]),
+            layer["dtype"],
+        )
+        for layer in record["layers"]
+    ]
+    print_table(("layer", "op", "shape", "parameters", "MACs", "dtype"), rows)
+    for names in record["tied"]:
+        print_line(f"tied: {', '.join(names)}")
+    for blocker in record["blockers"]:
+        print_line(f"blocked: {blocker['layer']}: {blocker['reason']}")
+    for note in record["notes"]:
+        print_line(f"note: {note}")

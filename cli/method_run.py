@@ -1,0 +1,92 @@
+"""What ``prune`` and ``quantize`` share, and how any run ends: check the command line, run, print before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..settings import Value
+from . import options, preflight
+from .figures import print_report, size
+from .output import print_json, print_line
+from .progress import Progress
+
+SUFFIXES = {"prune": "pruned", "quantize": "quantized", "apply": "applied", "export": "dense"}
+RUN_SETTINGS = ("seed", "threads", "device", "out", "summary", "junit")
+GATE_SETTINGS = ("max_drop", "min_metric", "max_bytes", "max_latency")
+DATA_SETTINGS = (
+    "model",
+    "model_args",
+    "input_shape",
+    "data",
+    "eval",
+    "mean",
+    "std",
+    "layout",
+    "num_calibration",
+    "task",
+)
+
+
+def run_job(
+    job: str,
+    checkpoint: Path,
+    *,
+    preset: str | None,
+    plan: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """One ``hcompress prune`` or ``hcompress quantize``."""
+    settings = with_out(options.resolve(preset), job, checkpoint)
+    preflight.check_goal(job, settings)
+    preflight.check_checkpoint(checkpoint)
+    plan = None if plan is None else preflight.plan_file(plan)
+    if not dry_run:
+        preflight.check_out(Path(settings["out"].value), force=force)
+
+    from ..pipeline import run_method
+
+    with Progress(quiet=quiet) as progress:
+        record = run_method(
+            job,
+            checkpoint,
+            settings,
+            force=force,
+            dry_run=dry_run,
+            plan=plan,
+            command=options.command_line(),
+            progress=progress,
+        )
+    if as_json:
+        print_json(record)
+    elif dry_run:
+        _print_dry_run(record)
+    else:
+        print_run(record, settings)
+
+
+def with_out(settings: dict[str, Value], job: str, checkpoint: Path) -> dict[str, Value]:
+    """The settings with a run folder: ``model-pruned`` in the current folder for ``model.pt``, unless one was given."""
+    if settings["out"].value is not None:
+        return settings
+    return settings | {"out": Value(f"{checkpoint.absolute().stem}-{SUFFIXES[job]}", "default")}
+
+
+def print_run(report: dict[str, Any], settings: dict[str, Value]) -> None:
+    """The end of a run: its figures and its folder."""
+    print_report(report)
+    print_line(f"run folder: {settings['out'].value}")
+
+
+def _print_dry_run(record: dict[str, Any]) -> None:
+    print_line(f"method {record['method']}: {len(record['decisions'])} decisions; nothing was written")
+    for name, value in record["predicted"].items():
+        print_line(f"predicted {name}: {value:.6g}")
+    click.echo(f"memory needed: about {size(record['memory_bytes'])}")
+    for note in record["notes"]:
+        print_line(f"note: {note}")

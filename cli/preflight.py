@@ -1,0 +1,67 @@
+"""Checks of a command line that need no torch, so that a wrong one is answered at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..budget import parse_budget
+from ..errors import DiskError, InputError, UsageError
+from ..plan import read_plan
+from ..registry import find_method, methods_for
+from ..settings import Settings
+
+
+def check_checkpoint(path: Path) -> None:
+    """The checkpoint is there."""
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file", hint="pass a checkpoint: .pt, .pth, .safetensors, .pt2 or a run folder"
+        )
+
+
+def check_run(folder: Path) -> None:
+    """The run folder is there, or its name says what it is not."""
+    rejected = folder.with_name(folder.name + ".rejected")
+    if folder.is_dir():
+        return
+    if rejected.is_dir():
+        raise InputError(f"{folder}: the run failed a gate", hint=f"hcompress show {rejected} prints its figures")
+    reason = "is a file, not a run folder" if folder.exists() else "no such run folder"
+    raise InputError(f"{folder}: {reason}", hint="pass the --out folder of a finished run")
+
+
+def check_out(folder: Path, *, force: bool) -> None:
+    """The run folder can be made: it isn't there yet, or may be replaced, and its parent takes files."""
+    if folder.exists() and not force:
+        raise UsageError(f"--out {folder} exists", hint="pass --force to replace it, or another --out")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file, and --force replaces folders only", hint="pass another --out")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "is not writable" if parent.is_dir() else "is not a folder"
+        raise DiskError(f"--out {folder}: {parent} {reason}", hint="choose another folder with --out")
+
+
+def check_goal(job: str, settings: Settings) -> None:
+    """The method is one of the job's, and a budget is of a quantity that it can meet."""
+    name = settings["method"].value
+    offered = (find_method(job, name),) if name else methods_for(job)
+    budget, sparsity = settings["budget"].value, settings["sparsity"].value
+    texts = [budget] if budget is not None else []
+    if sparsity is not None and job == "prune":
+        texts.append(f"sparsity={sparsity}")
+    for quantity in (parse_budget(text).quantity for text in texts):
+        met = sorted({quantity for method in offered for quantity in method.budgets})
+        if quantity not in met:
+            who = f"method {name}" if name else f"hcompress {job}"
+            raise UsageError(f"{who} has no budget of {quantity}", hint=f"budgets: {', '.join(met)}")
+
+
+def plan_file(path: Path) -> Path:
+    """The plan.json meant by a file or a run folder, read once so that a wrong one is refused here."""
+    found = path / "plan.json" if path.is_dir() else path
+    read_plan(found)
+    return found

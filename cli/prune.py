@@ -1,0 +1,37 @@
+"""``hcompress prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import method_run
+from .options import checkpoint_argument, command, force_option, setting_options
+
+EXAMPLES = """\
+hcompress prune model.pt --model net.py:make --data calibration.npz --sparsity 0.5 --out pruned
+hcompress prune model.pt --model net.py:make --sparsity 0.5 --pattern 2:4 --out pruned
+hcompress prune model.pt --model net.py:make --budget sparsity=0.8 --eval test.npz --max-drop 1
+hcompress prune model.pt --model net.py:make --sparsity 0.9 --dry-run
+hcompress prune nightly.pt --model net.py:make --plan pruned/plan.json --out nightly"""
+
+
+@command("prune", examples=EXAMPLES)
+@checkpoint_argument
+@setting_options("method", "budget", "sparsity", "scope", "pattern", "exclude", "for")
+@setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
+@click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")
+@force_option
+@click.option("--dry-run", is_flag=True, help="Decide and predict; write nothing.")
+def prune(
+    checkpoint: Path, preset: str | None, plan: Path | None, force: bool, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Zero weights of CHECKPOINT within a budget, and prove the result in the runtime.
+
+    A factory named by --model, and data or a task named as FILE.py:FN, run as your code.
+    """
+    method_run.run_job(
+        "prune", checkpoint, preset=preset, plan=plan, force=force, dry_run=dry_run, as_json=as_json, quiet=quiet
+    )

@@ -1,0 +1,37 @@
+"""``hcompress quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import method_run
+from .options import checkpoint_argument, command, force_option, setting_options
+
+EXAMPLES = """\
+hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 4bit --out small
+hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 0.3MB --out small
+hcompress quantize model.pt --preset ci-gate --eval test.npz --summary "$GITHUB_STEP_SUMMARY"
+hcompress quantize model.pt --model net.py:make --budget 25% --activations float --dry-run
+hcompress quantize nightly.pt --model net.py:make --plan small/plan.json --out nightly"""
+
+
+@command("quantize", examples=EXAMPLES)
+@checkpoint_argument
+@setting_options("method", "budget", "activations", "range", "exclude", "for")
+@setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
+@click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")
+@force_option
+@click.option("--dry-run", is_flag=True, help="Decide and predict; write nothing.")
+def quantize(
+    checkpoint: Path, preset: str | None, plan: Path | None, force: bool, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Round the weights and activations of CHECKPOINT within a budget, and prove the result in the runtime.
+
+    A factory named by --model, and data or a task named as FILE.py:FN, run as your code.
+    """
+    method_run.run_job(
+        "quantize", checkpoint, preset=preset, plan=plan, force=force, dry_run=dry_run, as_json=as_json, quiet=quiet
+    )

@@ -1,0 +1,186 @@
+"""Decisions become weights: a pure function of checkpoint and plan, without data, randomness or gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import InputError, NumericsError
+from .formats.packed import QuantizedTensor
+from .formats.planes import pack, unpack
+from .graph.rewrite import (
+    Grid,
+    IntegerWeight,
+    finish,
+    fold_batch_norms,
+    quantize_activations,
+    set_weight,
+    tensor_at,
+    unlift,
+)
+from .graph.trace import Graph
+from .numerics.rounding import activation_grid, round_weight
+from .plan import MaskWeights, Plan
+
+Tensors = dict[str, Tensor | QuantizedTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The result of a plan.
+
+    Attributes:
+        tensors: Every state-dict key of the source's module, as it will be stored.
+        plan: What was applied.
+    """
+
+    tensors: Tensors
+    plan: Plan | None
+
+    def state(self) -> dict[str, Tensor]:
+        """The state dict in floats."""
+        return {k: v.dequantize() if isinstance(v, QuantizedTensor) else v for k, v in self.tensors.items()}
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A boolean mask as bits, uint8 ``[ceil(n / 8)]``: the form that sidecars hold and plans hash."""
+    return torch.from_numpy(pack(mask.flatten().to(torch.uint8).numpy(), 1).copy())
+
+
+def mask_sha256(packed: Tensor) -> str:
+    """The hash that a plan's decision carries."""
+    return hashlib.sha256(packed.numpy().tobytes()).hexdigest()
+
+
+def unpack_mask(packed: Tensor, decision: MaskWeights, shape: torch.Size) -> Tensor:
+    """The mask of a decision, checked against it.
+
+    Raises:
+        InputError: The decision was edited and no longer fits its sidecar, or the tensor has another shape.
+    """
+    name = decision.tensor
+    if decision.total != shape.numel():
+        raise InputError(
+            f"plan: {name} has {decision.total} elements, the checkpoint's has {shape.numel()}",
+            hint="the plan is for another architecture",
+        )
+    if mask_sha256(packed) != decision.mask_sha256:
+        raise InputError(f"plan: {name}: the mask in the sidecar has another hash", hint="make the plan again")
+    mask = torch.from_numpy(unpack(packed.numpy(), 1, decision.total).copy()).bool()
+    if int(mask.sum()) != decision.kept:
+        raise InputError(
+            f"plan: {name} keeps {decision.kept}, its mask keeps {int(mask.sum())}", hint="make the plan again"
+        )
+    return mask.reshape(shape)
+
+
+def apply_plan(
+    module: nn.Module, tied: tuple[tuple[str, ...], ...], plan: Plan, sidecar: Mapping[str, Tensor]
+) -> Compressed:
+    """Apply every weight decision of a plan to a module's state dict.
+
+    Args:
+        module: The source's; not changed.
+        tied: State-dict keys of one tensor, the canonical key first.
+        plan: Its decisions name canonical keys.
+        sidecar: Packed masks by tensor.
+
+    Raises:
+        InputError: A decision names a tensor that the checkpoint lacks, or doesn't fit it.
+        NumericsError: The result isn't finite; names the tensor.
+    """
+    tensors: Tensors = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    unknown = [name for name in (*plan.masks(), *plan.quantized("weight")) if name not in tensors]
+    if unknown:
+        raise InputError(
+            f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
+        )
+    for name, decision in plan.masks().items():
+        weight = tensors[name]
+        assert isinstance(weight, Tensor)
+        if name not in sidecar:
+            raise InputError(f"plan: the mask of {name} is missing", hint="keep plan.safetensors beside plan.json")
+        mask = unpack_mask(sidecar[name], decision, weight.shape)
+        tensors[name] = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
+    for name, choice in plan.quantized("weight").items():
+        weight = tensors[name]
+        assert isinstance(weight, Tensor)
+        if choice.axis is not None and not 0 <= choice.axis < weight.dim():
+            raise InputError(
+                f"plan: {name} has axis {choice.axis}, but {weight.dim()} dimensions", hint="edit the plan"
+            )
+        levels, scale = round_weight(weight, choice.bits, axis=choice.axis, search=str(choice.range))
+        tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
+    for names in tied:
+        for alias in names[1:]:
+            if alias in tensors:
+                tensors[alias] = tensors[names[0]]
+    for name, value in tensors.items():
+        scale_or_value = value.scale if isinstance(value, QuantizedTensor) else value
+        if scale_or_value.is_floating_point() and not torch.isfinite(scale_or_value).all():
+            raise NumericsError(
+                f"{name} isn't finite after the plan", hint="check the checkpoint with hcompress inspect"
+            )
+    return Compressed(tensors, plan)
+
+
+def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
+    """The network that runs and is exported: batch norms folded, integer weights, rounded activations.
+
+    Raises:
+        InputError: The plan names an activation that the graph lacks.
+    """
+    module = unlift(graph.program)
+    canonical = {alias: names[0] for names in graph.tied for alias in names}
+    factors = fold_batch_norms(module)
+    activations = {} if compressed.plan is None else compressed.plan.quantized("activation")
+    targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    layers = {layer.tensor: layer for layer in graph.layers}
+    for target in sorted(targets):
+        key = canonical.get(target, target)
+        if key in layers or target in factors:
+            axis = layers[key].axis if key in layers else 0
+            set_weight(module, target, _folded(compressed.tensors[key], factors.get(target), axis))
+        elif key in compressed.tensors:
+            value = compressed.tensors[key]
+            if isinstance(value, QuantizedTensor):
+                set_weight(module, target, _folded(value, None, None))
+    names = {node.name for node in module.graph.nodes}
+    lost = [name for name in activations if name not in names]
+    if lost:
+        raise InputError(f"plan: activation {lost[0]} is not in the graph", hint="the plan is for another architecture")
+    grids = {}
+    for name, decision in activations.items():
+        low, high = decision.range
+        scale, zero_point = activation_grid(float(low), float(high), decision.bits)
+        grids[name] = Grid(scale, zero_point, decision.bits)
+    quantize_activations(module, grids)
+    return finish(module)
+
+
+def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:
+    """A weight times its batch norm's factor, which goes into the scale of integers."""
+    if isinstance(value, QuantizedTensor):
+        scale = value.scale if factor is None else value.scale * factor
+        return IntegerWeight(value.levels, scale, value.axis if factor is None or value.axis is not None else axis)
+    if factor is None:
+        return value
+    assert axis is not None
+    return value * factor.reshape([-1 if dim == axis else 1 for dim in range(value.dim())])
+
+
+def float_module(graph: Graph) -> fx.GraphModule:
+    """The dense network with its batch norms folded: where activations are calibrated, by the names that plans use."""
+    module = unlift(graph.program)
+    factors = fold_batch_norms(module)
+    axes = {layer.tensor: layer.axis for layer in graph.layers}
+    canonical = {alias: names[0] for names in graph.tied for alias in names}
+    for target, factor in factors.items():
+        weight = tensor_at(module, target)
+        folded = _folded(weight, factor, axes[canonical.get(target, target)])
+        set_weight(module, target, folded)
+    return finish(module)

@@ -1,0 +1,37 @@
+"""What a method is handed besides its inputs: randomness, progress, and what a decision costs on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a weight would be stored: ``kept`` nonzero values of ``bits`` bits each (32 for floats)."""
+
+    kept: int
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The surroundings of a planner.
+
+    Attributes:
+        generator: The only source of randomness.
+        device: Where forward and backward passes run.
+        progress: Called with stage, done and total (None where unknown).
+        model_bytes: Bytes of the delivered file if the weights named were stored so, and all others as they are.
+        notes: What the user should know about the plan; a method appends sentences.
+    """
+
+    generator: torch.Generator
+    device: torch.device
+    progress: Progress
+    model_bytes: Callable[[Mapping[str, Storage]], int]
+    notes: list[str]

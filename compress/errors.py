@@ -1,0 +1,116 @@
+"""The one error tree: what happened, what to do about it, and the exit code that a script sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class HCompressError(Exception):
+    """An error of the user's input or machine: two lines on stderr, no traceback.
+
+    Args:
+        message: One sentence that names the thing, the value that was wrong and what was allowed.
+        hint: What to do next; empty where the message says it all.
+    """
+
+    exit_code = 1
+    title = "internal error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(HCompressError):
+    """The command line, the settings or the data don't fit together."""
+
+    exit_code = 2
+    title = "usage"
+
+
+class InputError(HCompressError):
+    """A file that can't be read, or must not be."""
+
+    exit_code = 3
+    title = "unreadable or unsafe input"
+
+
+class GateError(HCompressError):
+    """The result was made and measured, and a check failed; ``report`` is the run's report, where there is one."""
+
+    exit_code = 4
+    title = "gate failed"
+
+    def __init__(self, message: str, *, hint: str = "", report: dict[str, Any] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
+
+
+class BudgetError(HCompressError):
+    """No decision of the method meets the budget; the message gives the feasible minimum."""
+
+    exit_code = 5
+    title = "infeasible budget"
+
+
+class LockedError(HCompressError):
+    """Another run writes the same folder."""
+
+    exit_code = 6
+    title = "locked"
+
+
+class DiskError(HCompressError):
+    """The output can't be written."""
+
+    exit_code = 7
+    title = "disk"
+
+
+class OutOfMemoryError(HCompressError):
+    """The work needs more memory than there is; the message gives the estimate and the levers."""
+
+    exit_code = 8
+    title = "out of memory"
+
+
+class NumericsError(HCompressError):
+    """A number that can't be trusted; the message names the layer."""
+
+    exit_code = 9
+    title = "numerical failure"
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCode:
+    code: int
+    meaning: str
+
+
+EXIT_CODES = (
+    ExitCode(0, "ok"),
+    ExitCode(1, "a bug in hcompress; --debug shows where"),
+    *(
+        ExitCode(kind.exit_code, kind.title)
+        for kind in (
+            UsageError,
+            InputError,
+            GateError,
+            BudgetError,
+            LockedError,
+            DiskError,
+            OutOfMemoryError,
+            NumericsError,
+        )
+    ),
+    ExitCode(130, "interrupted (Ctrl-C)"),
+    ExitCode(143, "terminated"),
+)
+
+
+def escape(name: str, limit: int = 120) -> str:
+    """A name from an untrusted file, fit for a terminal: control characters escaped, overlong middles cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]}...{shown[-limit // 4 :]}"

@@ -1,0 +1,174 @@
+"""Files that a runtime loads: ONNX (opset 21, dynamic batch, packed weights), safetensors and exported programs.
+
+Every file is a pure function of the network: no times, paths or stack traces are left in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import ModelProto, numpy_helper
+from torch import Tensor, fx, nn
+
+from .apply import Compressed
+from .errors import InputError
+from .formats import pt2
+from .formats.onnx_packed import pack_weights
+from .formats.packed import QuantizedTensor, encode
+from .graph.rewrite import to_aten
+from .graph.trace import Graph, trace_module
+
+OPSET = 21
+IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the file
+BATCH_NAME = "batch"
+EXTERNAL_DATA_BYTES = 2**31 - 2**20  # protobuf's limit, less the graph
+
+
+def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ModelProto:
+    """Translate a network, inputs named after the forward's arguments, batch dimension dynamic.
+
+    Raises:
+        InputError: An op has no ONNX form; names it.
+    """
+    program = trace_module(module, example_inputs)
+    try:
+        with _silenced():
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    # torch.onnx has one error class for many causes and lets others through; all are facts about the network.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"the network has no ONNX form ({reason})", hint="torch.onnx lists the op with --debug"
+        ) from error
+    assert exported is not None
+    model = exported.model_proto
+    _clean(model)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """torch prints progress on stdout, and warns of its own deprecations and of libraries that aren't needed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _clean(model: ModelProto) -> None:
+    """Drop stack traces and producer notes, name the batch, make integer zero points small."""
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version, model.doc_string = "hcompress", "", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name, graph.doc_string = "network", ""
+    del graph.metadata_props[:], graph.value_info[:]
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for value in (*graph.input, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims and dims[0].dim_param:
+            dims[0].dim_param = BATCH_NAME
+    _drop_zero_points(model)
+
+
+def _drop_zero_points(model: ModelProto) -> None:
+    """A zero point that is all zeros says nothing where the type of the integers gives it: leave it out."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.input[0] in initializers:
+            tensor = initializers.get(node.input[2]) or constants.get(node.input[2])
+            if tensor is not None and not numpy_helper.to_array(tensor).any():
+                del node.input[2]
+    _drop_unused(model)
+
+
+def _drop_unused(model: ModelProto) -> None:
+    graph = model.graph
+    while True:
+        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        dead = [node for node in graph.node if not any(name in used for name in node.output)]
+        if not dead:
+            break
+        for node in dead:
+            graph.node.remove(node)
+    for tensor in [t for t in graph.initializer if t.name not in used]:
+        graph.initializer.remove(tensor)
+
+
+def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:
+    """Bit width of each integer initializer of the exported network, by its name."""
+    canonical = {alias: names[0] for names in graph.tied for alias in names}
+    bits = {}
+    for key, value in compressed.tensors.items():
+        if isinstance(value, QuantizedTensor):
+            bits[f"{key}_levels"] = value.bits
+            bits[f"{canonical.get(key, key)}_levels"] = value.bits
+    return bits
+
+
+def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> ModelProto:
+    """The compressed network with its weights at their packed bits.
+
+    With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels; with float
+    activations they are decoded to float weights when the file is loaded, at full float speed.
+    """
+    model = to_onnx(module, graph.example_inputs)
+    bits = weight_bits(graph, compressed)
+    if not bits:
+        return model
+    has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    packed = pack_weights(model, bits, dequantize="linear" if has_integer_activations else "fold")
+    onnx.checker.check_model(packed, full_check=True)
+    return packed
+
+
+def serialize(model: ModelProto) -> bytes:
+    """Deterministic bytes of a model.
+
+    Raises:
+        InputError: Above protobuf's 2 GB.
+    """
+    size = model.ByteSize()
+    if size > EXTERNAL_DATA_BYTES:
+        raise InputError(f"model.onnx would have {size} bytes, above protobuf's 2 GB", hint="use --for safetensors")
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def safetensors_bytes(compressed: Compressed) -> bytes:
+    """model.safetensors: packed integers, masked floats, the rest as it was (docs/plan-format.md)."""
+    return encode(compressed.tensors, {"format": "pt"})
+
+
+def write_program(module: fx.GraphModule, example_inputs: tuple[Tensor, ...], path: Path) -> None:
+    """model.pt2: the network in ATen ops alone, which ``torch.export.load`` reads without importing anything."""
+    plain = copy.deepcopy(module)
+    to_aten(plain)
+    program = trace_module(plain, example_inputs)
+    with _silenced():
+        pt2.write(program, path)
+
+
+def input_names(model: ModelProto) -> list[str]:
+    """The network's inputs in order."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    return [value.name for value in model.graph.input if value.name not in initializers]

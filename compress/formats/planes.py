@@ -1,0 +1,98 @@
+"""Bit planes: unsigned integers of 1 to 8 bits in as many bits, in fields of 1, 2, 4 or 8 that a table can unpack.
+
+Layout, for a reader of one's own. A value of ``bits`` bits is cut into fields (``FIELDS``), the widest first, which
+holds the lowest bits: 5 = 4 + 1 has bits 0-3 in the first field and bit 4 in the second. The first fields of all values
+make a plane, then the second fields of all values, and the planes follow each other. Within a byte of a plane the first
+value sits in the lowest bits; each plane is padded with zero bits to whole bytes:
+
+    bits = 3, values 5, 2, 7    fields of 2: 1, 2, 3    byte 0b00_11_10_01
+                                fields of 1: 1, 0, 1    byte 0b00000_1_0_1
+
+Cost: one pass over the values for each plane; one byte of memory a value.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+FIELDS: dict[int, tuple[int, ...]] = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    7: (4, 2, 1),
+    8: (8,),
+}
+
+
+def pack(levels: Bytes, bits: int) -> Bytes:
+    """The planes of ``levels``, shape ``[n]``, one after the other: ``packed_size(n, bits)`` bytes.
+
+    Raises:
+        ValueError: ``bits`` is not 1 to 8, or a level needs more than ``bits`` bits.
+    """
+    return np.concatenate(pack_planes(levels, bits))
+
+
+def unpack(data: Bytes | bytes, bits: int, num_levels: int) -> Bytes:
+    """The ``num_levels`` values that ``pack`` was given, shape ``[n]``.
+
+    Raises:
+        ValueError: ``data`` is not ``packed_size(num_levels, bits)`` bytes.
+    """
+    stream = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+    if stream.size != packed_size(num_levels, bits):
+        raise ValueError(f"{num_levels} levels of {bits} bits are {packed_size(num_levels, bits)} B, not {stream.size}")
+    levels = np.zeros(num_levels, dtype=np.uint8)
+    start = shift = 0
+    for width in fields(bits):
+        stop = start + plane_size(num_levels, width)
+        spread = stream[start:stop, None] >> _positions(width) & np.uint8((1 << width) - 1)
+        levels |= spread.reshape(-1)[:num_levels] << np.uint8(shift)
+        start, shift = stop, shift + width
+    return levels
+
+
+def packed_size(num_levels: int, bits: int) -> int:
+    """Bytes of ``num_levels`` values of ``bits`` bits, every plane padded to whole bytes."""
+    return sum(plane_size(num_levels, width) for width in fields(bits))
+
+
+def plane_size(num_levels: int, width: int) -> int:
+    """Bytes of one plane: ``num_levels`` fields of ``width`` bits."""
+    return (num_levels * width + 7) // 8
+
+
+def fields(bits: int) -> tuple[int, ...]:
+    """Widths of the fields of a value of ``bits`` bits, lowest bits first."""
+    if bits not in FIELDS:
+        raise ValueError(f"{bits} bits; a plane holds 1 to 8")
+    return FIELDS[bits]
+
+
+def pack_planes(levels: Bytes, bits: int) -> tuple[Bytes, ...]:
+    """One array of bytes for each of ``fields(bits)``; ``levels`` has shape ``[n]``."""
+    widths = fields(bits)
+    if levels.size and int(levels.max()) >= 1 << bits:
+        raise ValueError(f"level {int(levels.max())} doesn't fit {bits} bits (0 to {(1 << bits) - 1})")
+    shifts = np.cumsum((0, *widths))
+    return tuple(_plane(levels >> np.uint8(shift), width) for shift, width in zip(shifts, widths, strict=False))
+
+
+def _plane(values: Bytes, width: int) -> Bytes:
+    """The low ``width`` bits of each value, ``8 / width`` values a byte."""
+    per_byte = 8 // width
+    padded = np.zeros(plane_size(values.size, width) * per_byte, dtype=np.uint8)
+    padded[: values.size] = values & np.uint8((1 << width) - 1)
+    plane: Bytes = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << _positions(width), axis=1)
+    return plane
+
+
+def _positions(width: int) -> Bytes:
+    """Lowest bit of each field in a byte."""
+    return np.arange(0, 8, width, dtype=np.uint8)

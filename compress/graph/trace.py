@@ -1,0 +1,263 @@
+"""The traced network: torch.export's undecomposed ATen graph, its weight layers, and what can't be compressed.
+
+Traced with a batch of two or more, so that a batch of one doesn't become a constant, and with a dynamic batch dimension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from ..errors import InputError
+
+aten = torch.ops.aten
+CONVOLUTIONS = {
+    aten.conv1d.default: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv1d.padding: "conv1d",
+    aten.conv2d.padding: "conv2d",
+    aten.conv3d.padding: "conv3d",
+}
+TRANSPOSED = {
+    aten.conv_transpose1d.default: "conv_transpose1d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+    aten.conv_transpose3d.input: "conv_transpose3d",
+}
+WEIGHT_OPS = {**CONVOLUTIONS, **TRANSPOSED, aten.linear.default: "linear"}
+WEIGHT_ARGUMENT = 1  # of every op above: (input, weight, bias, ...)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution or linear layer.
+
+    Attributes:
+        tensor: State-dict key of the weight; the first of its names where it is tied.
+        op: ``conv2d``, ``linear``...
+        node: Name of the layer's node in the graph; the first one where the weight is used more than once.
+        shape: Of the weight.
+        elements: Number of its weights.
+        macs: Multiply-accumulates of one example, over all uses of the weight.
+        axis: Output-channel dimension of the weight; None where it has none of its own (grouped transposed).
+        input_axis: Dimension that the layer sums over, and n:m patterns run along.
+    """
+
+    tensor: str
+    op: str
+    node: str
+    shape: tuple[int, ...]
+    elements: int
+    macs: int
+    axis: int | None
+    input_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """Something that stays as it is, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A network as torch.export sees it.
+
+    Attributes:
+        program: With a dynamic batch dimension.
+        example_inputs: What it was traced with; the batch is the first dimension of each.
+        layers: In the order of execution.
+        tied: State-dict keys that name one tensor, the canonical key first.
+        blockers: Parameters that no method touches, with the reason.
+        macs: Of one example, attention products included.
+    """
+
+    program: ExportedProgram
+    example_inputs: tuple[Tensor, ...]
+    layers: tuple[Layer, ...]
+    tied: tuple[tuple[str, ...], ...]
+    blockers: tuple[Blocker, ...]
+    macs: int
+
+    def layer(self, tensor: str) -> Layer:
+        """The layer whose weight is ``tensor``."""
+        return next(layer for layer in self.layers if layer.tensor == tensor)
+
+
+def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Export ``module`` in evaluation mode with a dynamic batch.
+
+    Raises:
+        InputError: torch.export can't trace it, or its batch can't vary; says where.
+    """
+    dynamic = tuple({0: Dim.AUTO} for _ in example_inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, example_inputs, dynamic_shapes=dynamic, strict=False)
+    # torch.export lets any error of the traced code through; all of them are facts about the user's network.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"torch.export can't trace the network ({type(error).__name__}: {reason})",
+            hint="check the shape of the data or --input-shape; control flow on values must become torch.where or torch.cond",
+        ) from error
+    _require_dynamic_batch(program)
+    return program
+
+
+def _require_dynamic_batch(program: ExportedProgram) -> None:
+    names = program.graph_signature.user_inputs
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor):
+            value = node.meta["val"]
+            if value.dim() and isinstance(value.shape[0], int):
+                raise InputError(
+                    f"input {node.name}: the network fixes its batch size to {value.shape[0]}",
+                    hint="use x.shape[0] instead of a constant in forward; export a .pt2 with a dynamic batch dimension",
+                )
+
+
+def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
+    """Trace a network and find its weight layers.
+
+    Args:
+        module: In evaluation mode.
+        example_inputs: Tensors ``[n, ...]`` with n of 2 or more.
+    """
+    program = trace_module(module, example_inputs)
+    tied = tied_names(module)
+    canonical = {alias: names[0] for names in tied for alias in names}
+    batch = example_inputs[0].shape[0]
+    sources = _parameter_sources(program)
+
+    found: dict[str, Layer] = {}
+    total_macs = 0
+    used: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        macs = node_macs(node, batch)
+        total_macs += macs
+        for argument in node.all_input_nodes:
+            if argument.name in sources:
+                key = sources[argument.name]
+                used.setdefault(canonical.get(key, key), []).append(str(node.target))
+        if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:
+            key = sources[node.args[WEIGHT_ARGUMENT].name]
+            key = canonical.get(key, key)
+            layer = _layer(node, key, macs)
+            if key in found:
+                before = found[key]
+                layer = Layer(
+                    key,
+                    before.op,
+                    before.node,
+                    before.shape,
+                    before.elements,
+                    before.macs + macs,
+                    before.axis,
+                    before.input_axis,
+                )
+            found[key] = layer
+    blockers = _blockers(program, canonical, found, used)
+    return Graph(program, example_inputs, tuple(found.values()), tied, blockers, total_macs)
+
+
+def tied_names(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of state-dict keys that name one parameter or buffer."""
+    by_identity: dict[int, list[str]] = {}
+    everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in everything:
+        by_identity.setdefault(id(tensor), []).append(name)
+    return tuple(tuple(names) for names in by_identity.values() if len(names) > 1)
+
+
+def _parameter_sources(program: ExportedProgram) -> dict[str, str]:
+    signature = program.graph_signature
+    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+
+def _layer(node: fx.Node, key: str, macs: int) -> Layer:
+    weight = node.args[WEIGHT_ARGUMENT].meta["val"]  # type: ignore[union-attr]
+    shape = tuple(int(size) for size in weight.shape)
+    transposed = node.target in TRANSPOSED
+    groups = int(argument(node, "groups", 1)) if transposed else 1
+    axis = (1 if groups == 1 else None) if transposed else 0
+    return Layer(key, WEIGHT_OPS[node.target], node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1)
+
+
+def argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An argument of an ATen call by its schema name."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for position, parameter in enumerate(schema.arguments):
+        if parameter.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, default)
+    return default
+
+
+def _size(value: Any) -> int:
+    """A symbolic size at the traced batch."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def node_macs(node: fx.Node, batch: int) -> int:
+    """Multiply-accumulates of one example in one node: convolutions, linear layers, matrix products and attention."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    shapes = [
+        [_size(size) for size in a.meta["val"].shape]
+        for a in node.args
+        if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)
+    ]
+    out = [_size(size) for size in value.shape]
+    elements = _product(out)
+    if node.target in CONVOLUTIONS:
+        macs = elements * _product(shapes[1][1:])
+    elif node.target in TRANSPOSED:
+        macs = _product(shapes[0]) * _product(shapes[1][1:])
+    elif node.target in (aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default):
+        macs = elements * shapes[0][-1]
+    elif node.target in (aten.addmm.default, aten.baddbmm.default):
+        macs = elements * shapes[1][-1]
+    elif node.target is aten.scaled_dot_product_attention.default:
+        query, key, val = shapes[:3]
+        macs = _product(query[:-1]) * key[-2] * (query[-1] + val[-1])
+    else:
+        return 0
+    return macs // batch
+
+
+def _product(sizes: list[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _blockers(
+    program: ExportedProgram, canonical: dict[str, str], layers: dict[str, Layer], used: dict[str, list[str]]
+) -> tuple[Blocker, ...]:
+    """Parameters of two or more dimensions that are no layer's weight."""
+    found = []
+    for name in program.graph_signature.parameters:
+        key = canonical.get(name, name)
+        if key != name or key in layers or program.state_dict[name].dim() < 2:
+            continue
+        ops = Counter(used.get(key, []))
+        reason = (
+            f"used by {', '.join(sorted(ops))}, which no method compresses" if ops else "not used by the forward pass"
+        )
+        found.append(Blocker(key, reason))
+    return tuple(found)

@@ -1,0 +1,985 @@
+"""The order of the steps: read, trace, plan, apply, export, verify, report, publish. The only file that knows it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+
+from . import canonical, report, store, summary
+from .apply import Compressed, assemble
+from .apply import apply_plan as apply_decisions
+from .bench import measure_latency
+from .budget import Budget, format_bytes, parse_budget
+from .context import Context, Progress, Storage
+from .errors import BudgetError, DiskError, GateError, InputError, UsageError
+from .export import onnx_model, safetensors_bytes, serialize, write_program
+from .formats.checkpoint import read_checkpoint
+from .formats.packed import QuantizedTensor, decode
+from .formats.planes import packed_size
+from .graph.rewrite import convolutional
+from .graph.trace import Graph, trace_graph
+from .manifest import NAME as MANIFEST
+from .manifest import Manifest, check_files, describe_files, read_manifest
+from .model import PROGRAM, WEIGHTS, Source, guess_inputs, load_source
+from .plan import Plan, read_plan
+from .registry import find_measure, find_method, load_module, methods_for
+from .sensitivity import Sensitivity
+from .settings import Settings, Value
+from .task import Calibration, Data, Task, check_forward, load_task, read_data
+from .verdict import Check, Gates, Verdict, limit_check, metric_checks
+from .verify import (
+    FLOAT_TOLERANCE,
+    INTEGER_TOLERANCE,
+    Parity,
+    evaluate,
+    measure_parity,
+    open_session,
+    parity_holds,
+    runtime_forward,
+)
+
+ONNX, DENSE, PLAN, SIDECAR = "model.onnx", "dense.onnx", "plan.json", "plan.safetensors"
+REPORT_SCHEMA = "hcompress.report/1"
+MAX_ATTEMPTS = 8  # of lowering a byte budget until the written file fits
+LATENCY_REPEATS = 60
+SPARSITY_SLACK = 1e-4  # rounding to whole weights
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A network read and traced, with what the settings say about it."""
+
+    source: Source
+    graph: Graph
+    task: Task
+    calibration: Calibration | None
+    settings: Settings
+    progress: Progress
+    notes: list[str]
+    started: float
+
+    def value(self, name: str) -> Any:
+        """A setting's value."""
+        return self.settings[name].value
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _open(checkpoint: Path, settings: Settings, progress: Progress, *, needs_data: bool) -> Job:
+    started = time.monotonic()
+    threads = settings["threads"].value
+    if threads is not None:
+        torch.set_num_threads(int(threads))
+    _device(settings)
+    progress("read checkpoint", 0, None)
+    source = load_source(checkpoint, settings["model"].value, settings["model_args"].value)
+    notes = list(source.notes)
+    data = None
+    if settings["data"].value is not None:
+        progress("read data", 0, None)
+        data = _read(settings, "data")
+    elif needs_data:
+        raise UsageError(
+            "no calibration data",
+            hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args), or set [data] calibration",
+        )
+    task = load_task(settings["task"].value, data)
+    calibration = None
+    if data is not None:
+        prepared = task.prepare(data)
+        check_forward(source.module, prepared, "--data")
+        sample = prepared.sample(int(settings["num_calibration"].value), int(settings["seed"].value))
+        calibration = Calibration(task, sample)
+    example = _example_inputs(source, calibration, settings, notes)
+    progress("trace", 0, None)
+    graph = trace_graph(source.module, example)
+    return Job(source, graph, task, calibration, settings, progress, notes, started)
+
+
+def _device(settings: Settings) -> torch.device:
+    name = str(settings["device"].value)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is unknown", hint="cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch sees no CUDA device", hint="use --device cpu")
+    return device
+
+
+def _read(settings: Settings, name: str) -> Data:
+    value = settings[name].value
+    if not isinstance(value, str):
+        raise UsageError(
+            "no evaluation data" if name == "eval" else "no calibration data",
+            hint=f"pass --{name} FILE.npz, FILE.safetensors or FILE.py:fn(args)",
+        )
+    return read_data(
+        value,
+        f"--{name}",
+        mean=settings["mean"].value,
+        std=settings["std"].value,
+        layout=settings["layout"].value,
+    )
+
+
+def _example_inputs(
+    source: Source, calibration: Calibration | None, settings: Settings, notes: list[str]
+) -> tuple[Tensor, ...]:
+    if calibration is not None:
+        return calibration.data.first(2).inputs
+    if source.example_inputs is not None and all(len(x) >= 2 for x in source.example_inputs if x.dim()):
+        return source.example_inputs
+    example, note = guess_inputs(source.module, settings["input_shape"].value)
+    notes.append(note)
+    return example
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_method(
+    job: str,
+    checkpoint: Path,
+    settings: Settings,
+    *,
+    force: bool,
+    dry_run: bool,
+    plan: Path | None,
+    command: list[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """``hcompress prune`` and ``hcompress quantize``: plan, apply, verify and publish a run folder.
+
+    Returns:
+        The report record; with ``dry_run``, what would be decided.
+
+    Raises:
+        GateError: A check failed; the report is in ``OUT.rejected``.
+        BudgetError: The budget is out of reach.
+    """
+    out = None if dry_run else _out(settings)
+    method = find_method(job, settings["method"].value or methods_for(job)[0].name)
+    budget = _budget(settings)
+    gates = _gates(settings)
+    if not dry_run and settings["eval"].value is None:
+        raise UsageError(
+            "no evaluation data", hint="pass --eval FILE.npz, FILE.safetensors or FILE.py:fn(args), or set [data] eval"
+        )
+    if budget is not None and budget.quantity not in method.budgets and plan is None:
+        raise UsageError(
+            f"method {method.name} has no {budget.quantity} budget", hint=f"it takes {', '.join(method.budgets)}"
+        )
+    opened = _open(checkpoint, settings, progress, needs_data=plan is None)
+    if plan is not None:
+        decided, sidecar = _read_plan(plan)
+        sensitivities: dict[str, Sensitivity] = {}
+        if decided.source_sha256 != opened.source.sha256:
+            opened.notes.append(
+                f"{plan} was made on another checkpoint: its decisions are kept, the weights recomputed"
+            )
+    else:
+        sensitivities = {
+            n: load_module(find_measure(n)).measure(opened.source, opened.graph, job) for n in method.measures
+        }
+    dense = _dense_bytes(opened)
+
+    def make(limit: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
+        progress("plan", 0, None)
+        context = _context(opened, dense)
+        chosen, tensors = load_module(method).plan(
+            opened.source,
+            opened.graph,
+            sensitivities,
+            opened.calibration,
+            limit,
+            _options(opened, method.options),
+            context,
+        )
+        opened.notes.extend(note for note in context.notes if note not in opened.notes)
+        return _sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value)), tensors)
+
+    if plan is None:
+        decided, sidecar = make(_as_budget(budget, dense, opened))
+    if dry_run:
+        return _dry_run(opened, decided)
+    assert out is not None
+    with store.staged(out, force) as stage:
+        for attempt in range(MAX_ATTEMPTS):
+            _write_plan(stage, decided, sidecar)
+            built = _build(opened, decided, sidecar, stage)
+            overshoot = 0.0 if plan is not None else _overshoot(built, budget, dense, opened)
+            if overshoot <= 0:
+                break
+            decided, sidecar = make(_lowered(budget, dense, opened, overshoot, attempt))
+        _write_sensitivities(stage, sensitivities)
+        target = _Target(stage, out, job, gates, command, budget)
+        return _finish(opened, built, decided, dense, target)
+
+
+def apply_plan(
+    checkpoint: Path, plan: Path, settings: Settings, *, force: bool, command: list[str], progress: Progress
+) -> dict[str, Any]:
+    """``hcompress apply``: a plan's decisions on a checkpoint; no data needed, the metric only with ``--eval``."""
+    out = _out(settings)
+    store.check_target(out, force)
+    decided, sidecar = _read_plan(plan)
+    opened = _open(checkpoint, settings, progress, needs_data=False)
+    if decided.source_sha256 != opened.source.sha256:
+        opened.notes.append(f"{plan} was made on another checkpoint: its decisions are kept, the weights recomputed")
+    dense = _dense_bytes(opened)
+    with store.staged(out, force) as stage:
+        _write_plan(stage, decided, sidecar)
+        built = _build(opened, decided, sidecar, stage)
+        target = _Target(stage, out, "apply", _gates(settings), command, decided.budget)
+        return _finish(opened, built, decided, dense, target)
+
+
+def export_dense(
+    checkpoint: Path, settings: Settings, *, force: bool, command: list[str], progress: Progress
+) -> dict[str, Any]:
+    """``hcompress export``: the network as it is, in the formats that runtimes load, proved equal to torch's."""
+    out = _out(settings)
+    store.check_target(out, force)
+    opened = _open(checkpoint, settings, progress, needs_data=False)
+    with store.staged(out, force) as stage:
+        built = _build(opened, None, {}, stage)
+        dense = _Dense(built.onnx, (stage / WEIGHTS).stat().st_size)
+        target = _Target(stage, out, "export", _gates(settings), command, None)
+        return _finish(opened, built, None, dense, target)
+
+
+def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+    """``hcompress inspect``: what a checkpoint holds and what blocks its compression."""
+    if settings["model"].value is None and checkpoint.is_file():
+        read = read_checkpoint(checkpoint)
+        if read.program is None:
+            return _inspect_tensors(checkpoint, read.format, read.state, read.notes)
+    opened = _open(checkpoint, settings, progress, needs_data=False)
+    graph, source = opened.graph, opened.source
+    state = source.module.state_dict()
+    parameters = dict(source.module.named_parameters())
+    return {
+        "schema": "hcompress.inspect/1",
+        "path": str(checkpoint),
+        "format": source.format,
+        "sha256": source.sha256,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "macs": graph.macs,
+        "input_shape": [list(x.shape[1:]) for x in graph.example_inputs],
+        "dtypes": _count_dtypes(state),
+        "layers": [
+            {
+                "name": layer.tensor,
+                "op": layer.op,
+                "shape": list(layer.shape),
+                "parameters": layer.elements,
+                "macs": layer.macs,
+                "dtype": str(state[layer.tensor].dtype).removeprefix("torch."),
+            }
+            for layer in graph.layers
+        ],
+        "tied": [list(names) for names in graph.tied],
+        "blockers": [{"layer": blocker.layer, "reason": blocker.reason} for blocker in graph.blockers],
+        "notes": opened.notes,
+    }
+
+
+def _inspect_tensors(path: Path, kind: str, state: Mapping[str, Tensor], notes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "schema": "hcompress.inspect/1",
+        "path": str(path),
+        "format": kind,
+        "sha256": canonical.sha256_of_file(path),
+        "parameters": sum(t.numel() for t in state.values() if t.is_floating_point()),
+        "macs": None,
+        "input_shape": None,
+        "dtypes": _count_dtypes(state),
+        "layers": [
+            {
+                "name": key,
+                "op": "tensor",
+                "shape": list(t.shape),
+                "parameters": t.numel(),
+                "macs": None,
+                "dtype": str(t.dtype).removeprefix("torch."),
+            }
+            for key, t in state.items()
+        ],
+        "tied": [],
+        "blockers": [],
+        "notes": [*notes, "a state dict holds no architecture: pass --model FILE.py:FACTORY to see layers and MACs"],
+    }
+
+
+def _count_dtypes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for tensor in state.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+    """``hcompress verify``: measure a run folder's files again, on any evaluation data.
+
+    Raises:
+        GateError: A check failed.
+    """
+    record = _read_run(run)
+    threads = settings["threads"].value
+    data = _read(settings, "eval")
+    task = load_task(settings["task"].value, data)
+    data = task.prepare(data)
+    session = open_session(run / ONNX, threads)
+    compressed = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
+    recorded = record.get("metric") or {}
+    if recorded.get("data_sha256") == data.sha256() and recorded.get("name") == task.name:
+        dense = float(recorded["dense"])
+    elif (run / DENSE).is_file():
+        dense = evaluate(runtime_forward(open_session(run / DENSE, threads)), data, task, "evaluate dense", progress)
+    else:
+        dense = compressed
+    gates = _gates(settings)
+    program = read_checkpoint(run / PROGRAM).program
+    assert program is not None
+    integer = bool(read_plan(run / PLAN).quantized("activation")) if (run / PLAN).is_file() else False
+    parity = measure_parity(program.module(check_guards=False), session, data.first(max(8, 2)).inputs)
+    checks = [
+        *metric_checks(
+            gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense, compressed=compressed
+        ),
+        *limit_check("max_bytes", (run / record["delivered"]).stat().st_size, gates.max_bytes, "bytes"),
+        *_parity_checks(parity, integer),
+    ]
+    if gates.max_latency is not None:
+        latency = measure_latency({"compressed": session}, data.first(1).inputs, LATENCY_REPEATS, progress)
+        checks += limit_check("max_latency", latency["compressed"].median, gates.max_latency, "ms")
+    result = {
+        "schema": "hcompress.verify/1",
+        "run": str(run),
+        "metric": _metric_record(task, dense, compressed, data),
+        "parity": [_parity_record(p) for p in parity],
+        "checks": canonical.plain(checks),
+    }
+    full = {**record, "metric": result["metric"], "parity": result["parity"], "checks": result["checks"]}
+    _publish_summary(full, settings)
+    _raise_if_failed(Verdict(tuple(checks)), run, result)
+    return result
+
+
+def bench_run(run: Path, settings: Settings, *, repeats: int, batch: int, progress: Progress) -> dict[str, Any]:
+    """``hcompress bench``: latency of a run's model beside the dense one, in ONNX Runtime."""
+    _read_run(run)
+    threads = int(settings["threads"].value or len(os.sched_getaffinity(0)))
+    sessions = {"compressed": open_session(run / ONNX, threads)}
+    if (run / DENSE).is_file():
+        sessions = {"dense": open_session(run / DENSE, threads), **sessions}
+    program = read_checkpoint(run / PROGRAM).program
+    assert program is not None and program.example_inputs is not None
+    inputs = tuple(torch.cat([x[:1]] * batch) for x in program.example_inputs[0])
+    latency = measure_latency(sessions, inputs, repeats, progress)
+    ratio = latency["compressed"].median / latency["dense"].median if "dense" in latency else 1.0
+    return {
+        "schema": "hcompress.bench/1",
+        "run": str(run),
+        "batch": batch,
+        "threads": threads,
+        "repeats": repeats,
+        "latency_ms": canonical.plain(latency),
+        "ratio": ratio,
+    }
+
+
+def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], progress: Progress) -> dict[str, Any]:
+    """``hcompress demo``: prune, then quantize, the network that ships with the package, on the data that ship with it."""
+    started = time.monotonic()
+    store.check_target(out, force)
+    folder = resources.files("compress.demo")
+    given = {
+        "model": "compress.demo.network:fashion_net",
+        "data": str(folder / "calibration.npz"),
+        "eval": str(folder / "evaluation.npz"),
+        "mean": (0.286,),
+        "std": (0.353,),
+        "task": "classification",
+        "model_args": None,
+        "layout": None,
+    }
+    base = {**settings, **{name: Value(value, "demo") for name, value in given.items()}}
+
+    def with_out(name: str, **more: Any) -> dict[str, Value]:
+        return {**base, "out": Value(str(out / name), "demo"), **{k: Value(v, "demo") for k, v in more.items()}}
+
+    checkpoint = Path(str(folder / "fashion_net.safetensors"))
+    pruned = run_method(
+        "prune", checkpoint, with_out("pruned", method="magnitude", sparsity=0.5, budget=None), force=force, dry_run=False,
+        plan=None, command=command, progress=progress,
+    )  # fmt: skip
+    quantized = run_method(
+        "quantize", out / "pruned", with_out("quantized", method="uniform", budget="8bit", sparsity=None), force=force,
+        dry_run=False, plan=None, command=command, progress=progress,
+    )  # fmt: skip
+    rows = [
+        _demo_row("dense", pruned, "dense", pruned["dense_bytes"], 0.0, 32.0),
+        _demo_row("pruned", pruned, "compressed", _delivered_bytes(pruned), pruned["sparsity"], pruned["average_bits"]),
+        _demo_row(
+            "pruned + quantized",
+            quantized,
+            "compressed",
+            _delivered_bytes(quantized),
+            quantized["sparsity"],
+            quantized["average_bits"],
+        ),  # fmt: skip
+    ]
+    return {
+        "schema": "hcompress.demo/1",
+        "metric_name": "accuracy",
+        "rows": rows,
+        "runs": {"pruned": str(out / "pruned"), "quantized": str(out / "quantized")},
+        "num_examples": pruned["metric"]["num_examples"],
+        "time_s": time.monotonic() - started,
+    }
+
+
+def _demo_row(name: str, record: dict[str, Any], side: str, size: int, sparsity: float, bits: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "metric": record["metric"][side],
+        "bytes": size,
+        "macs": record["macs"][side],
+        "latency_ms": record["latency_ms"][side],
+        "sparsity": sparsity,
+        "average_bits": bits,
+    }
+
+
+def _delivered_bytes(record: dict[str, Any]) -> int:
+    return int(record["files"][record["delivered"]])
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def _out(settings: Settings) -> Path:
+    out = settings["out"].value
+    if out is None:
+        raise UsageError("no output folder", hint="pass --out DIR, or set [output] out")
+    return Path(str(out))
+
+
+def _budget(settings: Settings) -> Budget | None:
+    budget, sparsity = settings["budget"].value, settings["sparsity"].value
+    if budget is not None and sparsity is not None:
+        # A flag beats a preset or a config; two of the same rank contradict each other.
+        ranks = {name: _rank(settings[name].origin) for name in ("budget", "sparsity")}
+        if ranks["budget"] == ranks["sparsity"]:
+            raise UsageError(
+                f"--budget {budget} and --sparsity {sparsity} contradict each other", hint="give one of them"
+            )
+        if ranks["sparsity"] < ranks["budget"]:
+            budget = None
+    if budget is not None:
+        return parse_budget(str(budget))
+    return None if sparsity is None else parse_budget(f"sparsity={sparsity}")
+
+
+def _rank(origin: str) -> int:
+    return (
+        ("flag", "environment").index(origin) if origin in ("flag", "environment") else 3 if "preset" in origin else 2
+    )
+
+
+def _gates(settings: Settings) -> Gates:
+    def size(name: str, quantity: str) -> float | None:
+        text = settings[name].value
+        if text is None:
+            return None
+        budget = parse_budget(f"{quantity}={text}" if quantity == "latency" else str(text))
+        if budget.quantity != quantity or budget.of != "absolute":
+            raise UsageError(
+                f"--{name.replace('_', '-')} {text!r} is not a {quantity} limit", hint="300KB or 0.3MB; 5ms"
+            )
+        return budget.limit
+
+    return Gates(
+        max_drop=settings["max_drop"].value,
+        min_metric=settings["min_metric"].value,
+        max_bytes=size("max_bytes", "bytes"),
+        max_latency=size("max_latency", "latency"),
+    )
+
+
+def _options(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
+    options = {name: job.value(name) for name in names}
+    if "activations" in options and options["activations"] is None:
+        options["activations"] = "8" if convolutional(job.graph.program) else "float"
+    return options
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The dense network's files: ONNX bytes, and the size of its safetensors file."""
+
+    onnx: bytes
+    safetensors_size: int
+
+
+def _dense_bytes(job: Job) -> _Dense:
+    job.progress("export dense", 0, None)
+    compressed = Compressed(dict(job.source.module.state_dict()), None)
+    module = assemble(job.graph, compressed)
+    onnx = serialize(onnx_model(job.graph, compressed, module))
+    return _Dense(onnx, len(safetensors_bytes(compressed)))
+
+
+def _delivered(settings: Settings) -> str:
+    return WEIGHTS if settings["for"].value == "safetensors" else ONNX
+
+
+def _context(job: Job, dense: _Dense) -> Context:
+    """What planners are handed; sizes follow from the dense file and the storage of each weight."""
+    elements = {layer.tensor: layer.elements for layer in job.graph.layers}
+    channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
+    state = job.source.module.state_dict()
+    is_sparse_file = _delivered(job.settings) == WEIGHTS
+    base = dense.safetensors_size if is_sparse_file else len(dense.onnx)
+
+    def stored(name: str, storage: Storage) -> int:
+        whole = 4 * elements[name] if storage.bits == 32 else packed_size(elements[name], storage.bits)
+        scales = 0 if storage.bits == 32 else 4 * channels[name]
+        if not is_sparse_file:
+            return whole + scales
+        kept = 4 * storage.kept if storage.bits == 32 else packed_size(storage.kept, storage.bits)
+        return min(whole, kept + packed_size(elements[name], 1)) + scales
+
+    def model_bytes(choices: Mapping[str, Storage]) -> int:
+        now = sum(stored(name, Storage(int(torch.count_nonzero(state[name])), 32)) for name in choices)
+        return base - now + sum(stored(name, storage) for name, storage in choices.items())
+
+    generator = torch.Generator().manual_seed(int(job.value("seed")))
+    return Context(generator, _device(job.settings), job.progress, model_bytes, [])
+
+
+def _as_budget(budget: Budget | None, dense: _Dense, job: Job) -> Budget | None:
+    """A byte budget relative to the dense ONNX file, whatever file is delivered, as an absolute one."""
+    if budget is None or budget.quantity != "bytes":
+        return budget
+    return Budget("bytes", budget.absolute(len(dense.onnx)))
+
+
+def _overshoot(built: _Built, budget: Budget | None, dense: _Dense, job: Job) -> float:
+    if budget is None or budget.quantity != "bytes":
+        return 0.0
+    return built.sizes[_delivered(job.settings)] - budget.absolute(len(dense.onnx))
+
+
+def _lowered(budget: Budget | None, dense: _Dense, job: Job, overshoot: float, attempt: int) -> Budget:
+    assert budget is not None
+    if attempt == MAX_ATTEMPTS - 1:
+        raise BudgetError(
+            f"{budget}: the written file stays {overshoot:.0f} bytes above it", hint="raise --budget a little"
+        )
+    limit = budget.absolute(len(dense.onnx)) - overshoot * (attempt + 1)
+    if limit <= 0:
+        raise BudgetError(f"{budget} is out of reach", hint="raise --budget")
+    job.notes.append(f"the file was {overshoot:.0f} bytes above the budget; planned again for {format_bytes(limit)}")
+    return Budget("bytes", limit)
+
+
+def _sealed(plan: Plan, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with the hash of its sidecar."""
+    if not tensors:
+        return plan, {}
+    return replace(plan, sidecar=canonical.sha256_of_bytes(_sidecar_bytes(tensors))), tensors
+
+
+def _sidecar_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensors[name] for name in sorted(tensors)})
+
+
+def _write_plan(stage: Path, plan: Plan, sidecar: dict[str, Tensor]) -> None:
+    if sidecar:
+        store.write_file(stage / SIDECAR, _sidecar_bytes(sidecar))
+    store.write_file(stage / PLAN, canonical.dumps(plan))
+
+
+def _read_plan(path: Path) -> tuple[Plan, dict[str, Tensor]]:
+    path = path / PLAN if path.is_dir() else path
+    plan = read_plan(path)
+    if plan.sidecar is None:
+        return plan, {}
+    sidecar = path.parent / SIDECAR
+    if not sidecar.is_file():
+        raise InputError(f"{sidecar}: no such file, though {path.name} names it", hint="keep the two files together")
+    if canonical.sha256_of_file(sidecar) != plan.sidecar:
+        raise InputError(
+            f"{sidecar}: not the sidecar that {path.name} was written with", hint="keep the two files together"
+        )
+    return plan, read_checkpoint(sidecar).state
+
+
+def _dry_run(job: Job, plan: Plan) -> dict[str, Any]:
+    parameters = sum(t.numel() * t.element_size() for t in job.source.module.state_dict().values())
+    calibration = (
+        0 if job.calibration is None else sum(x.numel() * x.element_size() for x in job.calibration.data.inputs)
+    )
+    activations = sum(
+        4 * value.numel() // len(job.graph.example_inputs[0]) * 64
+        for node in job.graph.program.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor) and not isinstance(value.numel(), torch.SymInt)
+    )
+    return {
+        "schema": "hcompress.dry-run/1",
+        "method": plan.method,
+        "predicted": dict(plan.predicted),
+        "decisions": canonical.plain(plan.decisions),
+        # Weights: source, trace, compressed copy, ONNX twice. torch and onnxruntime themselves take about 400 MB.
+        "memory_bytes": 400_000_000 + 5 * parameters + calibration + activations,
+        "notes": job.notes,
+    }
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A compressed network with its files written."""
+
+    compressed: Compressed
+    module: fx.GraphModule
+    onnx: bytes
+    sizes: dict[str, int]
+
+
+def _build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> _Built:
+    """Apply the plan and write the model files into the stage."""
+    job.progress("apply", 0, None)
+    if plan is None:
+        compressed = Compressed(dict(job.source.module.state_dict()), None)
+    else:
+        compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar)
+    module = assemble(job.graph, compressed)
+    job.progress("export", 0, None)
+    onnx = serialize(onnx_model(job.graph, compressed, module))
+    store.write_file(stage / ONNX, onnx)
+    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed))
+    try:
+        write_program(module, job.graph.example_inputs, stage / PROGRAM)
+    except OSError as error:
+        raise store.disk_error(stage / PROGRAM, error) from error
+    sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
+    return _Built(compressed, module, onnx, sizes)
+
+
+def _write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:
+    for record in sensitivities.values():
+        store.write_file(stage / "sensitivity.json", canonical.dumps(record.to_json()))
+
+
+# -- finishing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a run goes and what it has to pass."""
+
+    stage: Path
+    out: Path
+    job: str
+    gates: Gates
+    command: list[str]
+    budget: Budget | None
+
+
+def _finish(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: _Target) -> dict[str, Any]:
+    """Verify the staged files, write the report and the manifest, and put the folder in its place.
+
+    Raises:
+        GateError: A check failed: the report goes to ``OUT.rejected``, the models are thrown away.
+    """
+    stage, settings = target.stage, job.settings
+    _reread_weights(built, stage)
+    if plan is not None:
+        store.write_file(stage / DENSE, dense.onnx)
+    record = _measure(job, built, plan, dense, target)
+    verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
+    _write_report(stage, record)
+    if not verdict.ok:
+        _reject(target, record, settings)
+    _write_manifest(job, stage, target)
+    check_files(stage, read_manifest(stage))
+    store.publish(stage, target.out)
+    _publish_summary(record, settings)
+    return record
+
+
+def _reread_weights(built: _Built, stage: Path) -> None:
+    """Open the written weights again and compare them to the bit with what was to be written."""
+    checkpoint = read_checkpoint(stage / WEIGHTS)
+    read = decode(checkpoint.state, checkpoint.metadata)
+    for key, value in built.compressed.tensors.items():
+        found = read.get(key)
+        same = (
+            isinstance(found, QuantizedTensor)
+            and torch.equal(found.levels, value.levels)
+            and torch.equal(found.scale, value.scale)
+            if isinstance(value, QuantizedTensor)
+            else isinstance(found, Tensor) and torch.equal(found, value)
+        )
+        if not same:
+            raise DiskError(f"{stage / WEIGHTS}: {key} was read back different", hint="check the disk")
+
+
+def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: _Target) -> dict[str, Any]:
+    settings, progress, task = job.settings, job.progress, job.task
+    threads = settings["threads"].value
+    session = open_session(target.stage / ONNX, threads)
+    dense_session = session if plan is None else open_session(dense.onnx, threads)
+    data = None
+    if settings["eval"].value is not None:
+        progress("read evaluation data", 0, None)
+        data = _read(settings, "eval")
+        if settings["task"].value is None and job.calibration is None:
+            task = load_task(None, data)
+        data = task.prepare(data)
+        check_forward(job.source.module, data, "--eval")
+    examples = data.first(8).inputs if data is not None else _examples(job)
+    integer = plan is not None and bool(plan.quantized("activation"))
+    parity = measure_parity(built.module, session, examples)
+    checks = _parity_checks(parity, integer)
+    metric = None
+    if data is not None:
+        compressed_metric = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
+        dense_metric = compressed_metric
+        if plan is not None:
+            dense_metric = evaluate(runtime_forward(dense_session), data, task, "evaluate dense", progress)
+        metric = _metric_record(task, dense_metric, compressed_metric, data)
+        checks += metric_checks(
+            target.gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense_metric,
+            compressed=compressed_metric,
+        )  # fmt: skip
+    elif target.gates.max_drop is not None or target.gates.min_metric is not None:
+        raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
+    latency = measure_latency(
+        {"dense": dense_session, "compressed": session}, tuple(x[:1] for x in examples), LATENCY_REPEATS, progress
+    )
+    delivered = _delivered(settings)
+    layers = _layers(job, built, plan)
+    figures = _figures(job, layers)
+    checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
+    checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
+    checks += _budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), figures)
+    parameters = sum(p.numel() for p in job.source.module.parameters())
+    return {
+        "schema": REPORT_SCHEMA,
+        "command": target.job,
+        "method": None if plan is None else plan.method,
+        "seed": int(settings["seed"].value),
+        "source": {"name": job.source.path.name, "sha256": job.source.sha256},
+        "budget": None if target.budget is None else str(target.budget),
+        "delivered": delivered,
+        "metric": metric,
+        "files": dict(built.sizes),
+        "dense_bytes": len(dense.onnx),
+        "average_bits": figures["average_bits"],
+        "sparsity": figures["sparsity"],
+        "params": {"dense": parameters, "compressed": parameters},
+        "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
+        "latency_ms": {name: value.median for name, value in latency.items()},
+        "parity": [_parity_record(p) for p in parity],
+        "checks": canonical.plain(checks),
+        "layers": layers,
+        "notes": job.notes,
+        "versions": _versions(),
+        "time_s": time.monotonic() - job.started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _examples(job: Job) -> tuple[Tensor, ...]:
+    return job.graph.example_inputs if job.calibration is None else job.calibration.data.first(8).inputs
+
+
+def _parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
+    """One check a batch size, of the largest difference relative to the largest output."""
+    limit = INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE
+    return [
+        Check(f"parity_batch_{p.batch}", p.max_relative, limit, "of the largest output", parity_holds(p, integer))
+        for p in parity
+    ]
+
+
+def _parity_record(parity: Parity) -> dict[str, Any]:
+    return {"batch": parity.batch, "max_abs": parity.max_abs, "argmax_agreement": parity.argmax_agreement}
+
+
+def _metric_record(task: Task, dense: float, compressed: float, data: Data) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "unit": task.unit,
+        "higher_is_better": task.higher_is_better,
+        "dense": dense,
+        "compressed": compressed,
+        "num_examples": len(data),
+        "runtime": f"onnxruntime {metadata.version('onnxruntime')}",
+        "data_sha256": data.sha256(),
+    }
+
+
+def _budget_checks(budget: Budget | None, size: int, dense_size: int, figures: Mapping[str, float]) -> list[Check]:
+    if budget is None:
+        return []
+    if budget.quantity == "bytes":
+        return limit_check("budget", size, budget.absolute(dense_size), "bytes")
+    if budget.quantity == "bits":
+        return limit_check("budget", figures["average_bits"], budget.limit + 1e-9, "bits")
+    reached = figures["sparsity"]
+    return [Check("budget", reached, budget.limit, "sparsity", reached >= budget.limit - SPARSITY_SLACK)]
+
+
+def _layers(job: Job, built: _Built, plan: Plan | None) -> list[dict[str, Any]]:
+    """One entry a weight: what was decided, why, and what it did to the weight."""
+    state = job.source.module.state_dict()
+    masks = {} if plan is None else plan.masks()
+    quantized = {} if plan is None else plan.quantized("weight")
+    entries = []
+    for layer in job.graph.layers:
+        stored = built.compressed.tensors[layer.tensor]
+        value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+        original = state[layer.tensor].double()
+        norm = float(original.norm())
+        error = float((value.double() - original).norm()) / norm if norm else 0.0
+        sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
+        bits = stored.bits if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
+        decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
+        entries.append(
+            {
+                "tensor": layer.tensor,
+                "op": layer.op,
+                "shape": list(layer.shape),
+                "elements": layer.elements,
+                "macs": layer.macs,
+                "bits": bits,
+                "sparsity": sparsity,
+                "decision": decision,
+                "relative_error": error,
+                "why": _why(plan, layer.tensor, decision, sparsity, bits, error),
+            }
+        )
+    return entries
+
+
+def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: int, error: float) -> str:
+    if plan is None:
+        return "exported as it is"
+    if decision == "keep":
+        return f"left as it is: excluded, or {plan.options.get('pattern', plan.method)} doesn't fit its shape"
+    if decision == "mask":
+        mask = plan.masks()[tensor]
+        kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
+        if mask.pattern != "unstructured":
+            return f"{kept}: the smallest of each group along the inputs, pattern {mask.pattern}"
+        if plan.options.get("scope") == "global":
+            return f"{kept}: those below the magnitude that all layers share"
+        return f"{kept}: the smallest of this layer"
+    choice = plan.quantized("weight")[tensor]
+    return f"{plan.method} chose {bits} bits with {choice.range} ranges: the weights move by {100 * error:.2g} %"
+
+
+def _figures(job: Job, layers: list[dict[str, Any]]) -> dict[str, float]:
+    elements = sum(layer["elements"] for layer in layers)
+    zeros = sum(round(layer["sparsity"] * layer["elements"]) for layer in layers)
+    bits = sum(layer["bits"] * layer["elements"] for layer in layers)
+    return (
+        {"average_bits": bits / elements, "sparsity": zeros / elements}
+        if elements
+        else {"average_bits": 32.0, "sparsity": 0.0}
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _write_report(stage: Path, record: dict[str, Any]) -> None:
+    store.write_file(stage / "report.json", canonical.dumps(record))
+    store.write_file(stage / "report.md", report.render_markdown(record))
+    store.write_file(stage / "report.html", report.render_html(record))
+
+
+def _write_manifest(job: Job, stage: Path, target: _Target) -> None:
+    manifest = Manifest(
+        files=describe_files(stage),
+        parents={"source": job.source.sha256, **job.source.parents},
+        versions=_versions(),
+        command=target.command,
+        seed=int(job.value("seed")),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        host={
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    )
+    store.write_file(stage / MANIFEST, canonical.dumps(manifest))
+
+
+def _reject(target: _Target, record: dict[str, Any], settings: Settings) -> None:
+    """Publish the report without the models, then fail."""
+    rejected = target.out.with_name(f"{target.out.name}.rejected")
+    keep = {"report.json", "report.md", "report.html", PLAN}
+    for path in list(target.stage.iterdir()):
+        if path.name not in keep:
+            path.unlink()
+    store.publish(target.stage, rejected)
+    _publish_summary(record, settings)
+    verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
+    _raise_if_failed(verdict, rejected, record)
+
+
+def _raise_if_failed(verdict: Verdict, where: Path, record: dict[str, Any]) -> None:
+    if verdict.ok:
+        return
+    failures = "; ".join(report.check_text(canonical.plain(check)) for check in verdict.failures())
+    raise GateError(f"{failures}", hint=f"no model was published; see {where}", report=record)
+
+
+def _publish_summary(record: dict[str, Any], settings: Settings) -> None:
+    paths = {name: settings[name].value for name in ("summary", "junit")}
+    lines = summary.publish(
+        record,
+        summary=None if paths["summary"] is None else Path(str(paths["summary"])),
+        junit=None if paths["junit"] is None else Path(str(paths["junit"])),
+        environment=os.environ,
+    )
+    for line in lines:
+        sys.stderr.write(line + "\n")
+
+
+def _read_run(run: Path) -> dict[str, Any]:
+    """A complete run folder's report, its files checked."""
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder", hint="pass the --out folder of a finished run")
+    check_files(run, read_manifest(run))
+    return canonical.read_record(run / "report.json", REPORT_SCHEMA)

@@ -1,0 +1,157 @@
+"""A plan: the decisions of a run, as a file that people and CI read, diff and edit.
+
+plan.json is canonical (``canonical.dumps``): no times, hosts or absolute paths, so the same inputs give the same bytes.
+Masks are too big for JSON: a decision carries their count and sha256, and the bits lie in the sidecar plan.safetensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import canonical
+from .budget import Budget, budget_from_json
+from .errors import InputError, escape
+
+SCHEMA = "hcompress.plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskWeights:
+    """Zero all but ``kept`` of a tensor's ``total`` elements.
+
+    Attributes:
+        tensor: State-dict key.
+        pattern: ``unstructured`` or ``n:m`` (at most n of m consecutive weights along the input dimension).
+        mask_sha256: Hash of the packed mask bits, which lie in the sidecar under the tensor's key.
+    """
+
+    tensor: str
+    kept: int
+    total: int
+    pattern: str
+    mask_sha256: str
+    kind: str = field(default="mask", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """Round a tensor to ``2**bits`` levels.
+
+    Attributes:
+        tensor: State-dict key of a weight, or the name of an activation in the traced graph.
+        target: ``weight`` or ``activation``.
+        bits: 2 to 8.
+        scheme: ``symmetric`` (zero point 0) or ``asymmetric`` (uint, zero point within the range).
+        axis: Dimension that has one scale per index; None for one scale per tensor.
+        range: How a weight's range is found, ``minmax`` or ``mse``; or an activation's ``(low, high)``.
+    """
+
+    tensor: str
+    target: str
+    bits: int
+    scheme: str
+    axis: int | None
+    range: str | tuple[float, float]
+    kind: str = field(default="quantize", init=False)
+
+
+Decision = MaskWeights | Quantize
+KINDS: dict[str, type[MaskWeights] | type[Quantize]] = {"mask": MaskWeights, "quantize": Quantize}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a method decided, and from what.
+
+    Attributes:
+        method: Registered name.
+        options: The method's options that were in force.
+        source_sha256: Hash of the checkpoint that was planned on.
+        task_sha256: Hash of the calibration data that the method saw; None for data-free methods.
+        predicted: Figures that the method expects, e.g. ``average_bits`` and ``sparsity``.
+        sidecar: sha256 of plan.safetensors; None where every decision is in the JSON.
+    """
+
+    method: str
+    options: dict[str, Any]
+    seed: int
+    source_sha256: str
+    task_sha256: str | None
+    budget: Budget | None
+    decisions: tuple[Decision, ...]
+    predicted: dict[str, float]
+    sidecar: str | None = None
+    schema: str = SCHEMA
+
+    def masks(self) -> dict[str, MaskWeights]:
+        """The mask decisions by tensor."""
+        return {d.tensor: d for d in self.decisions if isinstance(d, MaskWeights)}
+
+    def quantized(self, target: str) -> dict[str, Quantize]:
+        """The quantization decisions for weights or activations, by tensor."""
+        return {d.tensor: d for d in self.decisions if isinstance(d, Quantize) and d.target == target}
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check plan.json.
+
+    Raises:
+        InputError: Not a plan, or a decision with a missing, unknown or misfit field; names it.
+    """
+    record = canonical.read_record(path, SCHEMA)
+    try:
+        decisions = tuple(_decision(path, entry) for entry in record["decisions"])
+        return Plan(
+            method=str(record["method"]),
+            options=dict(record["options"]),
+            seed=int(record["seed"]),
+            source_sha256=str(record["source_sha256"]),
+            task_sha256=record["task_sha256"],
+            budget=budget_from_json(record["budget"]),
+            decisions=decisions,
+            predicted=dict(record["predicted"]),
+            sidecar=record["sidecar"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {_field_error(error)}", hint="see docs/plan-format.md") from None
+
+
+def _field_error(error: Exception) -> str:
+    return f"key {error} is missing" if isinstance(error, KeyError) else f"bad value ({error})"
+
+
+def _decision(path: Path, entry: dict[str, Any]) -> Decision:
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise InputError(
+            f"{path}: unknown decision kind {escape(str(kind))}", hint=f"known kinds: {', '.join(sorted(KINDS))}"
+        )
+    fields = {key: value for key, value in entry.items() if key != "kind"}
+    if isinstance(fields.get("range"), list):
+        low, high = fields["range"]
+        fields["range"] = (float(low), float(high))
+    decision = KINDS[kind](**fields)
+    _check(path, decision)
+    return decision
+
+
+def _check(path: Path, decision: Decision) -> None:
+    name = escape(str(decision.tensor))
+    if isinstance(decision, MaskWeights):
+        if not 0 <= decision.kept <= decision.total:
+            raise InputError(f"{path}: {name} keeps {decision.kept} of {decision.total}", hint="kept lies in 0..total")
+        return
+    if decision.bits not in range(2, 9):
+        raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")
+    if decision.target not in ("weight", "activation"):
+        raise InputError(f"{path}: {name} has target {escape(str(decision.target))}", hint="weight or activation")
+    is_activation_range = isinstance(decision.range, tuple)
+    if is_activation_range != (decision.target == "activation"):
+        raise InputError(
+            f"{path}: {name} has range {decision.range!r}",
+            hint="minmax or mse for a weight; [low, high] for an activation",
+        )
+    if not is_activation_range and decision.range not in ("minmax", "mse"):
+        raise InputError(f"{path}: {name} has range {decision.range!r}", hint="minmax or mse")

@@ -1,0 +1,62 @@
+"""Ranges of activations, measured on calibration data.
+
+Cost: one forward pass over the calibration examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..context import Progress
+from ..errors import NumericsError
+from ..task import Data
+
+BATCH = 64
+
+
+class _Observer(fx.Interpreter):
+    """Runs a graph and keeps the extremes of the nodes that are watched."""
+
+    def __init__(self, module: fx.GraphModule, names: Iterable[str]) -> None:
+        super().__init__(module)
+        self.ranges: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.ranges and isinstance(value, Tensor):
+            low, high = (float(v) for v in torch.aminmax(value))
+            if not (abs(low) < float("inf") and abs(high) < float("inf")):
+                raise NumericsError(f"activation {n.name} isn't finite on the calibration data", hint="check --data")
+            before = self.ranges[n.name]
+            self.ranges[n.name] = (min(before[0], low), max(before[1], high))
+        return value
+
+
+def activation_ranges(
+    module: fx.GraphModule, points: Iterable[str], data: Data, progress: Progress
+) -> dict[str, tuple[float, float]]:
+    """Least and greatest value of each activation in ``points``, zero included.
+
+    Raises:
+        NumericsError: An activation isn't finite; names it.
+    """
+    observer = _Observer(module, points)
+    with torch.no_grad():
+        for done, batch in enumerate(data.batches(BATCH)):
+            progress("calibrate activations", done * BATCH, len(data))
+            observer.run(*batch.inputs)
+    progress("calibrate activations", len(data), len(data))
+    return observer.ranges
+
+
+def logit_divergence(reference: Tensor, outputs: Tensor) -> float:
+    """How far outputs moved: mean KL divergence for logits ``[..., c]`` with c of 2 or more, else mean squared error."""
+    if reference.dim() >= 2 and reference.shape[-1] >= 2:
+        log_p = torch.log_softmax(reference.double(), -1)
+        log_q = torch.log_softmax(outputs.double(), -1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return float((reference.double() - outputs.double()).square().mean())

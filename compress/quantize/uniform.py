@@ -1,0 +1,144 @@
+"""Uniform quantization: the same bit width for every weight, one scale an output channel; static 8-bit activations.
+
+Source: Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3.
+Cost: a forward pass over the calibration data for activations, two more to choose the weight ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..apply import Compressed, apply_plan, assemble, float_module
+from ..budget import Budget
+from ..context import Context, Storage
+from ..errors import BudgetError, UsageError
+from ..graph.rewrite import activation_points
+from ..graph.trace import Graph, Layer
+from ..model import Source
+from ..plan import Decision, Plan, Quantize
+from ..sensitivity import Sensitivity
+from ..task import Calibration, Data
+from .calibrate import BATCH, activation_ranges, logit_divergence
+
+ALL_BITS = range(8, 1, -1)
+RANGES = ("minmax", "mse")
+
+
+def plan(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration | None,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Choose the bit width, the weight ranges and the activation ranges.
+
+    Args:
+        budget: ``bits`` (the widest that fits), or ``bytes`` of the delivered file; None means 8 bits.
+        options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs).
+
+    Raises:
+        BudgetError: No bit width meets the budget; gives the feasible minimum.
+        UsageError: Nothing to quantize, or calibration data are needed and missing.
+    """
+    data = None if calibration is None else calibration.data
+    exclude = tuple(options.get("exclude") or ())
+    layers = [layer for layer in graph.layers if not any(fnmatchcase(layer.tensor, glob) for glob in exclude)]
+    if not layers:
+        raise UsageError("no weight is left to quantize", hint="hcompress inspect lists the layers; check --exclude")
+    bits = _choose_bits(source, graph, layers, budget, context)
+
+    activations = _activation_decisions(graph, data, str(options["activations"]), context)
+    search = str(options.get("range") or "auto")
+    if search == "auto":
+        search = _measure_range(source, graph, layers, bits, data, context)
+    decisions = (*_weight_decisions(layers, bits, search), *activations)
+    recorded = {"activations": str(options["activations"]), "exclude": list(exclude), "range": search}
+    predicted = {"average_bits": _average_bits(graph, layers, bits)}
+    measured = activations or options.get("range") in (None, "auto")
+    task_sha256 = calibration.sha256() if calibration is not None and measured else None
+    return Plan("uniform", recorded, 0, source.sha256, task_sha256, budget, decisions, predicted), {}
+
+
+def _average_bits(graph: Graph, layers: list[Layer], bits: int) -> float:
+    chosen = {layer.tensor for layer in layers}
+    total = sum(layer.elements for layer in graph.layers)
+    return sum(layer.elements * (bits if layer.tensor in chosen else 32) for layer in graph.layers) / total
+
+
+def _weight_decisions(layers: list[Layer], bits: int, search: str) -> tuple[Decision, ...]:
+    return tuple(Quantize(layer.tensor, "weight", bits, "symmetric", layer.axis, search) for layer in layers)
+
+
+def _choose_bits(source: Source, graph: Graph, layers: list[Layer], budget: Budget | None, context: Context) -> int:
+    if budget is None:
+        return 8
+    if budget.quantity == "bits":
+        for bits in ALL_BITS:
+            if _average_bits(graph, layers, bits) <= budget.limit + 1e-9:
+                return bits
+        raise BudgetError(
+            f"{budget} is out of reach: uniform goes down to {_average_bits(graph, layers, 2):.4g} average bits",
+            hint=f"raise --budget to {_average_bits(graph, layers, 2):.4g}bit",
+        )
+    state = source.module.state_dict()
+    kept = {layer.tensor: int(torch.count_nonzero(state[layer.tensor])) for layer in layers}
+    limit = budget.absolute(context.model_bytes({}))
+    for bits in ALL_BITS:
+        if context.model_bytes({name: Storage(count, bits) for name, count in kept.items()}) <= limit:
+            return bits
+    minimum = context.model_bytes({name: Storage(count, 2) for name, count in kept.items()})
+    raise BudgetError(
+        f"{budget} ({limit:.0f} bytes) is out of reach: 2-bit weights give about {minimum} bytes",
+        hint=f"raise --budget to at least {minimum} B, or prune first",
+    )
+
+
+def _activation_decisions(graph: Graph, data: Data | None, activations: str, context: Context) -> tuple[Decision, ...]:
+    if activations == "float":
+        return ()
+    if data is None:
+        raise UsageError(
+            "8-bit activations are calibrated on data, and none were given",
+            hint="pass --data FILE.npz or FILE.py:fn(args), or --activations float",
+        )
+    module = float_module(graph)
+    points = [node.name for node in activation_points(module)]
+    ranges = activation_ranges(module, points, data, context.progress)
+    return tuple(Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points)
+
+
+def _measure_range(
+    source: Source, graph: Graph, layers: list[Layer], bits: int, data: Data | None, context: Context
+) -> str:
+    """The range search whose network stays nearest to the dense one on the calibration data."""
+    if data is None:
+        return "mse"
+    with torch.no_grad():
+        dense = _outputs(float_module(graph), data)
+        divergence = {}
+        for done, search in enumerate(RANGES):
+            context.progress("choose weight ranges", done, len(RANGES))
+            candidate = Plan("uniform", {}, 0, "", None, None, _weight_decisions(layers, bits, search), {})
+            compressed: Compressed = apply_plan(source.module, graph.tied, candidate, {})
+            divergence[search] = logit_divergence(dense, _outputs(assemble(graph, compressed), data))
+    context.progress("choose weight ranges", len(RANGES), len(RANGES))
+    return min(RANGES, key=lambda search: divergence[search])
+
+
+def _outputs(module: torch.nn.Module, data: Data) -> Tensor:
+    """The first output tensor over all examples."""
+    parts = []
+    for batch in data.batches(BATCH):
+        output = module(*batch.inputs)
+        while not isinstance(output, Tensor):
+            output = next(iter(output.values() if isinstance(output, dict) else output))
+        parts.append(output)
+    return torch.cat(parts)

@@ -1,0 +1,119 @@
+"""What can be plugged in, as strings: names and one-line descriptions are known without importing torch.
+
+A new method, task or measure is one file and one line here; the CLI's choices, ``hcompress methods``, the docs table and
+the contract test follow from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A compression method.
+
+    Attributes:
+        job: ``prune`` or ``quantize``: the command that offers it.
+        module: Where ``plan(source, graph, sensitivities, calibration, budget, options, context)`` lives.
+        options: Settings that it reads, in the order of its docs.
+        budgets: Quantities that it can meet.
+        measures: Sensitivities that it needs.
+    """
+
+    name: str
+    job: str
+    module: str
+    summary: str
+    source: str
+    options: tuple[str, ...]
+    budgets: tuple[str, ...]
+    measures: tuple[str, ...] = ()
+
+
+METHODS = (
+    Method(
+        name="magnitude",
+        job="prune",
+        module="compress.prune.magnitude",
+        summary="zero the smallest weights: over the whole network, per layer, or n of every m",
+        source="Han et al. 2015 (arXiv:1506.02626); n:m: Mishra et al. 2021 (arXiv:2104.08378)",
+        options=("sparsity", "scope", "pattern", "exclude"),
+        budgets=("sparsity", "bytes"),
+        measures=("weight-error",),
+    ),
+    Method(
+        name="uniform",
+        job="quantize",
+        module="compress.quantize.uniform",
+        summary="the same bit width, 2 to 8, for every weight; activations at 8 bits, calibrated, or float",
+        source="Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021 (arXiv:2106.08295)",
+        options=("activations", "range", "exclude"),
+        budgets=("bits", "bytes"),
+        measures=("weight-error",),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A sensitivity that methods read and reports show."""
+
+    name: str
+    module: str
+    summary: str
+
+
+MEASURES = (
+    Measure("weight-error", "compress.measure.weight_error", "squared weight change per bit width or sparsity; no data"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    name: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    summary: str
+
+
+TASKS = (
+    TaskKind("classification", "accuracy", "%", True, "logits [n, classes] against integer labels [n]"),
+    TaskKind("regression", "mse", "squared error", False, "outputs against float targets of the same shape"),
+    TaskKind("causal-lm", "loss", "nats per token", False, "token ids [n, t]; targets are the ids shifted by one"),
+)
+
+
+def methods_for(job: str) -> tuple[Method, ...]:
+    """The methods that ``hcompress JOB`` offers."""
+    return tuple(method for method in METHODS if method.job == job)
+
+
+def find_method(job: str, name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        UsageError: No such method for this job; prints the choices.
+    """
+    choices = methods_for(job)
+    for method in choices:
+        if method.name == name:
+            return method
+    other = next((m for m in METHODS if m.name == name), None)
+    reason = f"is a method of hcompress {other.job}" if other else "is unknown"
+    raise UsageError(f"method {name!r} {reason}", hint=f"choices: {', '.join(m.name for m in choices)}")
+
+
+def find_measure(name: str) -> Measure:
+    """The measure that a method's entry names."""
+    return next(measure for measure in MEASURES if measure.name == name)
+
+
+def load_module(method: Method | Measure) -> Any:
+    """Import the module; this is where torch comes in."""
+    return importlib.import_module(method.module)

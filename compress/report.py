@@ -1,0 +1,438 @@
+"""The report record as a page for a person: one self-contained HTML file, and Markdown for a pull request.
+
+Both templates print figures through ``Figure``, so that a page shows a number of the record or says ``not measured``.
+Names of layers and files come from untrusted checkpoints; every string is escaped on its way out, by ``finalize``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from .budget import format_bytes
+from .errors import escape
+from .verdict import Check, Verdict
+
+NOT_MEASURED = "not measured"
+NUM_WORST = 10  # Layers in the Markdown table of the largest relative errors.
+NUM_TICKS = 8  # Labels under a plot that still fit on a telephone.
+MIN_SLOTS = 12  # A network of two layers gets bars, not walls.
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """One HTML page that needs no network: inline style and plots, light and dark, for screen and paper."""
+    return _environment(_html_text).get_template("report.html.jinja").render(_view(report))
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The same facts as GitHub-flavoured Markdown."""
+    return _environment(_markdown_text).get_template("report.md.jinja").render(_view(report))
+
+
+def verdict_of(report: dict[str, Any]) -> Verdict:
+    """The record's checks."""
+    return Verdict(tuple(Check(**check) for check in report["checks"]))
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The outcome in a line, such as ``Failed: max_drop (1 of 4 checks)``."""
+    failures, total = verdict.failures(), len(verdict.checks)
+    if not total:
+        return "Measured: no checks were set"
+    if failures:
+        names = ", ".join(escape(check.name) for check in failures)
+        return f"Failed: {names} ({len(failures)} of {total} checks)"
+    return f"Passed: all {total} checks" if total > 1 else "Passed: 1 check"
+
+
+def check_text(check: Check) -> str:
+    """A check in a line, with the digits that decide it: ``max_drop: 1.21 points, limit 1 points: FAILED``."""
+    unit = _unit(check)
+    limit = "" if check.limit is None else f", limit {_exact(check.limit, unit).text}"
+    return f"{escape(check.name)}: {_exact(check.value, unit).text}{limit}: {'passed' if check.ok else 'FAILED'}"
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Each measured figure, dense and compressed, in a line of plain text."""
+    return ", ".join(
+        f"{row.name} {row.dense.text} -> {row.compressed.text} ({row.change})"
+        for row in _comparisons(report)
+        if row.dense is not None and row.compressed is not None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number of the record, and the text that a person reads."""
+
+    value: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A figure of the dense and of the compressed model; None where it was not measured.
+
+    Attributes:
+        change: Words such as ``3.9x smaller``; empty without both figures.
+        scale: Value at which a bar is full.
+        note: On what, or against what, it was measured.
+    """
+
+    name: str
+    dense: Figure | None
+    compressed: Figure | None
+    change: str
+    scale: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One layer of a plot: height in percent of the axis, and the text on hover."""
+
+    height: float
+    decision: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    position: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A quantity along the network, one bar a layer.
+
+    Attributes:
+        constant: The text of every layer, where all are the same and a plot would say nothing; else empty.
+        slots: Width of the drawing, in bars.
+        line: Height of a second quantity per layer, drawn as a step line; may be empty.
+    """
+
+    title: str
+    unit: str
+    constant: str
+    slots: int
+    bars: tuple[Bar, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    line: tuple[float, ...] = ()
+
+
+def _environment(finalize: Callable[[object], Markup]) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("compress", ""),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "bits": _bits,
+        "code": _markdown_code,
+        "count": _count,
+        "duration": _duration,
+        "error": _error,
+        "exact": _exact,
+        "fenced": lambda text: Markup(escape(text, limit=1000)),
+        "percent": _percent,
+        "size": _size,
+        "small": _small,
+        "unit": _unit,
+        "whole": lambda value: Figure(value, f"{value:,}"),
+    }
+    return environment
+
+
+def _html_text(value: object) -> Markup:
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return Markup('<span class="none">{}</span>').format(NOT_MEASURED)
+    if isinstance(value, Figure):
+        return Markup('<data value="{}">{}</data>').format(value.value, value.text)
+    return Markup.escape(escape(str(value), limit=400))
+
+
+def _markdown_text(value: object) -> Markup:
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return Markup(NOT_MEASURED)
+    text = value.text if isinstance(value, Figure) else escape(str(value), limit=400)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", text))
+
+
+def _markdown_code(name: str) -> Markup:
+    """A code span; where backticks or pipes would end it or its table cell, an element of character references."""
+    shown = escape(name)
+    if shown.strip() and not set(shown) & set("`|\\"):
+        return Markup(f"`{shown}`")
+    return Markup("<code>{}</code>").format(Markup(re.sub(r"[^\w. ]|_", lambda found: f"&#{ord(found[0])};", shown)))
+
+
+def _view(report: dict[str, Any]) -> dict[str, Any]:
+    """What both templates see: the record, and what follows from it."""
+    verdict = verdict_of(report)
+    layers = _with_shares(report["layers"])
+    worst = sorted((layer for layer in layers if layer["relative_error"]), key=lambda layer: -layer["relative_error"])
+    plots = _plots(layers) if layers else ()
+    return {
+        "report": report,
+        "verdict": verdict,
+        "verdict_text": verdict_text(verdict),
+        "headline": headline(report),
+        "comparisons": _comparisons(report),
+        "layers": layers,
+        "decisions": [name for name in ("quantize", "mask", "keep") if any(x["decision"] == name for x in layers)],
+        "worst": worst[:NUM_WORST],
+        "plots": plots,
+        "failures": [check_text(check) for check in verdict.failures()],
+        "drawn": [plot for plot in plots if not plot.constant],
+        "reproduce": _reproduce(report),
+    }
+
+
+def _comparisons(report: dict[str, Any]) -> tuple[Comparison, ...]:
+    delivered, latency = report["delivered"], report["latency_ms"] or {"dense": None, "compressed": None}
+    against = "" if delivered == "model.onnx" else " against the dense model.onnx"
+    return (
+        _metric(report["metric"]),
+        _compare(
+            "bytes on disk", _size, report["dense_bytes"], report["files"].get(delivered), note=f"{delivered}{against}"
+        ),
+        _compare("MACs", _count, *_pair(report["macs"]), note="multiply-accumulate operations"),
+        _compare("latency", _milliseconds, *_pair(latency), words=("faster", "slower"), note="at batch 1"),
+        _compare("params", _count, *_pair(report["params"])),
+    )
+
+
+def _pair(record: dict[str, Any]) -> tuple[float | None, float | None]:
+    return record["dense"], record["compressed"]
+
+
+def _compare(
+    name: str,
+    figure: Callable[[float | None], Figure | None],
+    dense: float | None,
+    compressed: float | None,
+    *,
+    words: tuple[str, str] = ("smaller", "larger"),
+    note: str = "",
+) -> Comparison:
+    change = ""
+    if dense and compressed:
+        ratio = dense / compressed
+        share = f"{100 * compressed / dense:.1f} % of dense"
+        times = f"{max(ratio, 1 / ratio):.2f}x {words[0] if ratio > 1 else words[1]}"
+        change = "no change" if times.startswith("1.00x") else f"{times}, {share}"
+    return Comparison(name, figure(dense), figure(compressed), change, max(dense or 0, compressed or 0), note)
+
+
+def _metric(metric: dict[str, Any] | None) -> Comparison:
+    if metric is None:
+        return Comparison("metric", None, None, "", 0.0, "no evaluation data")
+    dense, compressed = _pair(metric)
+    is_percent = metric["unit"] == "%"
+    name = escape(metric["name"] if is_percent else f"{metric['name']} ({metric['unit']})")
+    change = ""
+    if dense is not None and compressed is not None:
+        change = f"{compressed - dense:+z.2f} points" if is_percent else f"{compressed - dense:+z.3g}"
+
+    def show(value: float | None) -> Figure | None:
+        return None if value is None else Figure(value, f"{value:.2f} %" if is_percent else f"{value:.4g}")
+
+    better = "" if metric["higher_is_better"] else "; lower is better"
+    note = f"{metric['num_examples']:,} examples in {metric['runtime']}{better}"
+    scale = 100.0 if is_percent else max(dense or 0, compressed or 0)
+    return Comparison(name, show(dense), show(compressed), change, scale, note)
+
+
+def _with_shares(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers with their number, share of the weights' bits, and share of the elements."""
+    bits = sum(layer["elements"] * layer["bits"] for layer in layers) or 1
+    elements = sum(layer["elements"] for layer in layers) or 1
+    return [
+        {
+            **layer,
+            "number": number,
+            "byte_share": layer["elements"] * layer["bits"] / bits,
+            "element_share": layer["elements"] / elements,
+        }
+        for number, layer in enumerate(layers, start=1)
+    ]
+
+
+def _plots(layers: list[dict[str, Any]]) -> tuple[Plot, ...]:
+    most_bits = max(layer["bits"] for layer in layers)
+    most_share = _ceiling(max(max(layer["byte_share"], layer["element_share"]) for layer in layers))
+    most_error = _ceiling(max(layer["relative_error"] for layer in layers))
+    unit, ticks = _bits_axis(most_bits)
+    plots = (
+        _plot(layers, "bits", "Bits", unit, show=_bits, at=lambda bits: _bits_height(bits, most_bits), ticks=ticks),
+        _plot(
+            layers,
+            "sparsity",
+            "Sparsity",
+            "zeros / elements",
+            show=_percent,
+            label=_percent_label,
+            at=lambda x: 100 * x,
+            ticks=(0, 0.5, 1),
+        ),
+        _plot(
+            layers,
+            "relative_error",
+            "Relative error",
+            "of the weights",
+            show=_error,
+            at=lambda x: 100 * x / most_error,
+            ticks=(0, most_error / 2, most_error),
+        ),
+        _plot(
+            layers,
+            "byte_share",
+            "Share of bytes",
+            "elements x bits, of all weights",
+            show=_percent,
+            label=_percent_label,
+            at=lambda x: 100 * x / most_share,
+            ticks=(0, most_share / 2, most_share),
+            line="element_share",
+        ),
+    )
+    return tuple(sorted(plots, key=lambda plot: bool(plot.constant)))
+
+
+def _plot(
+    layers: list[dict[str, Any]],
+    key: str,
+    title: str,
+    unit: str,
+    *,
+    show: Callable[[float], Figure],
+    label: Callable[[float], str] = "{:.3g}".format,
+    at: Callable[[float], float],
+    ticks: Sequence[float],
+    line: str = "",
+) -> Plot:
+    slots = max(len(layers), MIN_SLOTS)
+    texts = {show(layer[key]).text for layer in layers}
+    step = next(n * 10**k for k in range(9) for n in (1, 2, 5) if len(layers) / (n * 10**k) <= NUM_TICKS)
+    numbers = sorted({1, *range(step, len(layers) + 1, step)} - ({step} if 1 < step <= 2 else set()))
+    return Plot(
+        title=title,
+        unit=unit,
+        constant=texts.pop() if len(texts) == 1 else "",
+        slots=slots,
+        bars=tuple(
+            Bar(
+                round(at(layer[key]), 2),
+                layer["decision"],
+                f"{layer['number']}. {escape(layer['tensor'])}: "
+                f"{title.lower()} {show(layer[key]).text} ({layer['decision']})",
+            )
+            for layer in layers
+        ),
+        x_ticks=tuple(Tick(100 * (number - 0.5) / slots, str(number)) for number in numbers),
+        y_ticks=tuple(Tick(round(at(value), 2), label(value)) for value in ticks),
+        line=tuple(round(at(layer[line]), 2) for layer in layers) if line else (),
+    )
+
+
+def _bits_axis(most: float) -> tuple[str, tuple[float, ...]]:
+    """Unit and ticks; logarithmic where floats would press all quantized layers to the floor."""
+    if most <= 8:
+        return "a weight", (0, 2, 4, 6, 8)
+    return "a weight, logarithmic", tuple(2.0**power for power in range(math.floor(math.log2(most)) + 1))
+
+
+def _bits_height(bits: float, most: float) -> float:
+    if most <= 8:
+        return 100 * bits / 8
+    return 100 * (math.log2(max(bits, 0.5)) + 1) / (math.log2(most) + 1)
+
+
+def _ceiling(value: float) -> float:
+    """The round number at the top of an axis that must hold ``value``."""
+    if value <= 0:
+        return 1.0
+    scale: float = 10.0 ** math.floor(math.log10(value))
+    return next(step * scale for step in (1, 2, 4, 6, 8, 10) if value <= step * scale * (1 + 1e-9))
+
+
+def _reproduce(report: dict[str, Any]) -> str:
+    """The command line without the user's own settings, which manifest.json has."""
+    words = ["hcompress", report["command"], report["source"]["name"]]
+    if report["command"] in ("prune", "quantize"):
+        words += ["--method", report["method"]]
+        words += ["--budget", report["budget"]] if report["budget"] else []
+        words += ["--for", "safetensors"] if report["delivered"] == "model.safetensors" else []
+        words += ["--seed", str(report["seed"])]
+    return shlex.join(words)
+
+
+def _size(value: float | None) -> Figure | None:
+    return None if value is None else Figure(value, re.sub(r"(?=[KMG]?B$)", " ", format_bytes(value), count=1))
+
+
+def _count(value: float | None) -> Figure | None:
+    if value is None:
+        return None
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= scale:
+            return Figure(value, f"{value / scale:.4g} {unit}")
+    return Figure(value, f"{value:g}")
+
+
+def _milliseconds(value: float | None) -> Figure | None:
+    return None if value is None else Figure(value, f"{value:.3g} ms")
+
+
+def _duration(value: float) -> Figure:
+    return Figure(value, f"{value:.3g} s" if value < 120 else f"{value / 60:.3g} min")
+
+
+def _bits(value: float) -> Figure:
+    return Figure(value, f"{value:.4g}")
+
+
+def _small(value: float) -> Figure:
+    return Figure(value, f"{value:.2g}")
+
+
+def _error(value: float) -> Figure:
+    return Figure(value, "0" if value == 0 else f"{value:.4f}" if value >= 0.0005 else f"{value:.1e}")
+
+
+def _percent(value: float) -> Figure:
+    """A fraction as percent; what is not quite all is not shown as all."""
+    share = 100 * value
+    return Figure(value, f"{share:.6g} %" if 99.995 <= share < 100 else f"{share:.2f} %")
+
+
+def _percent_label(value: float) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _unit(check: Check) -> str:
+    """A drop of 91 % to 90 % is one point; one percent of 91 % would be another number."""
+    return "points" if (check.name, check.unit) == ("max_drop", "%") else check.unit
+
+
+def _exact(value: float, unit: str) -> Figure:
+    """The digits that decide a check, which a rounded figure would hide."""
+    return Figure(value, f"{value:,.0f} bytes" if unit == "bytes" else f"{value:.6g} {escape(unit)}".rstrip())

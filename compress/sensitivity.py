@@ -1,0 +1,98 @@
+"""Sensitivity and cost records: one number, with its error, for each (layer, option) pair; no tensors.
+
+An option is what could be done to a layer: a bit width (``"4"``), a sparsity (``"0.5"``), or ``""`` for the layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import canonical
+from .errors import InputError
+
+SENSITIVITY_SCHEMA = "hcompress.sensitivity/1"
+COST_SCHEMA = "hcompress.cost/1"
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value and its standard error (0 where it is exact)."""
+
+    value: float
+    stderr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What a change of each layer costs in loss.
+
+    Attributes:
+        method: The measure's registered name.
+        unit: Of every value, e.g. ``loss per squared weight`` or ``squared weight``.
+        task_sha256: Hash of the data it was measured on; None for data-free measures.
+    """
+
+    method: str
+    unit: str
+    source_sha256: str
+    task_sha256: str | None
+    entries: Mapping[Key, Estimate]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON, entries in layer order."""
+        return {
+            "schema": SENSITIVITY_SCHEMA,
+            "method": self.method,
+            "unit": self.unit,
+            "source_sha256": self.source_sha256,
+            "task_sha256": self.task_sha256,
+            "entries": [
+                {"layer": layer, "option": option, "value": e.value, "stderr": e.stderr}
+                for (layer, option), e in self.entries.items()
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """What each layer costs under each option.
+
+    Attributes:
+        quantity: A budget's quantity: ``bytes``, ``bits``, ``macs``, ``latency``...
+    """
+
+    quantity: str
+    entries: Mapping[Key, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON, entries in layer order."""
+        return {
+            "schema": COST_SCHEMA,
+            "quantity": self.quantity,
+            "entries": [
+                {"layer": layer, "option": option, "value": value} for (layer, option), value in self.entries.items()
+            ],
+        }
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Read sensitivity.json.
+
+    Raises:
+        InputError: Not a sensitivity record; names the file and the key.
+    """
+    record = canonical.read_record(path, SENSITIVITY_SCHEMA)
+    try:
+        entries = {
+            (str(e["layer"]), str(e["option"])): Estimate(float(e["value"]), float(e["stderr"]))
+            for e in record["entries"]
+        }
+        return Sensitivity(
+            str(record["method"]), str(record["unit"]), str(record["source_sha256"]), record["task_sha256"], entries
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: bad entry ({error})", hint="make the run again") from None

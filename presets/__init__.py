@@ -1,0 +1,1 @@
+"""Shipped presets, a TOML file each; installed as ``compress.presets``."""

@@ -1,0 +1,44 @@
+"""Bit planes keep every value, in exactly the bytes and the order that the module describes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.formats.planes import pack, packed_size, unpack
+
+
+@settings(deadline=None)
+@given(bits=st.integers(1, 8), size=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
+def test_unpack_gives_back_what_pack_was_given(bits: int, size: int, seed: int) -> None:
+    levels = np.random.default_rng(seed).integers(0, 2**bits, size, dtype=np.uint8)
+    data = pack(levels, bits)
+    assert data.size == packed_size(size, bits)
+    assert np.array_equal(unpack(data, bits, size), levels)
+    assert np.array_equal(unpack(data.tobytes(), bits, size), levels)
+
+
+def test_bytes_are_laid_out_as_documented() -> None:
+    assert pack(np.array([5, 2, 7], dtype=np.uint8), 3).tolist() == [0b00_11_10_01, 0b00000_1_0_1]
+    assert pack(np.array([1, 15, 2], dtype=np.uint8), 4).tolist() == [0xF1, 0x02]
+
+
+def test_whole_bytes_cost_exactly_the_bits() -> None:
+    assert [packed_size(800, bits) for bits in range(1, 9)] == [100 * bits for bits in range(1, 9)]
+
+
+def test_a_level_beyond_its_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"level 8 doesn't fit 3 bits \(0 to 7\)"):
+        pack(np.array([8], dtype=np.uint8), 3)
+
+
+def test_a_width_that_no_plane_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="9 bits; a plane holds 1 to 8"):
+        packed_size(1, 9)
+
+
+def test_data_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 levels of 4 bits are 2 B, not 1"):
+        unpack(b"\0", 4, 3)

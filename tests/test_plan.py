@@ -1,0 +1,111 @@
+"""A plan survives its file byte for byte, and a file that is no plan is refused by the key that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress import canonical
+from compress.budget import Budget
+from compress.errors import InputError
+from compress.plan import SCHEMA, Decision, MaskWeights, Plan, Quantize, read_plan
+
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+SHA = "0" * 64
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> MaskWeights:
+    total = draw(st.integers(0, 10**9))
+    return MaskWeights(
+        draw(NAMES), draw(st.integers(0, total)), total, draw(st.sampled_from(["unstructured", "2:4"])), SHA
+    )
+
+
+@st.composite
+def roundings(draw: st.DrawFn) -> Quantize:
+    bits, scheme = draw(st.integers(2, 8)), draw(st.sampled_from(["symmetric", "asymmetric"]))
+    if draw(st.booleans()):
+        found = draw(st.sampled_from(["minmax", "mse"]))
+        return Quantize(draw(NAMES), "weight", bits, scheme, draw(st.none() | st.integers(0, 3)), found)
+    ends = st.floats(allow_nan=False, allow_infinity=False)
+    return Quantize(draw(NAMES), "activation", bits, scheme, None, (draw(ends), draw(ends)))
+
+
+def make_plan(*decisions: Decision) -> Plan:
+    return Plan("uniform", {"range": "mse"}, 0, SHA, None, Budget("bits", 4.0), decisions, {"average_bits": 4.0})
+
+
+def written(folder: Path, changes: dict[str, Any], *, without: str = "") -> Path:
+    record = canonical.plain(make_plan(Quantize("w", "weight", 4, "symmetric", 0, "mse"))) | changes
+    record.pop(without, None)
+    path = folder / "plan.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
+@given(decisions=st.lists(masks() | roundings(), max_size=5))
+def test_read_gives_back_what_was_written_in_the_same_bytes(
+    decisions: list[Decision], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = make_plan(*decisions)
+    path = tmp_path_factory.getbasetemp() / "plan.json"
+    path.write_text(canonical.dumps(plan))
+    assert read_plan(path) == plan
+    assert canonical.dumps(read_plan(path)) == path.read_text()
+
+
+def test_decisions_are_found_by_tensor() -> None:
+    mask = MaskWeights("w", 1, 4, "unstructured", SHA)
+    weight = Quantize("w", "weight", 4, "symmetric", 0, "mse")
+    activation = Quantize("relu", "activation", 8, "asymmetric", None, (0.0, 6.0))
+    plan = make_plan(mask, weight, activation)
+    assert plan.masks() == {"w": mask}
+    assert plan.quantized("weight") == {"w": weight}
+    assert plan.quantized("activation") == {"relu": activation}
+
+
+def decision(**changes: Any) -> dict[str, Any]:
+    base = {"kind": "quantize", "tensor": "w", "target": "weight", "bits": 4}
+    return base | {"scheme": "symmetric", "axis": 0, "range": "mse"} | changes
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (decision(kind="shrink"), "unknown decision kind shrink"),
+        (decision(bits=9), "w has 9 bits"),
+        (decision(bits=1), "w has 1 bits"),
+        (decision(target="bias"), "w has target bias"),
+        (decision(range="wide"), "w has range 'wide'"),
+        (decision(range=[0, 1]), "w has range (0.0, 1.0)"),
+        (decision(target="activation"), "w has range 'mse'"),
+        (decision(range=[0, 1, 2]), "bad value ("),
+        (decision(colour="red"), "bad value ("),
+        ({"kind": "mask", "tensor": "w"}, "bad value ("),
+        (
+            {"kind": "mask", "tensor": "w", "kept": 5, "total": 4, "pattern": "unstructured", "mask_sha256": SHA},
+            "w keeps 5 of 4",
+        ),
+    ],
+)
+def test_a_decision_that_is_wrong_is_named(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_plan(written(tmp_path, {"decisions": [entry]}))
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="key 'predicted' is missing"):
+        read_plan(written(tmp_path, {}, without="predicted"))
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"schema is hcompress.plan/9, expected {SCHEMA}"):
+        read_plan(written(tmp_path, {"schema": "hcompress.plan/9"}))
