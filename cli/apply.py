@@ -27,7 +27,7 @@ def apply(checkpoint: Path, plan: Path, force: bool, as_json: bool, quiet: bool)
     No data decide anything here: the same checkpoint and plan give the same model.
     """
     settings = method_run.with_out(options.resolve(), "apply", checkpoint)
-    preflight.check_checkpoint(checkpoint)
+    preflight.check_inputs(checkpoint, settings)
     found = preflight.plan_file(plan)
     preflight.check_out(Path(settings["out"].value), force=force)
 

@@ -38,7 +38,6 @@ def bench(run: Path, repeats: int, batch: int, as_json: bool, quiet: bool) -> No
         for name, times in record["latency_ms"].items()
     ]
     print_table(("model", "median", "p10", "p90"), rows)
-    print_line(
-        f"ratio {record['ratio']:.3g}, batch {record['batch']}, "
-        f"{record['repeats']} repeats, threads {record['threads']}"
-    )
+    if "dense" in record["latency_ms"]:
+        print_line(f"compressed takes {record['ratio']:.3g} of the dense time")
+    print_line(f"batch {record['batch']}, {record['repeats']} repeats, threads {record['threads']}")

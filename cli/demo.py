@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .. import settings
 from . import options, preflight
 from .figures import NOTHING, count, size
 from .options import command, force_option, setting_options
@@ -26,13 +27,14 @@ hcompress demo --out hcompress-demo --force --json"""
 @force_option
 def demo(out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Compress a small network that is shipped with its data, and compare the results. No download."""
-    settings = options.resolve()
+    # The user's own config is about another network: its gates and data don't apply here.
+    chosen = settings.resolve(options.given_flags(), environment={}, folder=None)
     preflight.check_out(out, force=force)
 
     from ..pipeline import run_demo
 
     with Progress(quiet=quiet) as progress:
-        record = run_demo(out, settings, force=force, command=options.command_line(), progress=progress)
+        record = run_demo(out, chosen, force=force, command=options.command_line(), progress=progress)
     if as_json:
         print_json(record)
         return

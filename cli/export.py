@@ -21,7 +21,7 @@ hcompress export model.pt --model net.py:make --eval test.npz --min-metric 90 --
 def export(checkpoint: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Write the dense model of CHECKPOINT as ONNX and safetensors, compared with torch in the runtime."""
     settings = method_run.with_out(options.resolve(), "export", checkpoint)
-    preflight.check_checkpoint(checkpoint)
+    preflight.check_inputs(checkpoint, settings)
     preflight.check_out(Path(settings["out"].value), force=force)
 
     from ..pipeline import export_dense

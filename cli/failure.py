@@ -132,9 +132,9 @@ def _print_result(failure: Failure, *, as_json: bool) -> None:
             document["report"] = failure.report
         click.echo(canonical.dumps(document), nl=False)
     elif failure.report is not None:
-        from .figures import print_report
+        from .figures import print_measured
 
-        print_report(failure.report)
+        print_measured(failure.report)
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -40,6 +40,19 @@ def print_report(report: dict[str, Any]) -> None:
         print_line(line)
 
 
+def print_measured(record: dict[str, Any]) -> None:
+    """The record of a run or of a verification: all that it measured."""
+    if record["schema"] == REPORT_SCHEMA:
+        print_report(record)
+        return
+    metric = record["metric"]
+    if metric is not None:
+        unit = metric["unit"]
+        print_line(f"{metric['name']}: {metric['compressed']:.4g} {unit} (dense {metric['dense']:.4g} {unit})")
+    for line in [parity_line(entry) for entry in record["parity"]] + [check_line(check) for check in record["checks"]]:
+        print_line(line)
+
+
 def comparison_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The before/after table; a figure that was not measured has no row."""
     rows = []
@@ -49,10 +62,13 @@ def comparison_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         change = f"{metric['compressed'] - metric['dense']:+.4g} {'points' if unit == '%' else unit}"
         name = f"{metric['name']} ({metric['num_examples']:,} examples)"
         rows.append((name, f"{metric['dense']:.4g} {unit}", f"{metric['compressed']:.4g} {unit}", change))
-    dense_bytes = report["dense_bytes"]
-    for name, size_bytes in sorted(report["files"].items()):
-        if name.startswith("model."):
-            rows.append((name, size(dense_bytes), size(size_bytes), share(size_bytes, dense_bytes)))
+    dense_bytes, delivered = report["dense_bytes"], report.get("delivered", "model.onnx")
+    rows.append((delivered, *_sizes(dense_bytes, report["files"].get(delivered))))
+    rows += [
+        (name, NOTHING, size(size_bytes), "")
+        for name, size_bytes in sorted(report["files"].items())
+        if name != delivered
+    ]
     for key, label in (("params", "parameters"), ("macs", "MACs")):
         pair = report[key]
         if pair is not None and pair["dense"] is not None:
@@ -65,6 +81,12 @@ def comparison_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     if latency is not None:
         rows.append(("latency, batch 1", *latency_cells(latency["dense"], latency["compressed"])))
     return rows
+
+
+def _sizes(dense_bytes: int, size_bytes: int | None) -> tuple[str, str, str]:
+    if size_bytes is None:  # A rejected run keeps no models.
+        return size(dense_bytes), NOTHING, ""
+    return size(dense_bytes), size(size_bytes), share(size_bytes, dense_bytes)
 
 
 def latency_cells(dense_ms: float, compressed_ms: float) -> tuple[str, str, str]:

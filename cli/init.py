@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 from .. import settings
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..settings import CONFIG, SETTINGS, Setting
 from .method_run import DATA_SETTINGS, GATE_SETTINGS
 from .options import command, given_flags, setting_options
 from .output import print_json, print_line
+from .preflight import check_files
 
 EXAMPLES = """\
 hcompress init
@@ -45,7 +46,7 @@ def init(out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     if out.exists() and not force:
         raise UsageError(f"--out {out} exists", hint="pass --force to replace it, or another --out")
     flags = given_flags()
-    check_files(flags)
+    check_files(settings.resolve(flags, environment={}, folder=None))
     write_checked(out, flags)
     if as_json:
         print_json({"schema": SCHEMA, "path": str(out), "settings": flags})
@@ -53,20 +54,11 @@ def init(out: Path, force: bool, as_json: bool, quiet: bool) -> None:
         print_line(f"wrote {out}; hcompress settings prints what is in force")
 
 
-def check_files(flags: dict[str, str]) -> None:
-    """The files that the flags name are there."""
-    for name in ("model", "data", "eval"):
-        head, _, function = flags.get(name, "").partition(":")
-        if head and (not function or head.endswith(".py")) and not Path(head).exists():
-            flag = settings.BY_NAME[name].flag
-            raise InputError(f"{flag} {flags[name]}: {head} does not exist", hint="name a file as seen from here")
-
-
 def write_checked(out: Path, flags: dict[str, str]) -> None:
     """Write the file beside ``out``, read it back, and put it in place; ``out`` is whole or untouched."""
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=".hcompress-init-") as name:
         folder = Path(name)
-        given = settings.resolve(flags, environment={}, folder=folder)
+        given = settings.resolve(flags, environment={}, folder=None)
         staged = folder / CONFIG
         staged.write_text(render({key: given[key].value for key in flags}), encoding="utf-8")
         back = settings.resolve({}, environment={}, folder=folder)

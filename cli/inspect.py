@@ -23,7 +23,7 @@ hcompress inspect model.safetensors --json"""
 def inspect(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, sizes, tied weights, and what stands in the way of compressing it."""
     settings = options.resolve()
-    preflight.check_checkpoint(checkpoint)
+    preflight.check_inputs(checkpoint, settings)
 
     from ..pipeline import inspect_checkpoint
 

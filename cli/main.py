@@ -6,9 +6,10 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -98,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
     signal.signal(signal.SIGTERM, _terminate)
+    if not sys.warnoptions:
+        # Libraries warn their own developers so; a user of ours can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     try:
         with cli.make_context(PROGRAM, list(arguments), obj=arguments) as context:
             cli.invoke(context)
@@ -109,11 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> Any:
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     # A second signal must not cut the clean-up of the first short.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise failure.Terminated
-
-
-if __name__ == "__main__":
-    sys.exit(main())

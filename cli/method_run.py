@@ -43,9 +43,12 @@ def run_job(
 ) -> None:
     """One ``hcompress prune`` or ``hcompress quantize``."""
     settings = with_out(options.resolve(preset), job, checkpoint)
-    preflight.check_goal(job, settings)
-    preflight.check_checkpoint(checkpoint)
-    plan = None if plan is None else preflight.plan_file(plan)
+    preflight.check_method(job, settings)
+    if plan is None:
+        preflight.check_budget(job, settings)
+    else:
+        plan = preflight.plan_file(plan)
+    preflight.check_inputs(checkpoint, settings)
     if not dry_run:
         preflight.check_out(Path(settings["out"].value), force=force)
 

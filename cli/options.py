@@ -40,7 +40,7 @@ def command(name: str, *, examples: str) -> Callable[[Callable[..., None]], clic
         made = click.command(name, cls=ExamplesCommand, epilog=examples)(function)
         made.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document, failures included."),
-            click.Option(["--quiet", "-q"], is_flag=True, help="No progress and no notes."),
+            click.Option(["--quiet", "-q"], is_flag=True, help="No progress on stderr."),
             # main reads --debug from the command line, as an error may come before options are parsed.
             click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
         ]

@@ -94,7 +94,7 @@ def why_lines(layer: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
     """The decision, its reason, and what the other layers got instead, in sentences."""
     weights = sum(other["elements"] for other in layers)
     lines = [
-        f"{layer['tensor']}: {layer['decision']}.",
+        f"{layer['tensor']}: {_decided(layer)}.",
         f"Why: {layer['why'] or 'the method gave no reason'}.",
         f"It is a {layer['op']} of {' x '.join(map(str, layer['shape']))} with {count(layer['elements'])} weights, "
         f"{share(layer['elements'], weights)} of all, at {_number(layer['bits'])} bits and "
@@ -105,12 +105,15 @@ def why_lines(layer: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
         above = sum(error > layer["relative_error"] for error in errors)
         rank = f"{above} of {len(errors)} layers have a larger one" if above else f"no other of {len(errors)} is larger"
         lines.append(f"Its relative error is {layer['relative_error']:.3g}: {rank}.")
-    others: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, list[str]] = defaultdict(list)
     for other in layers:
-        if other["decision"] != layer["decision"]:
-            others[other["decision"]].append(other["tensor"])
-    for decision, tensors in others.items():
-        lines.append(f"Instead, {decision}: {_listed(tensors, 3)}.")
-    if not others:
-        lines.append("Every other layer got the same decision.")
-    return lines
+        if other is not layer:
+            groups[_decided(other)].append(other["tensor"])
+    alike = groups.pop(_decided(layer), [])
+    lines.append(f"{len(alike)} of {len(layers) - 1} other layers got the same decision.")
+    return lines + [f"Instead, {decided}: {_listed(tensors, 3)}." for decided, tensors in groups.items()]
+
+
+def _decided(layer: dict[str, Any]) -> str:
+    """The decision in words; how many weights a mask keeps differs by layer, and does not make another decision."""
+    return f"quantize to {layer['bits']:g} bits" if layer["decision"] == "quantize" else str(layer["decision"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import method_run, options, preflight
-from .figures import check_line, parity_line
+from .figures import print_measured
 from .options import command, run_argument, setting_options
-from .output import print_json, print_line
+from .output import print_json
 from .progress import Progress
 
 EXAMPLES = """\
@@ -18,11 +18,12 @@ hcompress verify small --model net.py:make --eval test.npz --max-latency 5ms --j
 @command("verify", examples=EXAMPLES)
 @run_argument
 @setting_options("model", "model_args", "data", "eval", "mean", "std", "layout", "task", "threads")
-@setting_options(*method_run.GATE_SETTINGS)
+@setting_options(*method_run.GATE_SETTINGS, "summary", "junit")
 def verify(run: Path, as_json: bool, quiet: bool) -> None:
     """Measure the models of RUN again: hashes, parity, metric and gates. Exit 4 if a check fails."""
     settings = options.resolve()
     preflight.check_run(run)
+    preflight.check_files(settings)
 
     from ..pipeline import verify_run
 
@@ -30,10 +31,5 @@ def verify(run: Path, as_json: bool, quiet: bool) -> None:
         record = verify_run(run, settings, progress=progress)
     if as_json:
         print_json(record)
-        return
-    metric = record["metric"]
-    if metric is not None:
-        unit = metric["unit"]
-        print_line(f"{metric['name']}: {metric['compressed']:.4g} {unit} (dense {metric['dense']:.4g} {unit})")
-    for line in [parity_line(entry) for entry in record["parity"]] + [check_line(check) for check in record["checks"]]:
-        print_line(line)
+    else:
+        print_measured(record)

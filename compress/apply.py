@@ -134,21 +134,14 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
     Raises:
         InputError: The plan names an activation that the graph lacks.
     """
-    module = unlift(graph.program)
-    canonical = {alias: names[0] for names in graph.tied for alias in names}
+    module = unlift(graph.program, graph.tied)
     factors = fold_batch_norms(module)
     activations = {} if compressed.plan is None else compressed.plan.quantized("activation")
     targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     layers = {layer.tensor: layer for layer in graph.layers}
-    for target in sorted(targets):
-        key = canonical.get(target, target)
-        if key in layers or target in factors:
-            axis = layers[key].axis if key in layers else 0
-            set_weight(module, target, _folded(compressed.tensors[key], factors.get(target), axis))
-        elif key in compressed.tensors:
-            value = compressed.tensors[key]
-            if isinstance(value, QuantizedTensor):
-                set_weight(module, target, _folded(value, None, None))
+    for target in sorted(targets & compressed.tensors.keys()):
+        axis = layers[target].axis if target in layers else None
+        set_weight(module, target, _folded(compressed.tensors[target], factors.get(target), axis))
     names = {node.name for node in module.graph.nodes}
     lost = [name for name in activations if name not in names]
     if lost:
@@ -175,12 +168,9 @@ def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | 
 
 def float_module(graph: Graph) -> fx.GraphModule:
     """The dense network with its batch norms folded: where activations are calibrated, by the names that plans use."""
-    module = unlift(graph.program)
+    module = unlift(graph.program, graph.tied)
     factors = fold_batch_norms(module)
     axes = {layer.tensor: layer.axis for layer in graph.layers}
-    canonical = {alias: names[0] for names in graph.tied for alias in names}
     for target, factor in factors.items():
-        weight = tensor_at(module, target)
-        folded = _folded(weight, factor, axes[canonical.get(target, target)])
-        set_weight(module, target, folded)
+        set_weight(module, target, _folded(tensor_at(module, target), factor, axes[target]))
     return finish(module)

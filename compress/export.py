@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, numpy_helper
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from .apply import Compressed
 from .errors import InputError
 from .formats import pt2
-from .formats.onnx_packed import pack_weights
+from .formats.onnx_packed import pack_weights, sparsify
 from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import to_aten
 from .graph.trace import Graph, trace_module
@@ -29,6 +30,7 @@ from .graph.trace import Graph, trace_module
 OPSET = 21
 IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the file
 BATCH_NAME = "batch"
+SPARSE_NODE_BYTES = 400  # of the nodes that put a masked weight together
 EXTERNAL_DATA_BYTES = 2**31 - 2**20  # protobuf's limit, less the graph
 
 
@@ -115,23 +117,26 @@ def _drop_unused(model: ModelProto) -> None:
 
 
 def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:
-    """Bit width of each integer initializer of the exported network, by its name."""
-    canonical = {alias: names[0] for names in graph.tied for alias in names}
-    bits = {}
-    for key, value in compressed.tensors.items():
-        if isinstance(value, QuantizedTensor):
-            bits[f"{key}_levels"] = value.bits
-            bits[f"{canonical.get(key, key)}_levels"] = value.bits
-    return bits
+    """Bit width of each integer initializer of the exported network, by its name; tied weights once."""
+    aliases = {alias for names in graph.tied for alias in names[1:]}
+    return {
+        f"{key}_levels": value.bits
+        for key, value in compressed.tensors.items()
+        if isinstance(value, QuantizedTensor) and key not in aliases
+    }
 
 
 def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> ModelProto:
     """The compressed network with its weights at their packed bits.
 
-    With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels; with float
-    activations they are decoded to float weights when the file is loaded, at full float speed.
+    With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels. With float
+    activations they are decoded to float weights when the file is loaded: left to itself, ONNX Runtime would round the
+    activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions.
     """
     model = to_onnx(module, graph.example_inputs)
+    sparse = _sparse_initializers(model)
+    if sparse:
+        model = sparsify(model, sparse)
     bits = weight_bits(graph, compressed)
     if not bits:
         return model
@@ -139,6 +144,18 @@ def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> 
     packed = pack_weights(model, bits, dequantize="linear" if has_integer_activations else "fold")
     onnx.checker.check_model(packed, full_check=True)
     return packed
+
+
+def _sparse_initializers(model: ModelProto) -> list[str]:
+    """Float weights with enough zeros that a mask and the survivors are smaller."""
+    names = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
+            values = numpy_helper.to_array(tensor)
+            zeros = values.size - int(np.count_nonzero(values))
+            if 4 * zeros > values.size / 8 + SPARSE_NODE_BYTES:
+                names.append(tensor.name)
+    return names
 
 
 def serialize(model: ModelProto) -> bytes:

@@ -141,7 +141,7 @@ def _example_inputs(
     source: Source, calibration: Calibration | None, settings: Settings, notes: list[str]
 ) -> tuple[Tensor, ...]:
     if calibration is not None:
-        return calibration.data.first(2).inputs
+        return tuple(x.clone() for x in calibration.data.first(2).inputs)  # a slice would be saved with all of its data
     if source.example_inputs is not None and all(len(x) >= 2 for x in source.example_inputs if x.dim()):
         return source.example_inputs
     example, note = guess_inputs(source.module, settings["input_shape"].value)
@@ -559,13 +559,13 @@ def _context(job: Job, dense: _Dense) -> Context:
     elements = {layer.tensor: layer.elements for layer in job.graph.layers}
     channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
     state = job.source.module.state_dict()
-    is_sparse_file = _delivered(job.settings) == WEIGHTS
-    base = dense.safetensors_size if is_sparse_file else len(dense.onnx)
+    is_safetensors = _delivered(job.settings) == WEIGHTS
+    base = dense.safetensors_size if is_safetensors else len(dense.onnx)
 
     def stored(name: str, storage: Storage) -> int:
         whole = 4 * elements[name] if storage.bits == 32 else packed_size(elements[name], storage.bits)
         scales = 0 if storage.bits == 32 else 4 * channels[name]
-        if not is_sparse_file:
+        if not is_safetensors and storage.bits < 32:
             return whole + scales
         kept = 4 * storage.kept if storage.bits == 32 else packed_size(storage.kept, storage.bits)
         return min(whole, kept + packed_size(elements[name], 1)) + scales
@@ -961,8 +961,8 @@ def _reject(target: _Target, record: dict[str, Any], settings: Settings) -> None
 def _raise_if_failed(verdict: Verdict, where: Path, record: dict[str, Any]) -> None:
     if verdict.ok:
         return
-    failures = "; ".join(report.check_text(canonical.plain(check)) for check in verdict.failures())
-    raise GateError(f"{failures}", hint=f"no model was published; see {where}", report=record)
+    failures = "; ".join(report.check_text(check) for check in verdict.failures())
+    raise GateError(failures, hint=f"no model was published; see {where}", report=record)
 
 
 def _publish_summary(record: dict[str, Any], settings: Settings) -> None:

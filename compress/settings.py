@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .budget import Budget, parse_budget
 from .errors import UsageError
 
 CONFIG = "hcompress.toml"
@@ -117,7 +118,7 @@ Settings = Mapping[str, Value]
 
 
 def resolve(
-    flags: Mapping[str, Any], *, environment: Mapping[str, str], folder: Path, preset: str | None = None
+    flags: Mapping[str, Any], *, environment: Mapping[str, str], folder: Path | None, preset: str | None = None
 ) -> dict[str, Value]:
     """Every setting with its value and origin.
 
@@ -125,6 +126,7 @@ def resolve(
         flags: Values given on the command line, by setting name; None means not given.
         environment: The process environment.
         folder: Where hcompress.toml or pyproject.toml is looked for; not in its parents, as a factory runs code.
+            None reads no config.
         preset: Name of a preset, or None.
 
     Raises:
@@ -133,7 +135,7 @@ def resolve(
     layers: list[tuple[str, dict[str, Any]]] = [
         ("flag", {name: value for name, value in flags.items() if value is not None}),
         ("environment", _from_environment(environment)),
-        *_from_config(folder),
+        *(_from_config(folder) if folder is not None else ()),
     ]
     if preset is not None:
         layers.append((f"preset {preset}", _preset_values(preset)))
@@ -146,6 +148,28 @@ def resolve(
                 break
         resolved[setting.name] = Value(_convert(setting, value, origin), origin)
     return resolved
+
+
+def chosen_budget(settings: Settings) -> Budget | None:
+    """The goal of a run, from ``budget`` or ``sparsity``: whichever was set with the higher precedence.
+
+    Raises:
+        UsageError: Both were set with the same precedence, or one isn't a budget.
+    """
+    budget, sparsity = settings["budget"], settings["sparsity"]
+    if budget.value is not None and sparsity.value is not None and _rank(budget) == _rank(sparsity):
+        raise UsageError(
+            f"--budget {budget.value} and --sparsity {sparsity.value} contradict each other", hint="give one of them"
+        )
+    if budget.value is not None and (sparsity.value is None or _rank(budget) < _rank(sparsity)):
+        return parse_budget(str(budget.value))
+    return None if sparsity.value is None else parse_budget(f"sparsity={sparsity.value}")
+
+
+def _rank(value: Value) -> int:
+    if value.origin in ("flag", "environment"):
+        return ("flag", "environment").index(value.origin)
+    return 3 if value.origin.startswith("preset ") else 2
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

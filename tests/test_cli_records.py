@@ -47,7 +47,7 @@ REPORT: dict[str, Any] = {
     "seed": 0,
     "metric": {"name": "accuracy", "unit": "%", "higher_is_better": True, "dense": 91.73, "compressed": 91.6}
     | {"num_examples": 10_000, "runtime": "onnxruntime"},
-    "files": {"model.onnx": 283_034, "model.safetensors": 280_000, "plan.json": 900},
+    "files": {"model.onnx": 283_034, "model.safetensors": 280_000},
     "dense_bytes": 1_079_665,
     "average_bits": 8.0,
     "sparsity": 0.25,
@@ -59,9 +59,9 @@ REPORT: dict[str, Any] = {
     "time_s": 12.34,
     "peak_rss_bytes": 812e6,
     "layers": [
-        layer("conv1.weight", "8-bit", 0.01),
-        layer("conv2.weight", "4-bit", 0.1),
-        layer("fc.weight", "4-bit", 0.2),
+        layer("conv1.weight", "keep", 0.01),
+        layer("conv2.weight", "quantize", 0.1),
+        layer("fc.weight", "quantize", 0.2),
     ],
     "notes": ["first and last layers included"],
     "source": {"name": "model.pt", "sha256": SHA},
@@ -70,7 +70,7 @@ REPORT_TEXT = """\
                             dense       compressed  change
 accuracy (10,000 examples)  91.73 %     91.6 %      -0.13 points
 model.onnx                  1.08 MB     283 kB      26.2 %
-model.safetensors           1.08 MB     280 kB      25.9 %
+model.safetensors           -           280 kB
 parameters                  267,696     267,696     100 %
 MACs                        40,000,000  40,000,000  100 %
 average bits                -           8
@@ -178,14 +178,18 @@ def write_run(folder: Path, plan: Plan | None = None, **changes: Any) -> Path:
 # Help
 
 
-def test_help_imports_nothing_heavy_and_costs_little(record_property: Callable[[str, object], None]) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from compress.cli.main import main; main(['--help']); print(*sys.modules)",
-    ]
-    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
-    assert not {name.split(".")[0] for name in loaded} & set(HEAVY)
+def modules_loaded_by(lines: list[str], folder: Path) -> set[str]:
+    """The top-level packages that a process has imported after running ``lines``."""
+    words = [line.split() for line in lines]
+    code = f"import sys; from compress.cli.main import main; [main(w) for w in {words!r}]; print(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    return {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def test_help_imports_nothing_heavy_and_costs_little(
+    record_property: Callable[[str, object], None], tmp_path: Path
+) -> None:
+    assert not modules_loaded_by(["--help"], tmp_path) & set(HEAVY)
     costs_s = []
     for _ in range(7):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -203,9 +207,7 @@ def test_help_imports_nothing_heavy_and_costs_little(record_property: Callable[[
 )
 def test_commands_on_records_import_nothing_heavy(line: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
-    code = f"import sys; from compress.cli.main import main; code = main({line.split()!r}); print(*sys.modules); sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert not {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()} & set(HEAVY)
+    assert not modules_loaded_by([line], tmp_path) & set(HEAVY)
 
 
 def test_help_of_the_group_starts_with_examples_and_lists_every_command(run: Capture) -> None:
@@ -260,6 +262,7 @@ WRONG = [
     ("prune model.pt --scope all", 2, "'all' is not one of 'global', 'layer'", "hcompress prune --help"),
     ("bench run --batch 0", 2, "0 is not in the range x>=1", "hcompress bench --help"),
     ("completion tcsh", 2, "'tcsh' is not one of 'bash', 'zsh', 'fish'", "hcompress completion --help"),
+    ("prune model.pt --method nope --plan here", 2, "method 'nope' is unknown", "choices: magnitude"),
     ("prune model.pt --method nope", 2, "method 'nope' is unknown", "choices: magnitude"),
     (
         "prune model.pt --preset edge-int8",
@@ -269,11 +272,25 @@ WRONG = [
     ),
     ("prune model.pt --budget zonk", 2, "budget 'zonk' is not understood", "examples: 0.3MB"),
     ("prune model.pt --sparsity 1.5", 2, "budget 'sparsity=1.5' is out of range", "between 0 and 1"),
-    ("prune model.pt --budget 4bit", 2, "hcompress prune has no budget of bits", "budgets: bytes, sparsity"),
-    ("quantize model.pt --method uniform --budget macs=50%", 2, "method uniform has no budget of macs", "bits, bytes"),
+    ("prune model.pt --budget 4bit", 2, "hcompress prune has no bits budget", "it takes bytes, sparsity"),
+    (
+        "quantize model.pt --method uniform --budget macs=50%",
+        2,
+        "method uniform has no macs budget",
+        "it takes bits, bytes",
+    ),
+    (
+        "prune model.pt --budget 25% --sparsity 0.5",
+        2,
+        "--budget 25% and --sparsity 0.5 contradict each other",
+        "give one",
+    ),
     ("quantize model.pt --seed x", 2, "--seed (from flag): 'x' is not a whole number", "Seed of everything random."),
     ("quantize model.pt --preset none", 2, "preset 'none' is unknown", "choices: ci-gate"),
     ("quantize absent.pt", 3, "absent.pt: no such file", "pass a checkpoint"),
+    ("quantize model.pt --data absent.npz", 3, "--data absent.npz: absent.npz does not exist", "as seen from here"),
+    ("export model.pt --model absent.py:make", 3, "absent.py does not exist", "Factory of the architecture"),
+    ("verify here --eval absent.npz", 3, "--eval absent.npz: absent.npz does not exist", "Evaluation data"),
     ("inspect absent.pt", 3, "absent.pt: no such file", "pass a checkpoint"),
     ("prune model.pt --out here", 2, "--out here exists", "pass --force to replace it, or another --out"),
     (
@@ -320,10 +337,8 @@ def test_a_wrong_command_line_gets_two_lines_and_its_code(
 
 def test_wrong_command_lines_are_answered_without_torch(tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
-    lines = [line.split() for line, *_ in WRONG]
-    code = f"import sys; from compress.cli.main import main; [main(l) for l in {lines!r}]; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert not {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()} & set(HEAVY)
+    (tmp_path / "here").mkdir()
+    assert not modules_loaded_by([line for line, *_ in WRONG], tmp_path) & set(HEAVY)
 
 
 def test_json_after_two_dashes_is_an_argument(run: Capture) -> None:
@@ -388,6 +403,49 @@ def test_an_error_of_the_pipeline_gets_its_code_and_no_traceback(
     assert run.document()["error"]["kind"] == kind
     assert run("inspect model.pt --debug") == code
     assert run.err.startswith("Traceback") and message in run.err
+
+
+def test_a_failed_verification_prints_what_it_measured(
+    run: Capture, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    record = {"schema": "hcompress.verify/1"} | {key: REPORT[key] for key in ("metric", "parity", "checks")}
+
+    def fail(*args: Any, **keywords: Any) -> None:
+        raise errors.GateError("max_drop failed", report=record)
+
+    monkeypatch.setattr(pipeline, "verify_run", fail)
+    assert run(f"verify {write_run(tmp_path / 'small')}") == 4
+    assert run.out.startswith("accuracy: 91.6 % (dense 91.73 %)\n")
+    assert "max_drop: 0.13 % (limit 1 %) ok\n" in run.out
+
+
+def test_the_demo_does_not_read_the_config_beside_it(run: Capture, pipeline: types.ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "hcompress.toml").write_text("[gate]\nmax_bytes = '1KB'\n")
+    assert run("demo --seed 2") == 0
+    settings = pipeline.calls[0][1][1]
+    assert (settings["max_bytes"].value, settings["seed"].value) == (None, 2)
+
+
+def test_a_plan_needs_no_budget_that_its_method_meets(run: Capture, pipeline: types.ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "hcompress.toml").write_text("[run]\nbudget = '4bit'\n")
+    write_run(tmp_path / "small")
+    assert run("prune model.pt") == 2
+    assert run("prune model.pt --sparsity 0.5") == 0, "a flag goes before the config"
+    assert run("prune model.pt --plan small --force --quiet") == 0
+
+
+def test_names_that_are_no_files_are_left_to_the_pipeline(run: Capture, pipeline: types.ModuleType) -> None:
+    assert run("inspect model.pt --model some.package:make") == 0
+    assert run("quantize model.pt --data some.package:batches") == 0
+
+
+def test_what_libraries_deprecate_is_not_told_to_users(tmp_path: Path) -> None:
+    program = STAND_IN.format(body="import warnings; warnings.warn('old', FutureWarning); warnings.warn('odd')")
+    (tmp_path / "model.pt").touch()
+    command = [sys.executable, "-c", program, "inspect", "model.pt", "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "old" not in done.stderr
+    assert "odd" in done.stderr
 
 
 def test_a_bug_shows_its_traceback_and_asks_for_a_report(
@@ -496,7 +554,12 @@ def test_a_run_hands_over_everything_and_prints_before_and_after(run: Capture, p
         ("apply model.pt small", "apply_plan", "run folder: model-applied"),
         ("export model.pt --out dense", "export_dense", "run folder: dense"),
         ("verify small", "verify_run", "accuracy: 91.6 % (dense 91.73 %)\nparity at batch 3"),
-        ("bench small --batch 2", "bench_run", "model       median  p10   p90\ndense       2 ms    1 ms  3 ms\n"),
+        (
+            "bench small --batch 2",
+            "bench_run",
+            "model       median  p10   p90\ndense       2 ms    1 ms  3 ms\ncompressed  2 ms    1 ms  3 ms\n"
+            "compressed takes 0.5 of the dense time\nbatch 2, 5 repeats, threads 1\n",
+        ),
         ("inspect model.pt", "inspect_checkpoint", "64 parameters, MACs unknown; tensors: 1 float32"),
         ("demo", "run_demo", "int8   90        100 kB  1,000,000  0.5 ms   0 %       8\nint8: demo/int8\ntook 3.0 s"),
     ],
@@ -592,9 +655,14 @@ def test_show_prints_figures_and_layers(run: Capture, tmp_path: Path) -> None:
     write_run(tmp_path / "small")
     assert run("show small") == 0
     assert run.out.startswith("small: uniform, seed 0\n" + REPORT_TEXT)
-    assert "conv2.weight  conv2d  4 x 16  4     25 %      0.1    4-bit" in run.out
+    assert "conv2.weight  conv2d  4 x 16  4     25 %      0.1    quantize" in run.out
     assert run("show small --json") == 0
     assert run.document() == REPORT
+
+
+def test_show_reads_the_current_folder(run: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_run(tmp_path / "small"))
+    assert run("show .") == 0
 
 
 def test_show_reads_a_rejected_run_and_one_without_figures(run: Capture, tmp_path: Path) -> None:
@@ -614,11 +682,12 @@ def test_why_says_the_decision_its_reason_and_what_others_got(run: Capture, tmp_
     write_run(tmp_path / "small")
     assert run("show small --why conv1") == 0
     assert run.out == (
-        "conv1.weight: 8-bit.\n"
+        "conv1.weight: keep.\n"
         "Why: it is small.\n"
         "It is a conv2d of 4 x 16 with 64 weights, 33.3 % of all, at 4 bits and 25 % zeros.\n"
         "Its relative error is 0.01: 2 of 3 layers have a larger one.\n"
-        "Instead, 4-bit: conv2.weight, fc.weight.\n"
+        "0 of 2 other layers got the same decision.\n"
+        "Instead, quantize to 4 bits: conv2.weight, fc.weight.\n"
     )
     assert run("show small --why fc.weight --json") == 0
     assert run.document()["layer"]["tensor"] == "fc.weight"
@@ -626,10 +695,10 @@ def test_why_says_the_decision_its_reason_and_what_others_got(run: Capture, tmp_
 
 
 def test_why_of_a_layer_like_all_others(run: Capture, tmp_path: Path) -> None:
-    write_run(tmp_path / "small", layers=[layer("a", "8-bit", None) | {"why": ""}])
+    write_run(tmp_path / "small", layers=[layer("a", "keep", None) | {"why": ""}])
     assert run("show small --why a") == 0
     assert "Why: the method gave no reason.\n" in run.out
-    assert run.out.endswith("Every other layer got the same decision.\n")
+    assert run.out.endswith("0 of 0 other layers got the same decision.\n")
 
 
 @pytest.mark.parametrize(
@@ -649,8 +718,14 @@ def test_why_of_no_single_layer_lists_close_ones(
 
 
 def test_a_module_name_means_its_weight_even_if_others_hold_it() -> None:
-    layers = [layer("fc.weight", "8-bit", 0.0), layer("big_fc.weight", "8-bit", 0.0)]
+    layers = [layer("fc.weight", "keep", 0.0), layer("big_fc.weight", "keep", 0.0)]
     assert find_layer(layers, "fc")["tensor"] == "fc.weight"
+
+
+def test_a_report_without_its_model_says_what_was_measured(run: Capture, tmp_path: Path) -> None:
+    write_run(tmp_path / "small.rejected", files={})
+    assert run("show small.rejected") == 0
+    assert "model.onnx                  1.08 MB     -\n" in run.out
 
 
 def test_diff_shows_settings_decisions_and_figures(run: Capture, tmp_path: Path) -> None:
@@ -674,7 +749,7 @@ def test_diff_shows_settings_decisions_and_figures(run: Capture, tmp_path: Path)
     document = run.document()
     assert document["figures"] == {}, "a plan alone has no figures"
     assert document["plan"]["budget"] == {"a": "8bit", "b": "4bit"}
-    assert [change["text"] for change in document["decisions"]][0] == "bits 8 -> 4"
+    assert document["decisions"][0]["text"] == "bits 8 -> 4"
 
 
 def test_diff_of_equal_runs_says_so(run: Capture, tmp_path: Path) -> None:

@@ -201,6 +201,33 @@ def test_an_unknown_method_shows_the_choices_of_its_command(job: str, name: str,
     assert "magnitude" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("flags", "config", "expected"),
+    [
+        ({"budget": "4bit"}, "", "4bit"),
+        ({"sparsity": "0.5"}, "", "sparsity=0.5"),
+        ({"sparsity": "0.5"}, 'budget = "4bit"', "sparsity=0.5"),
+        ({"budget": "4bit"}, "sparsity = 0.5", "4bit"),
+        ({}, "sparsity = 0.5", "sparsity=0.5"),
+        ({}, "", "8bit"),
+    ],
+)
+def test_the_goal_is_what_was_set_with_the_higher_precedence(
+    tmp_path: Path, flags: dict[str, object], config: str, expected: str
+) -> None:
+    write(tmp_path, f"[run]\n{config}")
+    goal = settings.chosen_budget(resolved(tmp_path, flags=flags, preset="ci-gate"))
+    assert str(goal) == expected
+
+
+def test_no_goal_is_none_and_two_of_one_rank_contradict(tmp_path: Path) -> None:
+    assert settings.chosen_budget(resolved(tmp_path)) is None
+    with pytest.raises(UsageError) as caught:
+        settings.chosen_budget(resolved(tmp_path, flags={"budget": "4bit", "sparsity": "0.5"}))
+    assert caught.value.message == "--budget 4bit and --sparsity 0.5 contradict each other"
+    assert caught.value.hint == "give one of them"
+
+
 @given(st.text())
 def test_any_text_is_a_value_or_a_usage_error(text: str) -> None:
     for setting in SETTINGS:

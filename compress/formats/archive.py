@@ -16,6 +16,9 @@ from typing import BinaryIO
 from ..errors import InputError, escape
 
 MAX_MEMBERS = 200_000
+END_BYTES = 22
+# The count in the end record of an archive whose real count is in its zip64 record.
+ZIP64_COUNT = 0xFFFF
 # What zipfile raises on damaged archives, measured by flipping every byte of small ones.
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, OverflowError, KeyError, struct.error)
 DAMAGED = "copy or download the file again and compare its sha256 with the source's"
@@ -56,7 +59,8 @@ def opened_archive(stream: BinaryIO, label: str, *, compressed: bool = False) ->
             f"{label}: the file is truncated: it starts as a zip archive but has no readable end", hint=DAMAGED
         ) from None
     with file:
-        entries = [entry for entry in file.infolist() if not entry.is_dir()]
+        _check_end(stream, len(file.infolist()), label)
+        entries = [entry for entry in file.infolist() if not entry.filename.endswith("/")]
         check_entries(entries, stream.seek(0, 2), label, compressed=compressed)
         yield Archive(label, file, _below_root({entry.filename: entry for entry in entries}))
 
@@ -105,6 +109,15 @@ def check_entries(entries: list[zipfile.ZipInfo], file_bytes: int, label: str, *
             raise InputError(f"{label}: entry {name!r} declares two different sizes", hint=DAMAGED)
     if sum(entry.compress_size for entry in entries) > file_bytes:
         raise InputError(f"{label}: the entries declare more bytes than the file has ({file_bytes})", hint=DAMAGED)
+
+
+def _check_end(stream: BinaryIO, num_entries: int, label: str) -> None:
+    """The end record must count the entries that were found: one changed length in the directory hides others."""
+    stream.seek(-END_BYTES, 2)
+    end = stream.read(END_BYTES)
+    (declared,) = struct.unpack_from("<H", end, 10)
+    if not end.startswith(b"PK\x05\x06") or declared not in (num_entries, ZIP64_COUNT):
+        raise InputError(f"{label}: the archive's directory was changed: entries are missing or hidden", hint=DAMAGED)
 
 
 def _below_root(entries: dict[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:

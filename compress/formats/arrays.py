@@ -87,6 +87,6 @@ def _array(content: bytearray, label: str) -> Tensor:
     flat = np.frombuffer(content, dtype, offset=stream.tell()) if declared else np.empty(0, dtype)
     try:
         array = flat.reshape(shape, order="F" if is_fortran else "C")
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype.newbyteorder("=")))
+        return torch.from_numpy(np.asarray(array, dtype=dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError):
         raise InputError(f"{label} has dtype {dtype}, which torch can't hold", hint="convert it with astype") from None

@@ -209,7 +209,7 @@ def _add_stream(build: _Builder, weights: Sequence[_Weight]) -> None:
         total = build.op("Cast", total, to=onnx.TensorProto.INT8)
     parts = _split(build, total, [weight.size() for weight in weights])
     for weight, part in zip(weights, parts, strict=True):
-        shape = build.constant(np.array(weight.shape))
+        shape = build.constant(np.array(weight.shape, np.int64))
         if is_flipped:
             levels = build.op("Mul", build.op("Reshape", part, shape), _signs_of(build, weight))
             build.emit("Cast", [levels], [weight.name], to=onnx.TensorProto.INT8)
@@ -263,7 +263,7 @@ def _add_sparse(build: _Builder, weights: Sequence[tuple[str, NDArray[np.float32
         dense = build.op("ScatterElements", dense, _ones(build, mask, int(alive.sum())), build.constant(flat[alive]))
     parts = _split(build, dense, [array.size for _, array in weights])
     for (name, array), part in zip(weights, parts, strict=True):
-        build.emit("Reshape", [part, build.constant(np.array(array.shape))], [name])
+        build.emit("Reshape", [part, build.constant(np.array(array.shape, np.int64))], [name])
 
 
 def _mask_bytes(build: _Builder, mask: planes.Bytes) -> str:

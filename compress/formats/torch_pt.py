@@ -211,7 +211,7 @@ def _build_tree(value: object, opened: Opened, storages: dict[str, Tensor]) -> o
         return tuple(_build_tree(item, opened, storages) for item in value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
-    raise InputError(f"{opened.label}: holds a {type(value).__name__}, which is neither a tensor nor a plain value")
+    raise InputError(f"{opened.label}: holds a value that is neither a tensor nor plain ({type(value).__name__})")
 
 
 def _open_legacy(stream: BinaryIO, label: str) -> Opened:

@@ -7,7 +7,7 @@ into them: the program's own weights are never changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,14 @@ class Grid:
     bits: int
 
 
-def unlift(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a module of its own, whose tensors may be replaced."""
+def unlift(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> fx.GraphModule:
+    """The program as a module of its own, whose tensors may be replaced; tied weights go by their first name."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    canonical = {alias: names[0] for names in tied for alias in names}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target in canonical:
+            node.target = canonical[node.target]
     return module
 
 
@@ -264,11 +268,19 @@ def to_aten(module: fx.GraphModule) -> None:
         if node.target is decomposed.dequantize_per_tensor.default:
             rounded = node.args[0]
             scale, zero_point, low, high = rounded.args[1:5]
+            steps = (
+                (aten.div.Tensor, scale),
+                (aten.round.default,),
+                (aten.add.Tensor, zero_point),
+                (aten.clamp.default, low, high),
+                (aten.sub.Tensor, zero_point),
+                (aten.mul.Tensor, scale),
+            )
+            value = rounded.args[0]
             with module.graph.inserting_before(node):
-                fake = module.graph.call_function(
-                    aten.fake_quantize_per_tensor_affine.default, (rounded.args[0], scale, zero_point, low, high)
-                )
-            node.replace_all_uses_with(fake)
+                for target, *arguments in steps:
+                    value = module.graph.call_function(target, (value, *arguments))
+            node.replace_all_uses_with(value)
         elif node.target is decomposed.dequantize_per_channel.default:
             levels, scale, _, axis = node.args[:4]
             dims = tensor_at(module, levels.target).dim()

@@ -165,6 +165,11 @@ def test_a_tensor_of_stride_zero_and_an_empty_sparse_one_are_read() -> None:
     assert_same(found, {"none": torch.zeros(0, 3)})
 
 
+def test_a_dtype_that_safetensors_has_no_name_for_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^a is torch.complex128; a file holds F64, "):
+        encode({"a": torch.ones(1, dtype=torch.complex128)}, {})
+
+
 def example() -> tuple[dict[str, Tensor], dict[str, str]]:
     tied = torch.randn(4)
     tensors: Tensors = {

@@ -272,6 +272,20 @@ def test_doubled_and_unsafe_entry_names_are_refused(tmp_path: Path) -> None:
         assert words in message(path)
 
 
+def test_entry_without_a_name_and_hidden_entries_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "s.pt", "w") as file:
+        file.writestr("x", b"1")
+        file.writestr("y", b"2")
+    content = (tmp_path / "s.pt").read_bytes()
+    first = content.index(b"PK\x01\x02")
+    for at, lengths, words in (
+        (first + 28, struct.pack("<HH", 0, 1), "unsafe name, ''"),
+        (first + 32, struct.pack("<H", 47), "entries are missing or hidden"),
+    ):
+        (tmp_path / "s.pt").write_bytes(content[:at] + lengths + content[at + len(lengths) :])
+        assert words in message(tmp_path / "s.pt")
+
+
 def test_other_byte_order_is_refused(tmp_path: Path) -> None:
     other = b"big" if sys.byteorder == "little" else b"little"
     assert "of the other byte order" in message(rewrite(save(STATE, tmp_path / "s.pt"), {"byteorder": other}))
@@ -323,7 +337,8 @@ def test_trees_of_plain_values_are_rebuilt(tmp_path: Path) -> None:
 
 
 def test_trees_of_other_values_are_refused(tmp_path: Path) -> None:
-    with save(({"k": {1, 2}},), tmp_path / "t.pt").open("rb") as stream, pytest.raises(InputError, match="holds a set"):
+    path = save(({"k": {1, 2}},), tmp_path / "t.pt")
+    with path.open("rb") as stream, pytest.raises(InputError, match=r"neither a tensor nor plain \(set\)"):
         torch_pt.read_tree(stream, "t")
 
 
