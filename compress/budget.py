@@ -80,7 +80,9 @@ def parse_budget(text: str) -> Budget:
         raise UsageError(f"budget {text!r}: unknown quantity {name!r}", hint=f"one of {', '.join(QUANTITIES)}")
     budget = _with_unit(text, quantity, number, unit)
     if budget.limit <= 0 or (budget.quantity == "sparsity" and budget.limit >= 1):
-        raise UsageError(f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0")
+        raise UsageError(
+            f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0"
+        )
     return budget
 
 

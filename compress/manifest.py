@@ -52,7 +52,9 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: The folder has none, or it isn't one.
     """
     if not (folder / NAME).is_file():
-        raise InputError(f"{folder}: not a run folder ({NAME} is missing)", hint="pass the --out folder of a finished run")
+        raise InputError(
+            f"{folder}: not a run folder ({NAME} is missing)", hint="pass the --out folder of a finished run"
+        )
     record = canonical.read_record(folder / NAME, SCHEMA)
     try:
         return Manifest(**{key: record[key] for key in Manifest.__dataclass_fields__})

@@ -69,7 +69,9 @@ class Measure:
 
 
 MEASURES = (
-    Measure("weight-error", "compress.measure.weight_error", "squared weight change per bit width or sparsity; no data"),
+    Measure(
+        "weight-error", "compress.measure.weight_error", "squared weight change per bit width or sparsity; no data"
+    ),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -20,8 +20,8 @@ PARITY_BATCHES = (1, 3, 7)
 FLOAT_TOLERANCE = 1e-3  # of the largest output: kernels sum in another order
 INTEGER_TOLERANCE = 0.15  # of the largest output: one step of an activation's grid, carried through the network
 MEAN_TOLERANCE = 0.02  # of the largest output, on average, with integer activations
-BATCH = 250
-Session = onnxruntime.InferenceSession
+BATCH = 64
+Session: TypeAlias = onnxruntime.InferenceSession
 
 
 @dataclass(frozen=True, slots=True)

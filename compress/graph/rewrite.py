@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -68,6 +69,11 @@ def unlift(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> fx.G
     return module
 
 
+def operand(node: fx.Node, position: int) -> Any:
+    """An argument of a call; torch types it as a union of all that an argument may be."""
+    return node.args[position]
+
+
 def tensor_at(module: nn.Module, target: str) -> Tensor:
     """The parameter, buffer or constant that a ``get_attr`` target names."""
     value = operator.attrgetter(target)(module)
@@ -101,10 +107,12 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
     factors = {}
     for node in list(module.graph.nodes):
         if node.target in BATCH_NORMS and _is_foldable(node):
-            layer = node.args[0]
-            weight = layer.args[WEIGHT_ARGUMENT]
-            gamma, beta, mean, variance = (None if a is None else tensor_at(module, a.target) for a in node.args[1:5])
-            factor = 1 / torch.sqrt(variance.double() + node.args[7])
+            layer = operand(node, 0)
+            weight = operand(layer, WEIGHT_ARGUMENT)
+            gamma, beta, mean, variance = (
+                None if a is None else tensor_at(module, a.target) for a in (operand(node, i) for i in range(1, 5))
+            )
+            factor = 1 / torch.sqrt(variance.double() + operand(node, 7))
             if gamma is not None:
                 factor = factor * gamma.double()
             old_bias = _bias(module, layer)
@@ -119,16 +127,16 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _is_foldable(node: fx.Node) -> bool:
-    layer = node.args[0]
+    layer = operand(node, 0)
     if not isinstance(layer, fx.Node) or layer.target not in WEIGHT_OPS or len(layer.users) != 1:
         return False
-    if node.args[3] is None or node.args[5]:  # no running statistics, or training mode
+    if operand(node, 3) is None or node.args[5]:  # no running statistics, or training mode
         return False
-    if layer.target is aten.linear.default and node.args[0].meta["val"].dim() != 2:
+    if layer.target is aten.linear.default and operand(node, 0).meta["val"].dim() != 2:
         return False  # batch norm over dim 1 of [n, t, c] isn't the linear layer's output dim
-    if layer.target in TRANSPOSED and len(layer.args) > 6 and layer.args[6] != 1:
+    if layer.target in TRANSPOSED and len(layer.args) > 6 and operand(layer, 6) != 1:
         return False
-    weight = layer.args[WEIGHT_ARGUMENT]
+    weight = operand(layer, WEIGHT_ARGUMENT)
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and _num_uses(weight) == 1
 
 
@@ -138,13 +146,13 @@ def _num_uses(weight: fx.Node) -> int:
 
 
 def _bias(module: fx.GraphModule, layer: fx.Node) -> Tensor | None:
-    node = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+    node = operand(layer, 2) if len(layer.args) > 2 else layer.kwargs.get("bias")
     return tensor_at(module, node.target) if isinstance(node, fx.Node) else None
 
 
 def _set_bias(module: fx.GraphModule, layer: fx.Node, value: Tensor) -> None:
-    weight = layer.args[WEIGHT_ARGUMENT]
-    target = f"{weight.target.removesuffix('weight')}folded_bias"  # type: ignore[union-attr]
+    weight = operand(layer, WEIGHT_ARGUMENT)
+    target = f"{weight.target.removesuffix('weight')}folded_bias"
     put_tensor(module, target, value)
     with module.graph.inserting_before(layer):
         node = module.graph.get_attr(target)
@@ -193,7 +201,9 @@ def activation_points(module: fx.GraphModule) -> list[fx.Node]:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point() or not node.users:
             continue
-        if node.op == "placeholder" or (node.op == "call_function" and node.target in ROUNDED and not _is_fused(node) and not _is_output(node)):
+        if node.op == "placeholder" or (
+            node.op == "call_function" and node.target in ROUNDED and not _is_fused(node) and not _is_output(node)
+        ):
             points.append(node)
     return points
 
@@ -227,29 +237,29 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
             user.replace_input_with(node, back)
     for node in list(module.graph.nodes):
         if node.target in WEIGHT_OPS:
-            grid = by_node.get(_through_moves(node.args[0]))
+            grid = by_node.get(_through_moves(operand(node, 0)))
             if grid is not None:
                 _integer_bias(module, node, grid)
 
 
 def _through_moves(node: fx.Node) -> fx.Node:
     while node.target in MOVES:
-        node = node.args[0]
+        node = operand(node, 0)
     return node
 
 
 def _integer_bias(module: fx.GraphModule, layer: fx.Node, grid: Grid) -> None:
     """An int32 bias at scale ``input scale * weight scale``; left float where it would overflow."""
-    weight, bias = layer.args[WEIGHT_ARGUMENT], _bias(module, layer)
+    weight, bias = operand(layer, WEIGHT_ARGUMENT), _bias(module, layer)
     if bias is None or weight.target is not decomposed.dequantize_per_channel.default:
         return
-    if layer.target in TRANSPOSED or _num_uses(layer.args[2]) != 1:
+    if layer.target in TRANSPOSED or _num_uses(operand(layer, 2)) != 1:
         return
-    scale = tensor_at(module, weight.args[1].target) * grid.scale
+    scale = tensor_at(module, operand(weight, 1).target) * grid.scale
     levels = torch.round(bias.double() / scale.double())
     if levels.abs().max() >= 2**31 - 1:
         return
-    target = layer.args[2].target
+    target = operand(layer, 2).target
     names = [f"{target}_{part}" for part in ("levels", "scale", "zero_point")]
     values = (levels.to(torch.int32), scale, torch.zeros(len(scale), dtype=torch.int64))
     for name, tensor in zip(names, values, strict=True):
@@ -266,8 +276,8 @@ def to_aten(module: fx.GraphModule) -> None:
     """Say the same with ATen ops alone, so that a saved program loads without importing anything."""
     for node in list(module.graph.nodes):
         if node.target is decomposed.dequantize_per_tensor.default:
-            rounded = node.args[0]
-            scale, zero_point, low, high = rounded.args[1:5]
+            rounded = operand(node, 0)
+            scale, zero_point, low, high = (operand(rounded, i) for i in range(1, 5))
             steps = (
                 (aten.div.Tensor, scale),
                 (aten.round.default,),
@@ -276,13 +286,13 @@ def to_aten(module: fx.GraphModule) -> None:
                 (aten.sub.Tensor, zero_point),
                 (aten.mul.Tensor, scale),
             )
-            value = rounded.args[0]
+            value = operand(rounded, 0)
             with module.graph.inserting_before(node):
                 for target, *arguments in steps:
                     value = module.graph.call_function(target, (value, *arguments))
             node.replace_all_uses_with(value)
         elif node.target is decomposed.dequantize_per_channel.default:
-            levels, scale, _, axis = node.args[:4]
+            levels, scale, _, axis = (operand(node, i) for i in range(4))
             dims = tensor_at(module, levels.target).dim()
             shape = [-1 if d == axis else 1 for d in range(dims)]
             with module.graph.inserting_before(node):
