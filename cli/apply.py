@@ -12,17 +12,17 @@ from .output import print_json
 from .progress import Progress
 
 EXAMPLES = """\
-hcompress apply model.pt small/plan.json --model net.py:make --out again
-hcompress apply model.pt edited-plan.json --model net.py:make --eval test.npz --max-drop 1 --out edited"""
+hcompress apply model.pt --plan small/plan.json --model net.py:make --out again
+hcompress apply model.pt --plan edited-plan.json --model net.py:make --eval test.npz --max-drop 1 --out edited"""
 
 
 @command("apply", examples=EXAMPLES)
 @checkpoint_argument
-@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--plan", type=click.Path(path_type=Path), required=True, help="A plan.json, or a run folder that has one.")
 @setting_options("for", *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
 @force_option
 def apply(checkpoint: Path, plan: Path, force: bool, as_json: bool, quiet: bool) -> None:
-    """Make the decisions of PLAN, a plan.json or run folder, on CHECKPOINT; the result is a run folder.
+    """Make the decisions of a plan on CHECKPOINT; the result is a run folder.
 
     No data decide anything here: the same checkpoint and plan give the same model.
     """

@@ -65,10 +65,10 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
     checkpoint = read_checkpoint(path)
     sha256 = sha256_of_file(path)
     if checkpoint.program is not None:
-        module = checkpoint.program.module(check_guards=False)
+        program: nn.Module = checkpoint.program.module(check_guards=False)
         example = checkpoint.program.example_inputs
         inputs = tuple(x for x in example[0] if isinstance(x, Tensor)) if example else None
-        return Source(path, sha256, _ready(module), "pt2", inputs or None, {}, {}, checkpoint.notes)
+        return Source(path, sha256, _ready(program), "pt2", inputs or None, {}, {}, checkpoint.notes)
     if factory is None:
         raise UsageError(
             f"{path}: a state dict holds no architecture",

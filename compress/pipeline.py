@@ -37,7 +37,7 @@ from .model import PROGRAM, WEIGHTS, Source, guess_inputs, load_source
 from .plan import Plan, read_plan
 from .registry import find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
-from .settings import Settings, Value
+from .settings import Settings, Value, chosen_budget
 from .task import Calibration, Data, Task, check_forward, load_task, read_data
 from .verdict import Check, Gates, Verdict, limit_check, metric_checks
 from .verify import (
@@ -174,7 +174,7 @@ def run_method(
     """
     out = None if dry_run else _out(settings)
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
-    budget = _budget(settings)
+    budget = chosen_budget(settings)
     gates = _gates(settings)
     if not dry_run and settings["eval"].value is None:
         raise UsageError(
@@ -480,28 +480,6 @@ def _out(settings: Settings) -> Path:
     if out is None:
         raise UsageError("no output folder", hint="pass --out DIR, or set [output] out")
     return Path(str(out))
-
-
-def _budget(settings: Settings) -> Budget | None:
-    budget, sparsity = settings["budget"].value, settings["sparsity"].value
-    if budget is not None and sparsity is not None:
-        # A flag beats a preset or a config; two of the same rank contradict each other.
-        ranks = {name: _rank(settings[name].origin) for name in ("budget", "sparsity")}
-        if ranks["budget"] == ranks["sparsity"]:
-            raise UsageError(
-                f"--budget {budget} and --sparsity {sparsity} contradict each other", hint="give one of them"
-            )
-        if ranks["sparsity"] < ranks["budget"]:
-            budget = None
-    if budget is not None:
-        return parse_budget(str(budget))
-    return None if sparsity is None else parse_budget(f"sparsity={sparsity}")
-
-
-def _rank(origin: str) -> int:
-    return (
-        ("flag", "environment").index(origin) if origin in ("flag", "environment") else 3 if "preset" in origin else 2
-    )
 
 
 def _gates(settings: Settings) -> Gates:

@@ -301,7 +301,7 @@ WRONG = [
     ),
     ("export model.pt --out model.pt/x", 7, "model.pt is not a folder", "choose another folder with --out"),
     ("demo --out here", 2, "--out here exists", "pass --force"),
-    ("apply model.pt absent.json", 3, "absent.json: no such file", "pass a run folder that hcompress wrote"),
+    ("apply model.pt --plan absent.json", 3, "absent.json: no such file", "pass a run folder that hcompress wrote"),
     ("prune model.pt --plan model.pt", 3, "model.pt: not readable as JSON", "write it again with hcompress"),
     ("verify absent", 3, "absent: no such run folder", "pass the --out folder of a finished run"),
     ("bench model.pt", 3, "model.pt: is a file, not a run folder", "pass the --out folder"),
@@ -551,7 +551,7 @@ def test_a_run_hands_over_everything_and_prints_before_and_after(run: Capture, p
     ("line", "name", "words"),
     [
         ("prune model.pt --sparsity 0.5", "run_method", "run folder: model-pruned"),
-        ("apply model.pt small", "apply_plan", "run folder: model-applied"),
+        ("apply model.pt --plan small", "apply_plan", "run folder: model-applied"),
         ("export model.pt --out dense", "export_dense", "run folder: dense"),
         ("verify small", "verify_run", "accuracy: 91.6 % (dense 91.73 %)\nparity at batch 3"),
         (
@@ -585,7 +585,7 @@ def test_names_are_neither_cut_nor_let_loose_on_a_terminal(run: Capture, pipelin
 
 def test_a_plan_may_be_a_run_folder(run: Capture, pipeline: types.ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "small")
-    assert run("apply model.pt small") == 0
+    assert run("apply model.pt --plan small") == 0
     assert pipeline.calls[0][1][1] == Path("small/plan.json")
     assert run("quantize model.pt --plan small/plan.json") == 0
     assert pipeline.calls[1][2]["plan"] == Path("small/plan.json")

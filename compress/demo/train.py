@@ -52,7 +52,8 @@ def accuracy(model: FashionNet, x: torch.Tensor, y: torch.Tensor) -> float:
     """Top-1 accuracy in percent."""
     model.eval()
     with torch.no_grad():
-        hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
+        parts = zip(torch.split(x, 500), torch.split(y, 500), strict=True)
+        hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in parts)
     return 100 * hits / len(y)
 
 
@@ -71,7 +72,7 @@ def train(x: torch.Tensor, y: torch.Tensor, epochs: int, batch: int, seed: int) 
             index = order[start : start + batch]
             loss = F.cross_entropy(model(augment(x[index], generator)), y[index])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}", flush=True)
