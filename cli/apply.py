@@ -18,7 +18,9 @@ hcompress apply model.pt --plan edited-plan.json --model net.py:make --eval test
 
 @command("apply", examples=EXAMPLES)
 @checkpoint_argument
-@click.option("--plan", type=click.Path(path_type=Path), required=True, help="A plan.json, or a run folder that has one.")
+@click.option(
+    "--plan", type=click.Path(path_type=Path), required=True, help="A plan.json, or a run folder that has one."
+)
 @setting_options("for", *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
 @force_option
 def apply(checkpoint: Path, plan: Path, force: bool, as_json: bool, quiet: bool) -> None:

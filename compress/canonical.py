@@ -1,4 +1,4 @@
-"""Canonical JSON: sorted keys, two-space indent, no NaN, so that equal records are equal bytes and diffs mean something."""
+"""Canonical JSON: sorted keys, two-space indent, no NaN, so that equal records are equal bytes and diffs are short."""
 
 from __future__ import annotations
 

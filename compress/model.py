@@ -145,8 +145,8 @@ def _ready(module: nn.Module) -> nn.Module:
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Copy a state dict into a module, strictly: missing, unexpected and misshapen keys are all listed.
 
-    A key that is missing while another name of the same tensor is there is filled by that tensor. ``num_batches_tracked``
-    may be missing: torch before 0.4.1 didn't write it, and evaluation doesn't read it.
+    A key that is missing while another name of the same tensor is there is filled by that tensor.
+    ``num_batches_tracked`` may be missing: torch before 0.4.1 didn't write it, and evaluation doesn't read it.
 
     Raises:
         InputError: The two don't fit.
@@ -189,9 +189,9 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
 
     Args:
         run: The folder.
-        factory: The architecture (a callable, or ``file.py:name``): the result is the user's own class with the compressed
-            weights as floats. Without it, the guarded model.pt2 is loaded: integer weights and rounded activations, as in
-            model.onnx.
+        factory: The architecture (a callable, or ``file.py:name``): the result is the user's own class with the
+            compressed weights as floats. Without it, the guarded model.pt2 is loaded: integer weights and rounded
+            activations, as in model.onnx.
 
     Returns:
         The network in evaluation mode.

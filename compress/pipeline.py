@@ -35,7 +35,7 @@ from .manifest import NAME as MANIFEST
 from .manifest import Manifest, check_files, describe_files, read_manifest
 from .model import PROGRAM, WEIGHTS, Source, guess_inputs, load_source
 from .plan import Plan, read_plan
-from .registry import find_measure, find_method, load_module, methods_for
+from .registry import TASKS, find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
 from .task import Calibration, Data, Task, check_forward, load_task, read_data
@@ -269,6 +269,8 @@ def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progre
         read = read_checkpoint(checkpoint)
         if read.program is None:
             return _inspect_tensors(checkpoint, read.format, read.state, read.notes)
+    if settings["model"].value is None and checkpoint.is_dir():
+        return _inspect_run(checkpoint)
     opened = _open(checkpoint, settings, progress, needs_data=False)
     graph, source = opened.graph, opened.source
     state = source.module.state_dict()
@@ -326,6 +328,35 @@ def _inspect_tensors(path: Path, kind: str, state: Mapping[str, Tensor], notes: 
     }
 
 
+def _inspect_run(run: Path) -> dict[str, Any]:
+    """A run folder says itself what it holds."""
+    record = _read_run(run)
+    return {
+        "schema": "hcompress.inspect/1",
+        "path": str(run),
+        "format": "run",
+        "sha256": canonical.sha256_of_file(run / WEIGHTS),
+        "parameters": record["params"]["compressed"],
+        "macs": record["macs"]["compressed"],
+        "input_shape": None,
+        "dtypes": _count_dtypes(read_checkpoint(run / WEIGHTS).state),
+        "layers": [
+            {
+                "name": layer["tensor"],
+                "op": layer["op"],
+                "shape": layer["shape"],
+                "parameters": layer["elements"],
+                "macs": layer["macs"],
+                "dtype": "float32" if layer["bits"] == 32 else f"int{layer['bits']}",
+            }
+            for layer in record["layers"]
+        ],
+        "tied": [],
+        "blockers": [],
+        "notes": [f"made by hcompress {record['command']}; hcompress show {run} prints its figures"],
+    }
+
+
 def _count_dtypes(state: Mapping[str, Tensor]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for tensor in state.values():
@@ -340,46 +371,70 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
     Raises:
         GateError: A check failed.
     """
+    gates = _gates(settings)
     record = _read_run(run)
     threads = settings["threads"].value
-    data = _read(settings, "eval")
-    task = load_task(settings["task"].value, data)
-    data = task.prepare(data)
     session = open_session(run / ONNX, threads)
-    compressed = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
-    recorded = record.get("metric") or {}
-    if recorded.get("data_sha256") == data.sha256() and recorded.get("name") == task.name:
-        dense = float(recorded["dense"])
-    elif (run / DENSE).is_file():
-        dense = evaluate(runtime_forward(open_session(run / DENSE, threads)), data, task, "evaluate dense", progress)
-    else:
-        dense = compressed
-    gates = _gates(settings)
     program = read_checkpoint(run / PROGRAM).program
-    assert program is not None
-    integer = bool(read_plan(run / PLAN).quantized("activation")) if (run / PLAN).is_file() else False
-    parity = measure_parity(program.module(check_guards=False), session, data.first(max(8, 2)).inputs)
-    checks = [
-        *metric_checks(
+    assert program is not None and program.example_inputs is not None
+    inputs, metric, checks = program.example_inputs[0], None, []
+    if settings["eval"].value is not None:
+        data = _read(settings, "eval")
+        task = load_task(settings["task"].value or _recorded_task(record), data)
+        data = task.prepare(data)
+        inputs = data.first(8).inputs
+        compressed = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
+        dense = _dense_metric(run, record, data, task, compressed, threads, progress)
+        metric = _metric_record(task, dense, compressed, data)
+        checks = metric_checks(
             gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense, compressed=compressed
-        ),
+        )
+    elif gates.max_drop is not None or gates.min_metric is not None:
+        raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
+    integer = bool(read_plan(run / PLAN).quantized("activation")) if (run / PLAN).is_file() else False
+    parity = measure_parity(program.module(check_guards=False), session, inputs)
+    checks += [
         *limit_check("max_bytes", (run / record["delivered"]).stat().st_size, gates.max_bytes, "bytes"),
         *_parity_checks(parity, integer),
     ]
     if gates.max_latency is not None:
-        latency = measure_latency({"compressed": session}, data.first(1).inputs, LATENCY_REPEATS, progress)
+        latency = measure_latency({"compressed": session}, tuple(x[:1] for x in inputs), LATENCY_REPEATS, progress)
         checks += limit_check("max_latency", latency["compressed"].median, gates.max_latency, "ms")
     result = {
         "schema": "hcompress.verify/1",
         "run": str(run),
-        "metric": _metric_record(task, dense, compressed, data),
+        "metric": metric,
         "parity": [_parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
     }
     full = {**record, "metric": result["metric"], "parity": result["parity"], "checks": result["checks"]}
     _publish_summary(full, settings)
-    _raise_if_failed(Verdict(tuple(checks)), run, result)
+    _raise_if_failed(Verdict(tuple(checks)), "the run folder is as it was", result)
     return result
+
+
+def _recorded_task(record: Mapping[str, Any]) -> str | None:
+    """The built-in task whose metric a report carries; None where it isn't one, or there is no metric."""
+    name = (record.get("metric") or {}).get("name")
+    return next((task.name for task in TASKS if task.metric == name), None)
+
+
+def _dense_metric(
+    run: Path,
+    record: Mapping[str, Any],
+    data: Data,
+    task: Task,
+    compressed: float,
+    threads: int | None,
+    progress: Progress,
+) -> float:
+    """The dense network's figure: as recorded where the data are the same, measured again where they aren't."""
+    recorded = record.get("metric") or {}
+    if recorded.get("data_sha256") == data.sha256() and recorded.get("name") == task.name:
+        return float(recorded["dense"])
+    if not (run / DENSE).is_file():  # an exported run: the model is the dense one
+        return compressed
+    return evaluate(runtime_forward(open_session(run / DENSE, threads)), data, task, "evaluate dense", progress)
 
 
 def bench_run(run: Path, settings: Settings, *, repeats: int, batch: int, progress: Progress) -> dict[str, Any]:
@@ -406,7 +461,7 @@ def bench_run(run: Path, settings: Settings, *, repeats: int, batch: int, progre
 
 
 def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], progress: Progress) -> dict[str, Any]:
-    """``hcompress demo``: prune, then quantize, the network that ships with the package, on the data that ship with it."""
+    """``hcompress demo``: prune, then quantize, the shipped network on the shipped data."""
     started = time.monotonic()
     store.check_target(out, force)
     folder = resources.files("compress.demo")
@@ -427,13 +482,25 @@ def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], 
 
     checkpoint = Path(str(folder / "fashion_net.safetensors"))
     pruned = run_method(
-        "prune", checkpoint, with_out("pruned", method="magnitude", sparsity=0.5, budget=None), force=force, dry_run=False,
-        plan=None, command=command, progress=progress,
-    )  # fmt: skip
+        "prune",
+        checkpoint,
+        with_out("pruned", method="magnitude", sparsity=0.5, budget=None),
+        force=force,
+        dry_run=False,
+        plan=None,
+        command=command,
+        progress=progress,
+    )
     quantized = run_method(
-        "quantize", out / "pruned", with_out("quantized", method="uniform", budget="8bit", sparsity=None), force=force,
-        dry_run=False, plan=None, command=command, progress=progress,
-    )  # fmt: skip
+        "quantize",
+        out / "pruned",
+        with_out("quantized", method="uniform", budget="8bit", sparsity=None),
+        force=force,
+        dry_run=False,
+        plan=None,
+        command=command,
+        progress=progress,
+    )
     rows = [
         _demo_row("dense", pruned, "dense", pruned["dense_bytes"], 0.0, 32.0),
         _demo_row("pruned", pruned, "compressed", _delivered_bytes(pruned), pruned["sparsity"], pruned["average_bits"]),
@@ -444,7 +511,7 @@ def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], 
             _delivered_bytes(quantized),
             quantized["sparsity"],
             quantized["average_bits"],
-        ),  # fmt: skip
+        ),
     ]
     return {
         "schema": "hcompress.demo/1",
@@ -752,9 +819,12 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
             dense_metric = evaluate(runtime_forward(dense_session), data, task, "evaluate dense", progress)
         metric = _metric_record(task, dense_metric, compressed_metric, data)
         checks += metric_checks(
-            target.gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense_metric,
+            target.gates,
+            unit=task.unit,
+            higher_is_better=task.higher_is_better,
+            dense=dense_metric,
             compressed=compressed_metric,
-        )  # fmt: skip
+        )
     elif target.gates.max_drop is not None or target.gates.min_metric is not None:
         raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
     latency = measure_latency(
@@ -933,14 +1003,14 @@ def _reject(target: _Target, record: dict[str, Any], settings: Settings) -> None
     store.publish(target.stage, rejected)
     _publish_summary(record, settings)
     verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
-    _raise_if_failed(verdict, rejected, record)
+    _raise_if_failed(verdict, f"no model was published; the report is in {rejected}", record)
 
 
-def _raise_if_failed(verdict: Verdict, where: Path, record: dict[str, Any]) -> None:
+def _raise_if_failed(verdict: Verdict, hint: str, record: dict[str, Any]) -> None:
     if verdict.ok:
         return
     failures = "; ".join(report.check_text(check) for check in verdict.failures())
-    raise GateError(failures, hint=f"no model was published; see {where}", report=record)
+    raise GateError(failures, hint=hint, report=record)
 
 
 def _publish_summary(record: dict[str, Any], settings: Settings) -> None:

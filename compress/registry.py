@@ -1,7 +1,7 @@
 """What can be plugged in, as strings: names and one-line descriptions are known without importing torch.
 
-A new method, task or measure is one file and one line here; the CLI's choices, ``hcompress methods``, the docs table and
-the contract test follow from it.
+A new method, task or measure is one file and one line here; the CLI's choices, ``hcompress methods``, the docs table
+and the contract test follow from it.
 """
 
 from __future__ import annotations

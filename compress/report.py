@@ -54,7 +54,7 @@ def verdict_text(verdict: Verdict) -> str:
 
 def check_text(check: Check) -> str:
     """A check in a line, with the digits that decide it: ``max_drop: 1.21 points, limit 1 points: FAILED``."""
-    unit = _unit(check)
+    unit = check.unit
     limit = "" if check.limit is None else f", limit {_exact(check.limit, unit).text}"
     return f"{escape(check.name)}: {_exact(check.value, unit).text}{limit}: {'passed' if check.ok else 'FAILED'}"
 
@@ -150,7 +150,6 @@ def _environment(finalize: Callable[[object], Markup]) -> Environment:
         "percent": _percent,
         "size": _size,
         "small": _small,
-        "unit": _unit,
         "whole": lambda value: Figure(value, f"{value:,}"),
     }
     return environment
@@ -426,11 +425,6 @@ def _percent(value: float) -> Figure:
 
 def _percent_label(value: float) -> str:
     return f"{100 * value:.3g}%"
-
-
-def _unit(check: Check) -> str:
-    """A drop of 91 % to 90 % is one point; one percent of 91 % would be another number."""
-    return "points" if (check.name, check.unit) == ("max_drop", "%") else check.unit
 
 
 def _exact(value: float, unit: str) -> Figure:

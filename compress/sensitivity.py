@@ -1,6 +1,7 @@
 """Sensitivity and cost records: one number, with its error, for each (layer, option) pair; no tensors.
 
-An option is what could be done to a layer: a bit width (``"4"``), a sparsity (``"0.5"``), or ``""`` for the layer itself.
+An option is what could be done to a layer: a bit width (``"4"``), a sparsity (``"0.5"``), or ``""`` for the layer
+itself.
 """
 
 from __future__ import annotations

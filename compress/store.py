@@ -1,4 +1,4 @@
-"""Run folders: staged beside their place, synced, manifest last, exchanged in one step; a folder that exists is complete."""
+"""Run folders: staged beside their place, synced, exchanged in one step, so that a folder that exists is complete."""
 
 from __future__ import annotations
 

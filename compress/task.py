@@ -1,7 +1,8 @@
 """What a network is for: its data, its loss and the metric that decides whether a result is good.
 
-Data come from ``.npz`` or ``.safetensors`` files (keys ``x`` and ``y``) or from ``file.py:fn(arguments)``, whose function
-returns a tensor, a pair ``(x, y)``, a dict with those keys, or an iterable of such batches. The file is code and runs.
+Data come from ``.npz`` or ``.safetensors`` files (keys ``x`` and ``y``) or from ``file.py:fn(arguments)``, whose
+function returns a tensor, a pair ``(x, y)``, a dict with those keys, or an iterable of such batches. The file is code
+and runs.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def metric_checks(gates: Gates, *, unit: str, higher_is_better: bool, dense: flo
     drop = dense - compressed if higher_is_better else compressed - dense
     if gates.max_drop is not None:
         # A drop equal to the limit passes; the slack is far below one example of a million.
-        checks.append(Check("max_drop", drop, gates.max_drop, unit, drop <= gates.max_drop + 1e-9))
+        # A drop of 91 % to 90 % is one point; one percent of 91 % would be another number.
+        drop_unit = "points" if unit == "%" else unit
+        checks.append(Check("max_drop", drop, gates.max_drop, drop_unit, drop <= gates.max_drop + 1e-9))
     if gates.min_metric is not None:
         good = compressed >= gates.min_metric - 1e-9 if higher_is_better else compressed <= gates.min_metric + 1e-9
         checks.append(Check("min_metric", compressed, gates.min_metric, unit, good))

@@ -1,4 +1,4 @@
-"""Proof in the runtime that will serve the model: the metric from the written file, and parity with the torch network."""
+"""Proof in the runtime that will serve the model: the metric from the written file, and parity with torch."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def make_report(num_layers: int = 20, **changes: Any) -> dict[str, Any]:
             {"batch": 64, "max_abs": 5.2e-06, "argmax_agreement": None},
         ],
         "checks": [
-            {"name": "max_drop", "value": 0.21, "limit": 1.0, "unit": "%", "ok": True},
+            {"name": "max_drop", "value": 0.21, "limit": 1.0, "unit": "points", "ok": True},
             {"name": "max_bytes", "value": 283123, "limit": 300000.0, "unit": "bytes", "ok": True},
         ],
         "time_s": 38.41,

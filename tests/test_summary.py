@@ -28,7 +28,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "latency_ms": None,
         "parity": [],
         "checks": [
-            {"name": "max_drop", "value": 1.25, "limit": 1.0, "unit": "%", "ok": False},
+            {"name": "max_drop", "value": 1.25, "limit": 1.0, "unit": "points", "ok": False},
             {"name": "max_bytes", "value": 400000, "limit": 500000, "unit": "bytes", "ok": True},
             {"name": "parity", "value": 3e-06, "limit": None, "unit": "", "ok": True},
         ],

@@ -1,4 +1,7 @@
-"""NaN and infinity in a state dict are an error at the door: every later number would be one too."""
+"""NaN and infinity in a state dict are an error at the door: every later number would be one too.
+
+An attention mask, zeros and ``-Inf`` alone, is not: it is what was saved.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def _count(tensor: Tensor) -> str:
         return ""
     # isfinite has no kernel for the 8-bit floats.
     values = tensor.float() if tensor.element_size() == 1 else tensor
-    if bool(torch.isfinite(values).all()):
+    if bool(torch.isfinite(values).all()) or bool(((values == 0) | (values == -torch.inf)).all()):
         return ""
     num_nan, num_inf = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
     found = [f"{count} {name}" for count, name in ((num_nan, "NaN"), (num_inf, "Inf")) if count]

@@ -23,9 +23,9 @@ BATCH_NORMS = (aten.batch_norm.default,)
 # An op whose output keeps its input's grid: rounding again would change nothing.
 MOVES = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
-    aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.contiguous.default,
-    aten.max_pool2d.default, aten.max_pool1d.default, aten.dropout.default, aten.clone.default, aten.expand.default,
-    aten.chunk.default, aten.split.Tensor, aten.unbind.int, operator.getitem,
+    aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+    aten.contiguous.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.dropout.default,
+    aten.clone.default, aten.expand.default, aten.chunk.default, aten.split.Tensor, aten.unbind.int, operator.getitem,
 }  # fmt: skip
 ACTIVATIONS = {
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,

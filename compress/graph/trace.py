@@ -1,6 +1,7 @@
 """The traced network: torch.export's undecomposed ATen graph, its weight layers, and what can't be compressed.
 
-Traced with a batch of two or more, so that a batch of one doesn't become a constant, and with a dynamic batch dimension.
+Traced with a batch of two or more, so that a batch of one doesn't become a constant, and with a dynamic batch
+dimension.
 """
 
 from __future__ import annotations

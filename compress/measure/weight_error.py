@@ -1,8 +1,8 @@
 """Weight error: the squared change of a layer's weights under each bit width or sparsity; needs no data.
 
-``||W - Q_b(W)||^2`` for 2 to 8 bits with min-max ranges, and the sum of the smallest squared weights for each sparsity. It is
-the second factor of HAWQ-V2's Omega (Dong et al. 2020, arXiv:1911.03852, equation 10) and of the magnitude saliency.
-Cost: seven roundings, or one sort, of each weight.
+``||W - Q_b(W)||^2`` for 2 to 8 bits with min-max ranges, and the sum of the smallest squared weights for each
+sparsity. It is the second factor of HAWQ-V2's Omega (Dong et al. 2020, arXiv:1911.03852, equation 10) and of the
+magnitude saliency. Cost: seven roundings, or one sort, of each weight.
 """
 
 from __future__ import annotations

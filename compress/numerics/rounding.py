@@ -1,8 +1,9 @@
 """Affine grids: the scale of a weight channel or an activation, and rounding to it.
 
-Weights are symmetric (zero point 0) with one scale a channel: ``w ~ scale * level``. Eight bits use levels -127..127, as
-runtimes multiply them fastest; fewer bits use the whole ``-2**(b-1) .. 2**(b-1) - 1``, and the sign of the scale says which
-side of zero has the extra level. Source: Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021 (arXiv:2106.08295), 2.2.
+Weights are symmetric (zero point 0) with one scale a channel: ``w ~ scale * level``. Eight bits use levels -127..127,
+as runtimes multiply them fastest; fewer bits use the whole ``-2**(b-1) .. 2**(b-1) - 1``, and the sign of the scale
+says which side of zero has the extra level. Source: Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021
+(arXiv:2106.08295), 2.2.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def _minmax_scale(flat: Tensor, bits: int) -> Tensor:
 def _mse_scale(flat: Tensor, bits: int) -> Tensor:
     low, high = level_range(bits)
     peak = flat.abs().amax(1)
-    # The side that reaches further gets the extra negative level, through a negative scale where it is the positive one.
+    # The side that reaches further gets the extra negative level, through a negative scale where it is the positive
+    # one.
     sign = torch.where(flat.amax(1) > -flat.amin(1), -1.0, 1.0)
     best_scale = _minmax_scale(flat, bits)
     best_error = (_to_levels(flat, best_scale, low, high) * best_scale[:, None] - flat).square().sum(1)

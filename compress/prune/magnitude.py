@@ -97,7 +97,7 @@ def _unstructured(
         removed = round(budget.limit * total)
         if removed > available:
             raise BudgetError(
-                f"sparsity {budget.limit:g} is out of reach: the excluded weights leave at most {available / total:.4f}",
+                f"sparsity {budget.limit:g} is out of reach: --exclude leaves at most {available / total:.4f}",
                 hint="exclude less, or lower --sparsity",
             )
         return choose(weights, removed / available)
@@ -122,7 +122,7 @@ def _smallest_cut(
     minimum = size_at(high)
     if minimum > limit:
         raise BudgetError(
-            f"{budget} ({limit:.0f} bytes) is out of reach by pruning: with every weight zero the file has {minimum} bytes",
+            f"{budget} ({limit:.0f} bytes) is out of reach: with every weight zero the file has {minimum} bytes",
             hint=f"raise --budget to at least {minimum} B, or quantize instead",
         )
     while low < high:
