@@ -35,7 +35,7 @@ types: $(READY)
 	cp -rs $(CURDIR)/compress build/types/
 	cp -rs $(CURDIR)/cli build/types/compress/cli
 	cp -rs $(CURDIR)/presets build/types/compress/presets
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p compress
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p compress
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.run --out docs/benchmarks.md

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from . import canonical, report, store, summary
+from . import canonical, figures, inspection, report, store, summary
 from .apply import Compressed, assemble
 from .apply import apply_plan as apply_decisions
 from .bench import measure_latency
@@ -41,13 +41,9 @@ from .settings import Settings, Value, chosen_budget
 from .task import Calibration, Data, Task, check_forward, load_task, read_data
 from .verdict import Check, Gates, Verdict, limit_check, metric_checks
 from .verify import (
-    FLOAT_TOLERANCE,
-    INTEGER_TOLERANCE,
-    Parity,
     evaluate,
     measure_parity,
     open_session,
-    parity_holds,
     runtime_forward,
 )
 
@@ -268,101 +264,11 @@ def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progre
     if settings["model"].value is None and checkpoint.is_file():
         read = read_checkpoint(checkpoint)
         if read.program is None:
-            return _inspect_tensors(checkpoint, read.format, read.state, read.notes)
+            return inspection.describe_tensors(read)
     if settings["model"].value is None and checkpoint.is_dir():
-        return _inspect_run(checkpoint)
+        return inspection.describe_run(checkpoint, _read_run(checkpoint))
     opened = _open(checkpoint, settings, progress, needs_data=False)
-    graph, source = opened.graph, opened.source
-    state = source.module.state_dict()
-    parameters = dict(source.module.named_parameters())
-    return {
-        "schema": "hcompress.inspect/1",
-        "path": str(checkpoint),
-        "format": source.format,
-        "sha256": source.sha256,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "macs": graph.macs,
-        "input_shape": [list(x.shape[1:]) for x in graph.example_inputs],
-        "dtypes": _count_dtypes(state),
-        "layers": [
-            {
-                "name": layer.tensor,
-                "op": layer.op,
-                "shape": list(layer.shape),
-                "parameters": layer.elements,
-                "macs": layer.macs,
-                "dtype": str(state[layer.tensor].dtype).removeprefix("torch."),
-            }
-            for layer in graph.layers
-        ],
-        "tied": [list(names) for names in graph.tied],
-        "blockers": [{"layer": blocker.layer, "reason": blocker.reason} for blocker in graph.blockers],
-        "notes": opened.notes,
-    }
-
-
-def _inspect_tensors(path: Path, kind: str, state: Mapping[str, Tensor], notes: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "schema": "hcompress.inspect/1",
-        "path": str(path),
-        "format": kind,
-        "sha256": canonical.sha256_of_file(path),
-        "parameters": sum(t.numel() for t in state.values() if t.is_floating_point()),
-        "macs": None,
-        "input_shape": None,
-        "dtypes": _count_dtypes(state),
-        "layers": [
-            {
-                "name": key,
-                "op": "tensor",
-                "shape": list(t.shape),
-                "parameters": t.numel(),
-                "macs": None,
-                "dtype": str(t.dtype).removeprefix("torch."),
-            }
-            for key, t in state.items()
-        ],
-        "tied": [],
-        "blockers": [],
-        "notes": [*notes, "a state dict holds no architecture: pass --model FILE.py:FACTORY to see layers and MACs"],
-    }
-
-
-def _inspect_run(run: Path) -> dict[str, Any]:
-    """A run folder says itself what it holds."""
-    record = _read_run(run)
-    return {
-        "schema": "hcompress.inspect/1",
-        "path": str(run),
-        "format": "run",
-        "sha256": canonical.sha256_of_file(run / WEIGHTS),
-        "parameters": record["params"]["compressed"],
-        "macs": record["macs"]["compressed"],
-        "input_shape": None,
-        "dtypes": _count_dtypes(read_checkpoint(run / WEIGHTS).state),
-        "layers": [
-            {
-                "name": layer["tensor"],
-                "op": layer["op"],
-                "shape": layer["shape"],
-                "parameters": layer["elements"],
-                "macs": layer["macs"],
-                "dtype": "float32" if layer["bits"] == 32 else f"int{layer['bits']}",
-            }
-            for layer in record["layers"]
-        ],
-        "tied": [],
-        "blockers": [],
-        "notes": [f"made by hcompress {record['command']}; hcompress show {run} prints its figures"],
-    }
-
-
-def _count_dtypes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for tensor in state.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+    return inspection.describe_network(checkpoint, opened.source, opened.graph, opened.notes)
 
 
 def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:
@@ -385,7 +291,7 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
         inputs = data.first(8).inputs
         compressed = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
         dense = _dense_metric(run, record, data, task, compressed, threads, progress)
-        metric = _metric_record(task, dense, compressed, data)
+        metric = figures.metric_record(task, dense, compressed, data)
         checks = metric_checks(
             gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense, compressed=compressed
         )
@@ -395,7 +301,7 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
     parity = measure_parity(program.module(check_guards=False), session, inputs)
     checks += [
         *limit_check("max_bytes", (run / record["delivered"]).stat().st_size, gates.max_bytes, "bytes"),
-        *_parity_checks(parity, integer),
+        *figures.parity_checks(parity, integer),
     ]
     if gates.max_latency is not None:
         latency = measure_latency({"compressed": session}, tuple(x[:1] for x in inputs), LATENCY_REPEATS, progress)
@@ -404,7 +310,7 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
         "schema": "hcompress.verify/1",
         "run": str(run),
         "metric": metric,
-        "parity": [_parity_record(p) for p in parity],
+        "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
     }
     full = {**record, "metric": result["metric"], "parity": result["parity"], "checks": result["checks"]}
@@ -810,14 +716,14 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
     examples = data.first(8).inputs if data is not None else _examples(job)
     integer = plan is not None and bool(plan.quantized("activation"))
     parity = measure_parity(built.module, session, examples)
-    checks = _parity_checks(parity, integer)
+    checks = figures.parity_checks(parity, integer)
     metric = None
     if data is not None:
         compressed_metric = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
         dense_metric = compressed_metric
         if plan is not None:
             dense_metric = evaluate(runtime_forward(dense_session), data, task, "evaluate dense", progress)
-        metric = _metric_record(task, dense_metric, compressed_metric, data)
+        metric = figures.metric_record(task, dense_metric, compressed_metric, data)
         checks += metric_checks(
             target.gates,
             unit=task.unit,
@@ -831,11 +737,11 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         {"dense": dense_session, "compressed": session}, tuple(x[:1] for x in examples), LATENCY_REPEATS, progress
     )
     delivered = _delivered(settings)
-    layers = _layers(job, built, plan)
-    figures = _figures(job, layers)
+    layers = figures.layer_records(job.source, job.graph, built.compressed.tensors, plan)
+    totals = figures.totals(layers)
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
-    checks += _budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), figures)
+    checks += figures.budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), totals)
     parameters = sum(p.numel() for p in job.source.module.parameters())
     return {
         "schema": REPORT_SCHEMA,
@@ -848,16 +754,16 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         "metric": metric,
         "files": dict(built.sizes),
         "dense_bytes": len(dense.onnx),
-        "average_bits": figures["average_bits"],
-        "sparsity": figures["sparsity"],
+        "average_bits": totals["average_bits"],
+        "sparsity": totals["sparsity"],
         "params": {"dense": parameters, "compressed": parameters},
         "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
         "latency_ms": {name: value.median for name, value in latency.items()},
-        "parity": [_parity_record(p) for p in parity],
+        "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
         "notes": job.notes,
-        "versions": _versions(),
+        "versions": figures.versions(),
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -865,108 +771,6 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
 
 def _examples(job: Job) -> tuple[Tensor, ...]:
     return job.graph.example_inputs if job.calibration is None else job.calibration.data.first(8).inputs
-
-
-def _parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
-    """One check a batch size, of the largest difference relative to the largest output."""
-    limit = INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE
-    return [
-        Check(f"parity_batch_{p.batch}", p.max_relative, limit, "of the largest output", parity_holds(p, integer))
-        for p in parity
-    ]
-
-
-def _parity_record(parity: Parity) -> dict[str, Any]:
-    return {"batch": parity.batch, "max_abs": parity.max_abs, "argmax_agreement": parity.argmax_agreement}
-
-
-def _metric_record(task: Task, dense: float, compressed: float, data: Data) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "unit": task.unit,
-        "higher_is_better": task.higher_is_better,
-        "dense": dense,
-        "compressed": compressed,
-        "num_examples": len(data),
-        "runtime": f"onnxruntime {metadata.version('onnxruntime')}",
-        "data_sha256": data.sha256(),
-    }
-
-
-def _budget_checks(budget: Budget | None, size: int, dense_size: int, figures: Mapping[str, float]) -> list[Check]:
-    if budget is None:
-        return []
-    if budget.quantity == "bytes":
-        return limit_check("budget", size, budget.absolute(dense_size), "bytes")
-    if budget.quantity == "bits":
-        return limit_check("budget", figures["average_bits"], budget.limit + 1e-9, "bits")
-    reached = figures["sparsity"]
-    return [Check("budget", reached, budget.limit, "sparsity", reached >= budget.limit - SPARSITY_SLACK)]
-
-
-def _layers(job: Job, built: _Built, plan: Plan | None) -> list[dict[str, Any]]:
-    """One entry a weight: what was decided, why, and what it did to the weight."""
-    state = job.source.module.state_dict()
-    masks = {} if plan is None else plan.masks()
-    quantized = {} if plan is None else plan.quantized("weight")
-    entries = []
-    for layer in job.graph.layers:
-        stored = built.compressed.tensors[layer.tensor]
-        value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
-        original = state[layer.tensor].double()
-        norm = float(original.norm())
-        error = float((value.double() - original).norm()) / norm if norm else 0.0
-        sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
-        bits = stored.bits if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
-        decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
-        entries.append(
-            {
-                "tensor": layer.tensor,
-                "op": layer.op,
-                "shape": list(layer.shape),
-                "elements": layer.elements,
-                "macs": layer.macs,
-                "bits": bits,
-                "sparsity": sparsity,
-                "decision": decision,
-                "relative_error": error,
-                "why": _why(plan, layer.tensor, decision, sparsity, bits, error),
-            }
-        )
-    return entries
-
-
-def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: int, error: float) -> str:
-    if plan is None:
-        return "exported as it is"
-    if decision == "keep":
-        return f"left as it is: excluded, or {plan.options.get('pattern', plan.method)} doesn't fit its shape"
-    if decision == "mask":
-        mask = plan.masks()[tensor]
-        kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
-        if mask.pattern != "unstructured":
-            return f"{kept}: the smallest of each group along the inputs, pattern {mask.pattern}"
-        if plan.options.get("scope") == "global":
-            return f"{kept}: those below the magnitude that all layers share"
-        return f"{kept}: the smallest of this layer"
-    choice = plan.quantized("weight")[tensor]
-    return f"{plan.method} chose {bits} bits with {choice.range} ranges: the weights move by {100 * error:.2g} %"
-
-
-def _figures(job: Job, layers: list[dict[str, Any]]) -> dict[str, float]:
-    elements = sum(layer["elements"] for layer in layers)
-    zeros = sum(round(layer["sparsity"] * layer["elements"]) for layer in layers)
-    bits = sum(layer["bits"] * layer["elements"] for layer in layers)
-    return (
-        {"average_bits": bits / elements, "sparsity": zeros / elements}
-        if elements
-        else {"average_bits": 32.0, "sparsity": 0.0}
-    )
-
-
-def _versions() -> dict[str, str]:
-    names = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def _write_report(stage: Path, record: dict[str, Any]) -> None:
@@ -979,7 +783,7 @@ def _write_manifest(job: Job, stage: Path, target: _Target) -> None:
     manifest = Manifest(
         files=describe_files(stage),
         parents={"source": job.source.sha256, **job.source.parents},
-        versions=_versions(),
+        versions=figures.versions(),
         command=target.command,
         seed=int(job.value("seed")),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

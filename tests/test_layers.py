@@ -20,7 +20,7 @@ RANKS = (
     ("numerics", "graph", "formats", "demo"),
     ("context", "task", "model", "train"),
     ("apply", "reconstruct"),
-    ("measure", "prune", "quantize", "joint", "report", "summary", "store", "export", "verify", "bench"),
+    ("measure", "prune", "quantize", "joint", "report", "summary", "store", "export", "verify", "bench", "figures", "inspection"),
     ("pipeline",),
     ("cli", "__main__"),
 )

@@ -1,0 +1,124 @@
+"""The parts of a report record: what was decided and why, what it did, and the checks that follow."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .apply import Tensors
+from .budget import Budget
+from .formats.packed import QuantizedTensor
+from .graph.trace import Graph
+from .model import Source
+from .plan import Plan
+from .task import Data, Task
+from .verdict import Check, limit_check
+from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, Parity, parity_holds
+
+SPARSITY_SLACK = 1e-4  # rounding to whole weights
+
+
+def parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
+    """One check a batch size, of the largest difference relative to the largest output."""
+    limit = INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE
+    return [
+        Check(f"parity_batch_{p.batch}", p.max_relative, limit, "of the largest output", parity_holds(p, integer))
+        for p in parity
+    ]
+
+
+def parity_record(parity: Parity) -> dict[str, Any]:
+    return {"batch": parity.batch, "max_abs": parity.max_abs, "argmax_agreement": parity.argmax_agreement}
+
+
+def metric_record(task: Task, dense: float, compressed: float, data: Data) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "unit": task.unit,
+        "higher_is_better": task.higher_is_better,
+        "dense": dense,
+        "compressed": compressed,
+        "num_examples": len(data),
+        "runtime": f"onnxruntime {metadata.version('onnxruntime')}",
+        "data_sha256": data.sha256(),
+    }
+
+
+def budget_checks(budget: Budget | None, size: int, dense_size: int, figures: Mapping[str, float]) -> list[Check]:
+    if budget is None:
+        return []
+    if budget.quantity == "bytes":
+        return limit_check("budget", size, budget.absolute(dense_size), "bytes")
+    if budget.quantity == "bits":
+        return limit_check("budget", figures["average_bits"], budget.limit + 1e-9, "bits")
+    reached = figures["sparsity"]
+    return [Check("budget", reached, budget.limit, "sparsity", reached >= budget.limit - SPARSITY_SLACK)]
+
+
+def layer_records(source: Source, graph: Graph, tensors: Tensors, plan: Plan | None) -> list[dict[str, Any]]:
+    """One entry a weight: what was decided, why, and what it did to the weight."""
+    state = source.module.state_dict()
+    masks = {} if plan is None else plan.masks()
+    quantized = {} if plan is None else plan.quantized("weight")
+    entries = []
+    for layer in graph.layers:
+        stored = tensors[layer.tensor]
+        value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
+        original = state[layer.tensor].double()
+        norm = float(original.norm())
+        error = float((value.double() - original).norm()) / norm if norm else 0.0
+        sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
+        bits = stored.bits if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
+        decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
+        entries.append(
+            {
+                "tensor": layer.tensor,
+                "op": layer.op,
+                "shape": list(layer.shape),
+                "elements": layer.elements,
+                "macs": layer.macs,
+                "bits": bits,
+                "sparsity": sparsity,
+                "decision": decision,
+                "relative_error": error,
+                "why": _why(plan, layer.tensor, decision, sparsity, bits, error),
+            }
+        )
+    return entries
+
+
+def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: int, error: float) -> str:
+    if plan is None:
+        return "exported as it is"
+    if decision == "keep":
+        return f"left as it is: excluded, or {plan.options.get('pattern', plan.method)} doesn't fit its shape"
+    if decision == "mask":
+        mask = plan.masks()[tensor]
+        kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
+        if mask.pattern != "unstructured":
+            return f"{kept}: the smallest of each group along the inputs, pattern {mask.pattern}"
+        if plan.options.get("scope") == "global":
+            return f"{kept}: those below the magnitude that all layers share"
+        return f"{kept}: the smallest of this layer"
+    choice = plan.quantized("weight")[tensor]
+    return f"{plan.method} chose {bits} bits with {choice.range} ranges: the weights move by {100 * error:.2g} %"
+
+
+def totals(layers: list[dict[str, Any]]) -> dict[str, float]:
+    elements = sum(layer["elements"] for layer in layers)
+    zeros = sum(round(layer["sparsity"] * layer["elements"]) for layer in layers)
+    bits = sum(layer["bits"] * layer["elements"] for layer in layers)
+    return (
+        {"average_bits": bits / elements, "sparsity": zeros / elements}
+        if elements
+        else {"average_bits": 32.0, "sparsity": 0.0}
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
