@@ -137,7 +137,9 @@ def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> 
     sparse = _sparse_initializers(model)
     if sparse:
         model = sparsify(model, sparse)
-    bits = weight_bits(graph, compressed)
+    # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
+    stored = {tensor.name for tensor in model.graph.initializer}
+    bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
     if not bits:
         return model
     has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)

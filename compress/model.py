@@ -6,6 +6,7 @@ A factory is code: it comes from the command line or the user's own config, neve
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .canonical import sha256_of_file
-from .errors import InputError, UsageError, escape
+from .errors import HCompressError, InputError, UsageError, escape
 from .formats.checkpoint import Checkpoint, read_checkpoint
 from .formats.packed import QuantizedTensor, decode
 from .graph.trace import tied_names
@@ -66,6 +68,7 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
     sha256 = sha256_of_file(path)
     if checkpoint.program is not None:
         program: nn.Module = checkpoint.program.module(check_guards=False)
+        _require_float32(program, path)
         example = checkpoint.program.example_inputs
         inputs = tuple(x for x in example[0] if isinstance(x, Tensor)) if example else None
         return Source(path, sha256, _ready(program), "pt2", inputs or None, {}, {}, checkpoint.notes)
@@ -76,8 +79,19 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
         )
     state, stored = _unpack(checkpoint)
     module = build_module(factory, factory_args)
-    load_state(module, state, path)
-    return Source(path, sha256, _ready(module), checkpoint.format, None, stored, {}, checkpoint.notes)
+    notes = (*checkpoint.notes, *load_state(module, state, path))
+    return Source(path, sha256, _ready(module), checkpoint.format, None, stored, {}, notes)
+
+
+def _require_float32(program: nn.Module, path: Path) -> None:
+    """The casts in a program's graph are fixed: its weights can't be widened without changing what it computes."""
+    for name, tensor in program.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path}: {escape(name)} is {dtype}; exported programs are read in float32 alone",
+                hint="export it again after model.float(), or pass its state dict with --model",
+            )
 
 
 def _load_run(folder: Path, factory: str | None, factory_args: str | None) -> Source:
@@ -93,7 +107,7 @@ def _load_run(folder: Path, factory: str | None, factory_args: str | None) -> So
     if inner.stored:
         notes = (*notes, f"{folder.name} is quantized: its rounded weights are the starting point")
     parents = {"manifest": sha256_of_file(folder / MANIFEST)}
-    weights_hash = manifest.files[WEIGHTS]["sha256"]
+    weights_hash = sha256_of_file(folder / WEIGHTS if WEIGHTS in manifest.files else folder / name)
     return Source(folder, weights_hash, inner.module, "run", inner.example_inputs, inner.stored, parents, notes)
 
 
@@ -122,16 +136,48 @@ def build_module(factory: str, factory_args: str | None) -> nn.Module:
 
 
 def call_factory(make: Callable[..., Any], arguments: dict[str, Any], name: str) -> nn.Module:
-    """The module that a factory returns."""
+    """The module that a factory returns: in float32, on the CPU, every parameter there.
+
+    Raises:
+        UsageError: It isn't a function, raised, or returned something that can't be filled with a checkpoint.
+    """
+    if isinstance(make, nn.Module) or not callable(make):
+        raise UsageError(
+            f"--model {name} is a {type(make).__name__}, not a factory",
+            hint="name a function or a class that makes the torch.nn.Module",
+        )
     try:
-        module = make(**arguments)
-    except Exception as error:  # the user's code may raise anything
+        # Tensors that the checkpoint doesn't hold may be drawn at random: the same ones each time.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = make(**arguments)
+    except HCompressError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(
             f"--model {name} failed ({type(error).__name__}: {error})", hint="pass its arguments with --model-args JSON"
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"--model {name} returned {type(module).__name__}", hint="it must return a torch.nn.Module")
-    return module
+    _require_materialized(module, name)
+    # Before the checkpoint goes in: a half-precision module would round it.
+    return module.cpu().float()
+
+
+def _require_materialized(module: nn.Module, name: str) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [key for key, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"--model {name}: {_listed(lazy)} has no shape yet (a lazy module)",
+            hint="give the sizes in the factory, or run one batch there before the module is returned",
+        )
+    meta = [key for key, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise UsageError(
+            f"--model {name}: {_listed(meta)} is on the meta device, without values",
+            hint="build the module on the CPU, outside of torch.device('meta')",
+        )
 
 
 def _ready(module: nn.Module) -> nn.Module:
@@ -142,45 +188,96 @@ def _ready(module: nn.Module) -> nn.Module:
     return module
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a state dict into a module, strictly: missing, unexpected and misshapen keys are all listed.
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Copy a state dict into a module, strictly: missing, unexpected and misfitting keys are all listed.
 
     A key that is missing while another name of the same tensor is there is filled by that tensor.
     ``num_batches_tracked`` may be missing: torch before 0.4.1 didn't write it, and evaluation doesn't read it.
 
+    Returns:
+        Notes: which floats were converted to the module's own dtype.
+
     Raises:
         InputError: The two don't fit.
+        UsageError: The module keeps state that isn't a tensor.
     """
-    expected = module.state_dict()
-    defaults = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
-    state = {**defaults, **state}
+    expected: dict[str, Any] = dict(module.state_dict())
+    others = [key for key, value in expected.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UsageError(
+            f"the network keeps state that isn't a tensor ({_listed(others)})",
+            hint="let its factory return a module without get_extra_state",
+        )
+    state = {**{key: value for key, value in expected.items() if _is_counter(key)}, **state}
+    differing = []
     for names in tied_names(module):
         present = [name for name in names if name in state]
         for name in names:
             if present and name in expected and name not in state:
                 state[name] = state[present[0]]
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [
-        f"{key} is {list(state[key].shape)}, the model's is {list(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    problems = [
-        f"{len(found)} {label} ({_listed(found)})"
-        for label, found in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if found
-    ]
+        differing += [
+            f"{name} differs from {present[0]}, which the model ties to it"
+            for name in present[1:]
+            if not torch.equal(state[name], state[present[0]])
+        ]
+    both = [key for key in expected if key in state]
+    found = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "misshapen": [
+            f"{escape(key)} is {list(state[key].shape)}, the model's is {list(expected[key].shape)}"
+            for key in both
+            if state[key].shape != expected[key].shape
+        ],
+        "of another kind": [
+            f"{escape(key)} is {_dtype(state[key])}, the model's is {_dtype(expected[key])}"
+            for key in both
+            if not _is_counter(key) and state[key].is_floating_point() != expected[key].is_floating_point()
+        ],
+        "untied": differing,
+    }
+    problems = [f"{len(names)} {label} ({_listed(names)})" for label, names in found.items() if names]
     if problems:
         raise InputError(
             f"{path}: keys don't fit the model: {'; '.join(problems)}",
             hint="check --model and --model-args: this checkpoint was saved from another architecture",
         )
-    module.load_state_dict(state, strict=True)
+    try:
+        module.load_state_dict(state, strict=True)
+    except Exception as error:  # a module's own hooks may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: the model doesn't take its state ({reason})", hint="check --model") from error
+    return _converted({key: value for key, value in state.items() if not _is_counter(key)}, expected, path)
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _converted(state: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+    """One note for each float dtype that the model doesn't have.
+
+    Raises:
+        InputError: A value is beyond float32; names the key.
+    """
+    counts: dict[str, int] = {}
+    for key, value in state.items():
+        if value.dtype != loaded[key].dtype:
+            counts[_dtype(value)] = counts.get(_dtype(value), 0) + 1
+            if bool(torch.isinf(loaded[key]).any()) and not bool(torch.isinf(value).any()):
+                raise InputError(
+                    f"{path}: {escape(key)} has values beyond float32 (largest {float(value.abs().max()):.3g})",
+                    hint="hcompress computes in float32; rescale the layer",
+                )
+    return tuple(f"{count} tensors of {dtype} were read as float32" for dtype, count in counts.items())
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(escape(name) for name in names[:MAX_LISTED])
+    shown = ", ".join(escape(name, limit=240) for name in names[:MAX_LISTED])
     return shown if len(names) <= MAX_LISTED else f"{shown}, and {len(names) - MAX_LISTED} more"
 
 
@@ -223,23 +320,22 @@ def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tens
         UsageError: No shape that was tried fits; asks for --input-shape.
     """
     generator = torch.Generator().manual_seed(0)
-    if input_shape is not None:
-        try:
-            shape = [int(size) for size in input_shape.split(",")]
-        except ValueError:
-            raise UsageError(f"--input-shape {input_shape!r} isn't sizes", hint="write 3,32,32 (no batch)") from None
-        candidates = [shape]
-    else:
-        candidates = _candidate_shapes(module)
+    required = _required_inputs(module)
+    if len(required) > 1:
+        raise UsageError(
+            f"the network takes {len(required)} inputs ({', '.join(required)}), whose shapes can't be guessed",
+            hint="pass --data FILE.py:fn, a function that returns (({}), y)".format(", ".join(required)),
+        )
+    candidates = _candidate_shapes(module) if input_shape is None else [_parse_shape(input_shape)]
     is_tokens = isinstance(_first_layer(module), nn.Embedding)
     reason = "no layer says what the network takes"
     for shape in candidates:
         size = (2, *shape)
-        x = torch.zeros(size, dtype=torch.int64) if is_tokens else torch.randn(size, generator=generator)
         try:
+            x = torch.zeros(size, dtype=torch.int64) if is_tokens else torch.randn(size, generator=generator)
             with torch.no_grad():
                 copy.deepcopy(module)(x)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:  # the user's network may raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         kind = "token ids" if is_tokens else "inputs"
@@ -249,8 +345,28 @@ def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tens
     )
 
 
+def _required_inputs(module: nn.Module) -> list[str]:
+    """Names of forward's arguments without a default."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+
+
+def _parse_shape(text: str) -> list[int]:
+    try:
+        shape = [int(size) for size in text.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input-shape {text!r} isn't sizes", hint="write 3,32,32 (no batch)")
+    return shape
+
+
 def _first_layer(module: nn.Module) -> nn.Module | None:
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase)
     return next((layer for layer in module.modules() if isinstance(layer, kinds)), None)
 
 
@@ -260,6 +376,8 @@ def _candidate_shapes(module: nn.Module) -> list[list[int]]:
         return [[layer.in_features], [16, layer.in_features]]
     if isinstance(layer, nn.Embedding):
         return [[256], [128], [64], [32], [16]]
+    if isinstance(layer, nn.RNNBase):
+        return [[16, layer.input_size]]
     if isinstance(layer, nn.Conv1d):
         return [[layer.in_channels, size] for size in (1024, 16000, 128, 256, 512, 64)]
     if isinstance(layer, nn.Conv3d):

@@ -22,7 +22,7 @@ from . import canonical, figures, inspection, report, store, summary
 from .apply import Compressed, assemble
 from .apply import apply_plan as apply_decisions
 from .bench import measure_latency
-from .budget import Budget, format_bytes, parse_budget
+from .budget import Budget, parse_budget
 from .context import Context, Progress, Storage
 from .errors import BudgetError, DiskError, GateError, InputError, UsageError
 from .export import onnx_model, safetensors_bytes, serialize, write_program
@@ -49,8 +49,8 @@ from .verify import (
 
 ONNX, DENSE, PLAN, SIDECAR = "model.onnx", "dense.onnx", "plan.json", "plan.safetensors"
 REPORT_SCHEMA = "hcompress.report/1"
-MAX_ATTEMPTS = 8  # of lowering a byte budget until the written file fits
 LATENCY_REPEATS = 60
+LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
 
 
@@ -194,15 +194,15 @@ def run_method(
         }
     dense = _dense_bytes(opened)
 
-    def make(limit: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
+    def decide(overhead: int) -> tuple[Plan, dict[str, Tensor]]:
         progress("plan", 0, None)
-        context = _context(opened, dense)
+        context = _context(opened, dense, overhead)
         chosen, tensors = load_module(method).plan(
             opened.source,
             opened.graph,
             sensitivities,
             opened.calibration,
-            limit,
+            _absolute(budget, dense),
             _options(opened, method.options),
             context,
         )
@@ -210,18 +210,20 @@ def run_method(
         return _sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value)), tensors)
 
     if plan is None:
-        decided, sidecar = make(_as_budget(budget, dense, opened))
+        decided, sidecar = decide(0)
     if dry_run:
         return _dry_run(opened, decided)
     assert out is not None
     with store.staged(out, force) as stage:
-        for attempt in range(MAX_ATTEMPTS):
+        _write_plan(stage, decided, sidecar)
+        built = _build(opened, decided, sidecar, stage)
+        while plan is None and (overhead := _overhead(opened, built, decided, budget, dense)) is not None:
+            before = decided.decisions
+            decided, sidecar = decide(overhead)
+            if decided.decisions == before:
+                raise _infeasible(opened, built, budget)
             _write_plan(stage, decided, sidecar)
             built = _build(opened, decided, sidecar, stage)
-            overshoot = 0.0 if plan is not None else _overshoot(built, budget, dense, opened)
-            if overshoot <= 0:
-                break
-            decided, sidecar = make(_lowered(budget, dense, opened, overshoot, attempt))
         _write_sensitivities(stage, sensitivities)
         target = _Target(stage, out, job, gates, command, budget)
         return _finish(opened, built, decided, dense, target)
@@ -304,7 +306,8 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
         *figures.parity_checks(parity, integer),
     ]
     if gates.max_latency is not None:
-        latency = measure_latency({"compressed": session}, tuple(x[:1] for x in inputs), LATENCY_REPEATS, progress)
+        timed = {"compressed": open_session(run / ONNX, threads or LATENCY_THREADS)}
+        latency = measure_latency(timed, tuple(x[:1] for x in inputs), LATENCY_REPEATS, progress)
         checks += limit_check("max_latency", latency["compressed"].median, gates.max_latency, "ms")
     result = {
         "schema": "hcompress.verify/1",
@@ -346,7 +349,7 @@ def _dense_metric(
 def bench_run(run: Path, settings: Settings, *, repeats: int, batch: int, progress: Progress) -> dict[str, Any]:
     """``hcompress bench``: latency of a run's model beside the dense one, in ONNX Runtime."""
     _read_run(run)
-    threads = int(settings["threads"].value or len(os.sched_getaffinity(0)))
+    threads = int(settings["threads"].value or LATENCY_THREADS)
     sessions = {"compressed": open_session(run / ONNX, threads)}
     if (run / DENSE).is_file():
         sessions = {"dense": open_session(run / DENSE, threads), **sessions}
@@ -505,8 +508,8 @@ def _delivered(settings: Settings) -> str:
     return WEIGHTS if settings["for"].value == "safetensors" else ONNX
 
 
-def _context(job: Job, dense: _Dense) -> Context:
-    """What planners are handed; sizes follow from the dense file and the storage of each weight."""
+def _context(job: Job, dense: _Dense, overhead: int) -> Context:
+    """What planners are handed; sizes follow from the dense file, the storage of each weight and a measured overhead."""
     elements = {layer.tensor: layer.elements for layer in job.graph.layers}
     channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
     state = job.source.module.state_dict()
@@ -523,36 +526,40 @@ def _context(job: Job, dense: _Dense) -> Context:
 
     def model_bytes(choices: Mapping[str, Storage]) -> int:
         now = sum(stored(name, Storage(int(torch.count_nonzero(state[name])), 32)) for name in choices)
-        return base - now + sum(stored(name, storage) for name, storage in choices.items())
+        return base + (overhead if choices else 0) - now + sum(stored(n, storage) for n, storage in choices.items())
 
     generator = torch.Generator().manual_seed(int(job.value("seed")))
     return Context(generator, _device(job.settings), job.progress, model_bytes, [])
 
 
-def _as_budget(budget: Budget | None, dense: _Dense, job: Job) -> Budget | None:
+def _absolute(budget: Budget | None, dense: _Dense) -> Budget | None:
     """A byte budget relative to the dense ONNX file, whatever file is delivered, as an absolute one."""
     if budget is None or budget.quantity != "bytes":
         return budget
     return Budget("bytes", budget.absolute(len(dense.onnx)))
 
 
-def _overshoot(built: _Built, budget: Budget | None, dense: _Dense, job: Job) -> float:
-    if budget is None or budget.quantity != "bytes":
-        return 0.0
-    return built.sizes[_delivered(job.settings)] - budget.absolute(len(dense.onnx))
+def _overhead(job: Job, built: _Built, plan: Plan, budget: Budget | None, dense: _Dense) -> int | None:
+    """None if the written file keeps a byte budget; else the bytes that it has beyond what its weights predict."""
+    limit = _absolute(budget, dense)
+    written = built.sizes[_delivered(job.settings)]
+    if limit is None or limit.quantity != "bytes" or written <= limit.limit:
+        return None
+    state = job.source.module.state_dict()
+    choices = {name: Storage(mask.kept, 32) for name, mask in plan.masks().items()}
+    for name, choice in plan.quantized("weight").items():
+        choices[name] = Storage(int(torch.count_nonzero(state[name])), choice.bits)
+    return written - _context(job, dense, 0).model_bytes(choices)
 
 
-def _lowered(budget: Budget | None, dense: _Dense, job: Job, overshoot: float, attempt: int) -> Budget:
-    assert budget is not None
-    if attempt == MAX_ATTEMPTS - 1:
-        raise BudgetError(
-            f"{budget}: the written file stays {overshoot:.0f} bytes above it", hint="raise --budget a little"
-        )
-    limit = budget.absolute(len(dense.onnx)) - overshoot * (attempt + 1)
-    if limit <= 0:
-        raise BudgetError(f"{budget} is out of reach", hint="raise --budget")
-    job.notes.append(f"the file was {overshoot:.0f} bytes above the budget; planned again for {format_bytes(limit)}")
-    return Budget("bytes", limit)
+def _infeasible(job: Job, built: _Built, budget: Budget | None) -> BudgetError:
+    """The method has no smaller plan: what it wrote is the feasible minimum."""
+    name = _delivered(job.settings)
+    size = built.sizes[name]
+    return BudgetError(
+        f"{budget} is out of reach: the smallest {name} of this method has {size} bytes",
+        hint=f"raise --budget to at least {size}B, or combine methods: a run folder is a checkpoint like any other",
+    )
 
 
 def _sealed(plan: Plan, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
@@ -733,8 +740,12 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         )
     elif target.gates.max_drop is not None or target.gates.min_metric is not None:
         raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
+    timed = {"dense": dense.onnx, "compressed": built.onnx}
     latency = measure_latency(
-        {"dense": dense_session, "compressed": session}, tuple(x[:1] for x in examples), LATENCY_REPEATS, progress
+        {name: open_session(model, threads or LATENCY_THREADS) for name, model in timed.items()},
+        tuple(x[:1] for x in examples),
+        LATENCY_REPEATS,
+        progress,
     )
     delivered = _delivered(settings)
     layers = figures.layer_records(job.source, job.graph, built.compressed.tensors, plan)
@@ -759,6 +770,7 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         "params": {"dense": parameters, "compressed": parameters},
         "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
         "latency_ms": {name: value.median for name, value in latency.items()},
+        "latency_threads": threads or LATENCY_THREADS,
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,

@@ -172,7 +172,7 @@ def conv3d() -> nn.Module:
     )
 
 
-@network("conv", num_folded=2, input=(4, 9))
+@network("conv", num_folded=1, input=(4, 9))
 def transposed_1d() -> nn.Module:
     return nn.Sequential(
         nn.ConvTranspose1d(4, 6, 4, 2, 1), nn.BatchNorm1d(6), nn.ReLU(),
@@ -180,7 +180,7 @@ def transposed_1d() -> nn.Module:
     )  # fmt: skip
 
 
-@network("conv", num_folded=2, input=(4, 5, 5))
+@network("conv", num_folded=1, input=(4, 5, 5))
 def transposed_2d() -> nn.Module:
     return nn.Sequential(
         nn.ConvTranspose2d(4, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
@@ -189,7 +189,7 @@ def transposed_2d() -> nn.Module:
     )  # fmt: skip
 
 
-@network("conv", num_folded=2, input=(4, 3, 3, 3))
+@network("conv", num_folded=1, input=(4, 3, 3, 3))
 def transposed_3d() -> nn.Module:
     return nn.Sequential(
         nn.ConvTranspose3d(4, 6, 2, 2), nn.BatchNorm3d(6), nn.ReLU(),
@@ -250,7 +250,7 @@ class TiedConvolutions(nn.Module):
         return self.head(self.bn3(self.third(x)))
 
 
-@network("conv", num_folded=1, input=(3, 8, 8))
+@network("conv", num_folded=2, input=(3, 8, 8))
 def double_batch_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False), nn.ReLU(), head(8))
 
@@ -536,7 +536,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
         n, t, c = x.shape
         q, k, v = self.qkv(self.norm1(x)).reshape(n, t, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
         weights = ((q @ k.transpose(-2, -1)) * 0.5).softmax(-1)
@@ -578,7 +578,7 @@ class Recurrent(nn.Module):
         return self.fc(self.gru(y)[0][:, -1])
 
 
-@network("conv", left=(3, 8, 8), right=(5,))
+@network("conv", num_folded=1, left=(3, 8, 8), right=(5,))
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()

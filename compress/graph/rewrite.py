@@ -14,22 +14,27 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.export import ExportedProgram
 
-from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, aten
+from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
 
 decomposed = torch.ops.quantized_decomposed
 BATCH_NORMS = (aten.batch_norm.default,)
+LARGEST_BIAS = 2**30  # levels of an int32 bias, with room for the sum that is added to it
+SMALLEST_PRODUCT = 1e-30  # of a weight's scale and its input's, well inside float32
 # An op whose output keeps its input's grid: rounding again would change nothing.
 MOVES = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
     aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-    aten.contiguous.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.dropout.default,
-    aten.clone.default, aten.expand.default, aten.chunk.default, aten.split.Tensor, aten.unbind.int, operator.getitem,
+    aten.contiguous.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.max_pool3d.default,
+    aten.dropout.default, aten.feature_dropout.default, aten.clone.default, aten.expand.default, aten.chunk.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.unflatten.int, aten.channel_shuffle.default,
+    aten.pixel_shuffle.default, aten.pixel_unshuffle.default, operator.getitem,
 }  # fmt: skip
 ACTIVATIONS = {
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
-    aten.clamp.default, aten.clamp_min.default,
+    aten.clamp.default, aten.clamp_.default, aten.clamp_min.default, aten.clamp_min_.default,
 }  # fmt: skip
 ROUNDED = {
     *WEIGHT_OPS, *ACTIVATIONS, aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default,
@@ -66,7 +71,24 @@ def unlift(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> fx.G
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in canonical:
             node.target = canonical[node.target]
+    _plain_outputs(module)
     return module
+
+
+def _plain_outputs(module: fx.GraphModule) -> None:
+    """Outputs in a class of the user's become a tuple: a saved program must load without that class."""
+    codegen: Any = module.graph._codegen
+    spec = codegen.pytree_info.out_spec
+    if not _is_plain(spec):
+        flat = pytree.tree_structure((None,) * spec.num_leaves)
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=flat)
+        module.recompile()
+
+
+def _is_plain(spec: pytree.TreeSpec) -> bool:
+    return spec.is_leaf() or (
+        spec.type in (tuple, list, dict) and all(_is_plain(spec.child(i)) for i in range(spec.num_children))
+    )
 
 
 def operand(node: fx.Node, position: int) -> Any:
@@ -104,14 +126,13 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
         The factor ``k``, shape ``[c]``, of every folded weight by its target: the weight itself is left for the caller,
         who multiplies the float weight or, for integers, the scale. Biases are folded here.
     """
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for node in list(module.graph.nodes):
         if node.target in BATCH_NORMS and _is_foldable(node):
             layer = operand(node, 0)
             weight = operand(layer, WEIGHT_ARGUMENT)
-            gamma, beta, mean, variance = (
-                None if a is None else tensor_at(module, a.target) for a in (operand(node, i) for i in range(1, 5))
-            )
+            gamma, beta, mean, variance = (_optional(module, operand(node, i)) for i in range(1, 5))
+            assert mean is not None and variance is not None
             factor = 1 / torch.sqrt(variance.double() + operand(node, 7))
             if gamma is not None:
                 factor = factor * gamma.double()
@@ -120,7 +141,8 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
             if beta is not None:
                 bias = bias + beta.double()
             _set_bias(module, layer, bias.to(mean.dtype))
-            factors[weight.target] = factor.to(mean.dtype)
+            before = factors.get(weight.target)  # of a batch norm that this one follows
+            factors[weight.target] = factor.to(mean.dtype) if before is None else before * factor.to(mean.dtype)
             node.replace_all_uses_with(layer)
             module.graph.erase_node(node)
     return factors
@@ -134,10 +156,11 @@ def _is_foldable(node: fx.Node) -> bool:
         return False
     if layer.target is aten.linear.default and operand(node, 0).meta["val"].dim() != 2:
         return False  # batch norm over dim 1 of [n, t, c] isn't the linear layer's output dim
-    if layer.target in TRANSPOSED and len(layer.args) > 6 and operand(layer, 6) != 1:
+    if layer.target in TRANSPOSED and argument(layer, "groups", 1) != 1:
         return False
-    weight = operand(layer, WEIGHT_ARGUMENT)
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and _num_uses(weight) == 1
+    weight, bias = operand(layer, WEIGHT_ARGUMENT), argument(layer, "bias", None)
+    stored = [weight, *(value for value in (bias, *node.args[1:5]) if value is not None)]
+    return all(value.op == "get_attr" for value in stored) and _num_uses(weight) == 1
 
 
 def _num_uses(weight: fx.Node) -> int:
@@ -146,8 +169,13 @@ def _num_uses(weight: fx.Node) -> int:
 
 
 def _bias(module: fx.GraphModule, layer: fx.Node) -> Tensor | None:
-    node = operand(layer, 2) if len(layer.args) > 2 else layer.kwargs.get("bias")
-    return tensor_at(module, node.target) if isinstance(node, fx.Node) else None
+    return _optional(module, argument(layer, "bias", None))
+
+
+def _optional(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a ``get_attr`` node gives; None for no node, and for a computed one."""
+    is_stored = isinstance(node, fx.Node) and node.op == "get_attr"
+    return tensor_at(module, str(node.target)) if is_stored else None
 
 
 def _set_bias(module: fx.GraphModule, layer: fx.Node, value: Tensor) -> None:
@@ -194,15 +222,20 @@ def activation_points(module: fx.GraphModule) -> list[fx.Node]:
     """Tensors that are rounded in a network with integer activations: inputs, and the outputs of compute ops.
 
     A layer followed by an activation function alone is rounded after it, as runtimes fuse the two; the network's output
-    stays float.
+    stays float. What a layer reads is rounded whichever op it comes from.
     """
     points = []
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not node.users:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if all(_reaches_output(user) for user in node.users):
             continue
         if node.op == "placeholder" or (
-            node.op == "call_function" and node.target in ROUNDED and not _is_fused(node) and not _is_output(node)
+            node.op == "call_function"
+            and node.target not in MOVES
+            and (node.target in ROUNDED or _feeds_layer(node))
+            and not _is_fused(node)
         ):
             points.append(node)
     return points
@@ -213,8 +246,16 @@ def _is_fused(node: fx.Node) -> bool:
     return len(users) == 1 and users[0].target in ACTIVATIONS and node.target not in ACTIVATIONS
 
 
-def _is_output(node: fx.Node) -> bool:
-    return any(user.op == "output" or (user.target in MOVES and _is_output(user)) for user in node.users)
+def _feeds_layer(node: fx.Node) -> bool:
+    """Whether a layer reads the node's values as its input."""
+    return any(
+        (user.target in WEIGHT_OPS and user.args[0] is node) or (user.target in MOVES and _feeds_layer(user))
+        for user in node.users
+    )
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    return node.op == "output" or (node.target in MOVES and any(_reaches_output(user) for user in node.users))
 
 
 def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
@@ -226,7 +267,7 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
         grid = grids[node.name]
         # Fewer than eight bits use the lower part of uint8, with ONNX's saturation at the top kept by the clamp.
         arguments = (grid.scale, grid.zero_point, 0, 2**grid.bits - 1, torch.uint8)
-        users = list(node.users)
+        users = [user for user in node.users if not _reaches_output(user)]
         with module.graph.inserting_after(node):
             rounded = module.graph.call_function(decomposed.quantize_per_tensor.default, (node, *arguments))
         with module.graph.inserting_after(rounded):
@@ -235,11 +276,11 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
         by_node[back] = grid
         for user in users:
             user.replace_input_with(node, back)
-    for node in list(module.graph.nodes):
-        if node.target in WEIGHT_OPS:
-            grid = by_node.get(_through_moves(operand(node, 0)))
-            if grid is not None:
-                _integer_bias(module, node, grid)
+    layers = [(node, by_node.get(_through_moves(operand(node, 0)))) for node in _integer_layers(module)]
+    fed = [(node, grid) for node, grid in layers if grid is not None]
+    _fit_scales(module, fed)
+    for node, grid in fed:
+        _integer_bias(module, node, grid)
 
 
 def _through_moves(node: fx.Node) -> fx.Node:
@@ -248,20 +289,58 @@ def _through_moves(node: fx.Node) -> fx.Node:
     return node
 
 
+def _integer_layers(module: fx.GraphModule) -> list[fx.Node]:
+    """Layers with a bias and an integer weight whose scales are those of its output channels."""
+    return [
+        node
+        for node in module.graph.nodes
+        if node.target in WEIGHT_OPS
+        and operand(node, WEIGHT_ARGUMENT).target is decomposed.dequantize_per_channel.default
+        and _bias(module, node) is not None
+        and (node.target not in TRANSPOSED or argument(node, "groups", 1) == 1)
+    ]
+
+
+def _fit_scales(module: fx.GraphModule, fed: Sequence[tuple[fx.Node, Grid]]) -> None:
+    """Scales at which every bias fits int32: wider where it would overflow, finer where a channel is all zeros.
+
+    A bias that would overflow is 2**30 steps of a weight or more: what the weights lose as their levels are rounded
+    again is beyond float32 beside it. Leaving the bias float is no way out, as runtimes round it themselves, unchecked.
+    A channel of zeros has any scale; one made for its bias keeps the bias exact.
+    """
+    needed: dict[str, Tensor] = {}
+    weights = {}
+    for layer, grid in fed:
+        weight = operand(layer, WEIGHT_ARGUMENT)
+        target = operand(weight, 0).target
+        least = (_float_bias(module, layer).abs() / LARGEST_BIAS).clamp(min=SMALLEST_PRODUCT) / grid.scale
+        needed[target] = torch.maximum(needed[target], least) if target in needed else least
+        weights[target] = weight
+    for target, weight in weights.items():
+        scale_target, axis = operand(weight, 1).target, operand(weight, 3)
+        levels, scale = tensor_at(module, target), tensor_at(module, scale_target).double()
+        is_zero = levels.movedim(axis, 0).flatten(1).count_nonzero(1) == 0
+        fitted = torch.where(is_zero, needed[target], torch.maximum(scale, needed[target]))
+        ratio = (scale / fitted).reshape([-1 if d == axis else 1 for d in range(levels.dim())])
+        put_tensor(module, target, torch.round(levels * ratio).to(torch.int8))
+        put_tensor(module, scale_target, fitted.float())
+
+
+def _float_bias(module: fx.GraphModule, layer: fx.Node) -> Tensor:
+    bias = _bias(module, layer)
+    assert bias is not None
+    return bias.double()
+
+
 def _integer_bias(module: fx.GraphModule, layer: fx.Node, grid: Grid) -> None:
-    """An int32 bias at scale ``input scale * weight scale``; left float where it would overflow."""
-    weight, bias = operand(layer, WEIGHT_ARGUMENT), _bias(module, layer)
-    if bias is None or weight.target is not decomposed.dequantize_per_channel.default:
+    """An int32 bias at scale ``input scale * weight scale``."""
+    if layer.target in TRANSPOSED:
         return
-    if layer.target in TRANSPOSED or _num_uses(operand(layer, 2)) != 1:
-        return
-    scale = tensor_at(module, operand(weight, 1).target) * grid.scale
-    levels = torch.round(bias.double() / scale.double())
-    if levels.abs().max() >= 2**31 - 1:
-        return
-    target = operand(layer, 2).target
-    names = [f"{target}_{part}" for part in ("levels", "scale", "zero_point")]
-    values = (levels.to(torch.int32), scale, torch.zeros(len(scale), dtype=torch.int64))
+    scale = tensor_at(module, operand(operand(layer, WEIGHT_ARGUMENT), 1).target).double() * grid.scale
+    levels = torch.round(_float_bias(module, layer) / scale).to(torch.int32)
+    prefix = f"{layer.name}_bias"
+    names = [f"{prefix}_{part}" for part in ("levels", "scale", "zero_point")]
+    values = (levels, scale.float(), torch.zeros(len(scale), dtype=torch.int64))
     for name, tensor in zip(names, values, strict=True):
         put_tensor(module, name, tensor)
     with module.graph.inserting_before(layer):

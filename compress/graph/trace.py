@@ -32,6 +32,7 @@ TRANSPOSED = {
     aten.conv_transpose3d.input: "conv_transpose3d",
 }
 WEIGHT_OPS = {**CONVOLUTIONS, **TRANSPOSED, aten.linear.default: "linear"}
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 WEIGHT_ARGUMENT = 1  # of every op above: (input, weight, bias, ...)
 
 
@@ -109,7 +110,7 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"torch.export can't trace the network ({type(error).__name__}: {reason})",
-            hint="check the shape of the data or --input-shape; control flow on values must become torch.where or torch.cond",
+            hint="check --data or --input-shape; branches on values must become torch.where or torch.cond",
         ) from error
     _require_dynamic_batch(program)
     return program
@@ -120,10 +121,13 @@ def _require_dynamic_batch(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor):
             value = node.meta["val"]
-            if value.dim() and isinstance(value.shape[0], int):
+            # A batch that tracing found to be constant may still be written as a symbol.
+            size = value.shape[0] if value.dim() else None
+            fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+            if fixed is not None:
                 raise InputError(
-                    f"input {node.name}: the network fixes its batch size to {value.shape[0]}",
-                    hint="use x.shape[0] instead of a constant in forward; export a .pt2 with a dynamic batch dimension",
+                    f"input {node.name}: the network fixes its batch size to {fixed}",
+                    hint="in forward, use x.shape[0], not len(x) or a constant; a .pt2 needs a dynamic batch dimension",
                 )
 
 
@@ -134,6 +138,7 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
         module: In evaluation mode.
         example_inputs: Tensors ``[n, ...]`` with n of 2 or more.
     """
+    _require_float32(module)
     program = trace_module(module, example_inputs)
     tied = tied_names(module)
     canonical = {alias: names[0] for names in tied for alias in names}
@@ -152,7 +157,7 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
             if argument.name in sources:
                 key = sources[argument.name]
                 used.setdefault(canonical.get(key, key), []).append(str(node.target))
-        if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:
+        if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:  # type: ignore[union-attr]
             key = sources[node.args[WEIGHT_ARGUMENT].name]
             key = canonical.get(key, key)
             layer = _layer(node, key, macs)
@@ -171,6 +176,15 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
             found[key] = layer
     blockers = _blockers(program, canonical, found, used)
     return Graph(program, example_inputs, tuple(found.values()), tied, blockers, total_macs)
+
+
+def _require_float32(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
+            raise InputError(
+                f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, and the network is run in float32",
+                hint="return model.float() from the factory; export a .pt2 from the float32 model",
+            )
 
 
 def tied_names(module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -213,8 +227,10 @@ def _size(value: Any) -> int:
 
 
 def node_macs(node: fx.Node, batch: int) -> int:
-    """Multiply-accumulates of one example in one node: convolutions, linear layers, matrix products and attention."""
+    """Multiply-accumulates of one example in one node: layers, matrix products, attention and recurrent layers."""
     value = node.meta.get("val")
+    if node.target in RECURRENT:
+        return _recurrent_macs(node)
     if not isinstance(value, Tensor):
         return 0
     shapes = [
@@ -235,9 +251,33 @@ def node_macs(node: fx.Node, batch: int) -> int:
     elif node.target is aten.scaled_dot_product_attention.default:
         query, key, val = shapes[:3]
         macs = _product(query[:-1]) * key[-2] * (query[-1] + val[-1])
+    elif node.target is aten.einsum.default:
+        macs = _einsum_macs(node)
     else:
         return 0
     return macs // batch
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    """The product of all index sizes, for two operands; what more of them cost depends on the order."""
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    terms = equation.split("->")[0].split(",")
+    if len(operands) != 2 or "." in equation:
+        return 0
+    sizes = {
+        letter: _size(size)
+        for term, value in zip(terms, operands, strict=True)
+        for letter, size in zip(term, value.meta["val"].shape, strict=True)
+    }
+    return _product(list(sizes.values()))
+
+
+def _recurrent_macs(node: fx.Node) -> int:
+    """Every weight matrix once a time step."""
+    sequence = node.args[0].meta["val"]  # type: ignore[union-attr]
+    steps = _size(sequence.shape[1 if argument(node, "batch_first", False) else 0])
+    weights = [w.meta["val"] for w in argument(node, "params", ())]
+    return steps * sum(int(w.numel()) for w in weights if w.dim() == 2)
 
 
 def _product(sizes: list[int]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
+SMALLEST_PEAK = 1e-30  # a channel below it counts as zeros: its scale would be no normal float32
 
 
 def level_range(bits: int) -> tuple[int, int]:
@@ -61,20 +62,25 @@ def _to_levels(flat: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def _minmax_scale(flat: Tensor, bits: int) -> Tensor:
     # The levels used are -high..high: nothing is clipped, and zero stays zero.
-    peak = flat.abs().amax(1) / level_range(bits)[1]
-    return torch.where(peak > 0, peak, torch.ones_like(peak))
+    return _peak(flat, level_range(bits)[1]) / level_range(bits)[1]
+
+
+def _peak(flat: Tensor, zero: int) -> Tensor:
+    """Largest magnitude of each row; ``zero``, for a scale of 1, where the row counts as zeros."""
+    peak = flat.abs().amax(1)
+    return torch.where(peak < SMALLEST_PEAK, zero, peak)
 
 
 def _mse_scale(flat: Tensor, bits: int) -> Tensor:
     low, high = level_range(bits)
-    peak = flat.abs().amax(1)
+    peak = _peak(flat, -low)
     # The side that reaches further gets the extra negative level, through a negative scale where it is the positive
     # one.
     sign = torch.where(flat.amax(1) > -flat.amin(1), -1.0, 1.0)
     best_scale = _minmax_scale(flat, bits)
     best_error = (_to_levels(flat, best_scale, low, high) * best_scale[:, None] - flat).square().sum(1)
     for ratio in torch.linspace(SMALLEST_RATIO, 1.0, NUM_CANDIDATES):
-        scale = sign * torch.where(peak > 0, ratio * peak / -low, torch.ones_like(peak))
+        scale = sign * ratio * peak / -low
         error = (_to_levels(flat, scale, low, high) * scale[:, None] - flat).square().sum(1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
@@ -83,7 +89,7 @@ def _mse_scale(flat: Tensor, bits: int) -> Tensor:
 
 
 def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:
-    """Scale and zero point of an unsigned grid of ``2**bits`` levels over ``[low, high]``, widened to hold zero exactly."""
+    """Scale and zero point of an unsigned grid of ``2**bits`` levels over ``[low, high]``, widened to hold zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     top = 2**bits - 1
     scale = (high - low) / top if high > low else 1.0

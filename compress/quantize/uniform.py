@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..apply import Compressed, apply_plan, assemble, float_module
 from ..budget import Budget
@@ -45,7 +46,8 @@ def plan(
         options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs).
 
     Raises:
-        BudgetError: No bit width meets the budget; gives the feasible minimum.
+        BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of bytes,
+            the smallest plan is returned: what it takes in the file is the feasible minimum.
         UsageError: Nothing to quantize, or calibration data are needed and missing.
     """
     data = None if calibration is None else calibration.data
@@ -94,11 +96,7 @@ def _choose_bits(source: Source, graph: Graph, layers: list[Layer], budget: Budg
     for bits in ALL_BITS:
         if context.model_bytes({name: Storage(count, bits) for name, count in kept.items()}) <= limit:
             return bits
-    minimum = context.model_bytes({name: Storage(count, 2) for name, count in kept.items()})
-    raise BudgetError(
-        f"{budget} ({limit:.0f} bytes) is out of reach: 2-bit weights give about {minimum} bytes",
-        hint=f"raise --budget to at least {minimum} B, or prune first",
-    )
+    return ALL_BITS[-1]
 
 
 def _activation_decisions(graph: Graph, data: Data | None, activations: str, context: Context) -> tuple[Decision, ...]:
@@ -137,8 +135,5 @@ def _outputs(module: torch.nn.Module, data: Data) -> Tensor:
     """The first output tensor over all examples."""
     parts = []
     for batch in data.batches(BATCH):
-        output = module(*batch.inputs)
-        while not isinstance(output, Tensor):
-            output = next(iter(output.values() if isinstance(output, dict) else output))
-        parts.append(output)
+        parts.append(tree_leaves(module(*batch.inputs))[0])
     return torch.cat(parts)

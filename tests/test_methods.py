@@ -1,0 +1,208 @@
+"""The contract of every registered method, on a small network and the images that ship with the package: deterministic,
+applied without data, within its budget, and blind to the evaluation data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress import pipeline
+from compress.budget import parse_budget
+from compress.errors import BudgetError, GateError
+from compress.plan import read_plan
+from compress.registry import METHODS, Method
+from compress.settings import Value, resolve
+from compress.task import load_object
+
+FOLDER = Path(str(resources.files("compress.demo")))
+NETWORK = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 24, 3, 2, bias=False), nn.BatchNorm2d(24), nn.ReLU()]
+    body += [nn.Conv2d(24, 64, 3, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+"""
+GOALS = {"bytes": ("60%", "25KB"), "bits": ("5.5bit",), "sparsity": ("sparsity=0.75",)}
+CASES = [
+    (method, goal, file)
+    for method in METHODS
+    for quantity in method.budgets
+    for goal in GOALS[quantity]
+    for file in (("onnx", "safetensors") if quantity == "bytes" else ("onnx",))
+]
+
+
+def quiet(stage: str, done: int, total: int | None) -> None:
+    """Progress of a test."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The network, and small slices of the shipped data, as files."""
+
+    network: Path
+    checkpoint: Path
+    calibration: Path
+    evaluation: Path
+    noise: Path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = tmp_path_factory.mktemp("data")
+    network = folder / "network.py"
+    network.write_text(NETWORK)
+    module = load_object(f"{network}:make", "--model")()
+    images = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    module(images)  # batch-norm statistics of their own
+    save_file(module.state_dict(), folder / "network.safetensors")
+    checkpoint, names = folder / "network.safetensors", ("calibration", "evaluation", "noise")
+    paths = Data(network, checkpoint, *(folder / f"{name}.npz" for name in names))
+    calibration, evaluation = np.load(FOLDER / "calibration.npz"), np.load(FOLDER / "evaluation.npz")
+    np.savez(paths.calibration, x=calibration["x"][:128], y=calibration["y"][:128])
+    np.savez(paths.evaluation, x=evaluation["x"][:256], y=evaluation["y"][:256])
+    shuffled = np.random.default_rng(0).integers(0, 10, 256)
+    np.savez(paths.noise, x=evaluation["x"][:256], y=shuffled)
+    return paths
+
+
+def settings(data: Data, out: Path, **given: Any) -> Mapping[str, Value]:
+    flags = {
+        "model": f"{data.network}:make",
+        "data": str(data.calibration),
+        "eval": str(data.evaluation),
+        "mean": "0.286",
+        "std": "0.353",
+        "task": "classification",
+        "out": str(out),
+        **given,
+    }
+    return resolve(flags, environment={}, folder=None)
+
+
+def run(method: Method, data: Data, out: Path, **given: Any) -> dict[str, Any]:
+    return pipeline.run_method(
+        method.job,
+        data.checkpoint,
+        settings(data, out, method=method.name, **given),
+        force=False,
+        dry_run=False,
+        plan=None,
+        command=["hcompress", method.job],
+        progress=quiet,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name} {case[1]} {case[2]}")
+def test_budget_is_met_by_the_written_file(case: tuple[Method, str, str], data: Data, tmp_path: Path) -> None:
+    method, goal, file = case
+    budget = parse_budget(goal)
+    report = run(method, data, tmp_path / "run", budget=goal, **{"for": file})
+    if budget.quantity == "bytes":
+        size = (tmp_path / "run" / f"model.{file}").stat().st_size
+        limit = budget.absolute(report["dense_bytes"])
+        assert size <= limit
+        assert method.name != "magnitude" or size > 0.97 * limit, "prunes more than the budget asks"
+    elif budget.quantity == "bits":
+        assert report["average_bits"] <= budget.limit
+    else:
+        assert report["sparsity"] == pytest.approx(budget.limit, abs=1e-4)
+    assert all(check["ok"] for check in report["checks"])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(method: Method, data: Data, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(method, data, first)
+    run(method, data, second, eval=str(data.noise))
+    for name in ("plan.json", "model.safetensors", "model.onnx"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), f"{name} depends on the evaluation labels"
+    applied = tmp_path / "applied"
+    without_data = {**settings(data, applied, input_shape="1,28,28"), "data": Value(None, ""), "eval": Value(None, "")}
+    pipeline.apply_plan(
+        data.checkpoint, first / "plan.json", without_data, force=False, command=["hcompress"], progress=quiet
+    )
+    for name in ("plan.json", "model.safetensors", "model.onnx"):
+        assert (first / name).read_bytes() == (applied / name).read_bytes(), f"apply changed {name}"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_an_infeasible_byte_budget_gives_the_minimum_that_is_feasible(
+    method: Method, data: Data, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match="out of reach") as caught:
+        run(method, data, tmp_path / "none", budget="1KB")
+    assert not (tmp_path / "none").exists()
+    minimum = next(word.strip(",") for word in caught.value.hint.split() if word[0].isdigit())
+    report = run(method, data, tmp_path / "minimum", budget=minimum)
+    assert report["files"]["model.onnx"] == int(minimum.removesuffix("B"))
+
+
+def test_seed_changes_the_calibration_sample_and_nothing_else(data: Data, tmp_path: Path) -> None:
+    method = next(m for m in METHODS if m.name == "uniform")
+    run(method, data, tmp_path / "a", num_calibration=64, seed=0)
+    run(method, data, tmp_path / "b", num_calibration=64, seed=1)
+    a, b = (read_plan(tmp_path / name / "plan.json") for name in ("a", "b"))
+    assert [d.tensor for d in a.decisions] == [d.tensor for d in b.decisions]
+    assert a.quantized("activation") != b.quantized("activation")
+
+
+def test_a_failed_gate_publishes_the_report_and_no_model(data: Data, tmp_path: Path) -> None:
+    method = next(m for m in METHODS if m.name == "magnitude")
+    with pytest.raises(GateError, match="min_metric") as caught:
+        run(method, data, tmp_path / "run", sparsity=0.95, min_metric=99.0)
+    rejected = tmp_path / "run.rejected"
+    assert not (tmp_path / "run").exists()
+    assert sorted(p.name for p in rejected.iterdir()) == ["plan.json", "report.html", "report.json", "report.md"]
+    assert caught.value.report is not None
+    record = json.loads((rejected / "report.json").read_text())
+    assert not all(check["ok"] for check in record["checks"])
+
+
+def test_prune_then_quantize_keeps_the_zeros(data: Data, tmp_path: Path) -> None:
+    magnitude, uniform = (next(m for m in METHODS if m.name == name) for name in ("magnitude", "uniform"))
+    run(magnitude, data, tmp_path / "pruned", sparsity=0.6)
+    report = pipeline.run_method(
+        "quantize",
+        tmp_path / "pruned",
+        settings(data, tmp_path / "both", method=uniform.name, budget="4bit"),
+        force=False,
+        dry_run=False,
+        plan=None,
+        command=[],
+        progress=quiet,
+    )
+    assert report["sparsity"] >= 0.6
+    assert report["average_bits"] == 4
+
+
+def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(data: Data, tmp_path: Path) -> None:
+    method = next(m for m in METHODS if m.name == "magnitude")
+    run(method, data, tmp_path / "run", sparsity=0.5)
+    retrained = {k: v * 1.01 if v.is_floating_point() else v for k, v in load_file(data.checkpoint).items()}
+    save_file(retrained, tmp_path / "new.safetensors")
+    report = pipeline.run_method(
+        "prune",
+        tmp_path / "new.safetensors",
+        settings(data, tmp_path / "again"),
+        force=False,
+        dry_run=False,
+        plan=tmp_path / "run" / "plan.json",
+        command=[],
+        progress=quiet,
+    )
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert any("another checkpoint" in note for note in report["notes"])
