@@ -148,7 +148,7 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
         raise InputError(f"plan: activation {lost[0]} is not in the graph", hint="the plan is for another architecture")
     grids = {}
     for name, decision in activations.items():
-        low, high = decision.range
+        low, high = decision.range  # type: ignore[str-unpack]  # read_plan checks it
         scale, zero_point = activation_grid(float(low), float(high), decision.bits)
         grids[name] = Grid(scale, zero_point, decision.bits)
     quantize_activations(module, grids)

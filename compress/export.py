@@ -92,13 +92,19 @@ def _clean(model: ModelProto) -> None:
 
 
 def _drop_zero_points(model: ModelProto) -> None:
-    """A zero point that is all zeros says nothing where the type of the integers gives it: leave it out."""
+    """A zero point that is all zeros says nothing where the type of the integers gives it: leave it out.
+
+    But ONNX Runtime makes an integer kernel of a matrix product only where its weight's zero point is written.
+    """
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     constants = {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
+    is_integer = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    products = {name for n in model.graph.node if n.op_type in ("Gemm", "MatMul") for name in n.input[:2]}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.input[0] in initializers:
             tensor = initializers.get(node.input[2]) or constants.get(node.input[2])
-            if tensor is not None and not numpy_helper.to_array(tensor).any():
+            is_needed = is_integer and node.output[0] in products
+            if tensor is not None and not is_needed and not numpy_helper.to_array(tensor).any():
                 del node.input[2]
     _drop_unused(model)
 

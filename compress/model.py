@@ -335,7 +335,7 @@ def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tens
             x = torch.zeros(size, dtype=torch.int64) if is_tokens else torch.randn(size, generator=generator)
             with torch.no_grad():
                 copy.deepcopy(module)(x)
-        except Exception as error:  # the user's network may raise anything
+        except Exception as error:  # noqa: BLE001 - the user's network may raise anything; the last reason is shown
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         kind = "token ids" if is_tokens else "inputs"

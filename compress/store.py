@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,24 +18,47 @@ from .errors import DiskError, LockedError, UsageError
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
+SET_ASIDE = ".old"  # suffix of the folder that is being replaced, where there is no exchange
 
 
-def check_target(out: Path, force: bool) -> None:
-    """Refuse a folder that exists without ``force``, or that can't be written.
+def check_target(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a folder that exists without ``force``, that can't be written, or whose replacement would lose an input.
+
+    Args:
+        out: A link to a folder stands for that folder.
+        force: Whether a folder that exists is replaced.
+        inputs: The user's files, which must not lie in ``out``.
 
     Raises:
-        UsageError: It exists.
+        UsageError: It exists, or mustn't be replaced.
         DiskError: Its parent isn't a folder that can be written.
     """
-    if (out.exists() or out.is_symlink()) and not force:
+    try:
+        exists, is_folder = out.exists() or out.is_symlink(), out.is_dir()
+        target = out.resolve()
+    except (OSError, RuntimeError) as error:  # a name that is too long; a loop of links
+        raise disk_error(out, error) from error
+    if exists and not force:
         raise UsageError(f"{out} already exists", hint="choose another --out, or pass --force to replace it")
-    if out.exists() and not out.is_dir():
+    if out.exists() and not is_folder:
         raise UsageError(f"{out} is a file", hint="--out names a folder")
-    parent = out.absolute().parent
+    for kept in (*_own_folders(), *inputs):
+        if is_folder and kept.resolve().is_relative_to(target):
+            raise UsageError(
+                f"{out} holds {kept}: replacing it would remove that too", hint="choose another --out, a new folder"
+            )
+    parent = target.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise DiskError(f"{out}: {parent} can't be written", hint="choose another --out")
+
+
+def _own_folders() -> Iterator[Path]:
+    """Where the user is and lives; a container may have neither."""
+    for find in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):
+            yield find()
 
 
 @contextlib.contextmanager
@@ -43,29 +67,54 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 
     Raises:
         LockedError: Another run writes ``out``.
+        DiskError: The folder can't be made.
     """
     check_target(out, force)
-    out = out.absolute()
-    lock_path = out.parent / f".{out.name}.lock"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_path)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LockedError(
-            f"{out}: another run writes this folder", hint="wait for it, or choose another --out"
-        ) from None
-    except OSError as error:
-        raise disk_error(out, error) from error
-    try:
+    target = out.resolve()
+    with _made_parents(target), _locked(target, out):
+        _remove_stale(target)
         check_target(out, force)  # again under the lock: the other run may just have finished
-        _remove_stale(out)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        stage.chmod(0o755)
         try:
+            stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        except OSError as error:
+            raise disk_error(out, error) from error
+        try:
+            stage.chmod(0o755)
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """The folders above ``target``; those that were made and stay empty are taken away again."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(target, error) from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(target: Path, shown: Path) -> Iterator[None]:
+    lock_path = target.parent / f".{target.name}.lock"
+    lock = FileLock(lock_path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(
+            f"{shown}: another run writes this folder", hint="wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise disk_error(shown, error) from error
+    try:
+        yield
     finally:
         lock_path.unlink(missing_ok=True)
         lock.release()
@@ -73,8 +122,11 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
 
 def _remove_stale(out: Path) -> None:
     """Stages of runs that were killed; the lock says that none of them lives."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        if path.name.endswith(SET_ASIDE) and not out.exists():
+            path.rename(out)  # killed between the two renames of an exchange: this is the only copy
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(stage: Path, out: Path) -> None:
@@ -83,7 +135,7 @@ def publish(stage: Path, out: Path) -> None:
     Raises:
         DiskError: The disk is full or refuses.
     """
-    out = out.absolute()
+    out = out.resolve()
     try:
         for path in stage.iterdir():
             _sync(path)
@@ -104,16 +156,17 @@ def _exchange(stage: Path, out: Path) -> None:
         done = libc.renameat2(AT_FDCWD, os.fsencode(stage), AT_FDCWD, os.fsencode(out), RENAME_EXCHANGE)
         if done == 0:
             return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            code = ctypes.get_errno()
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(out))
     # No exchange on this system: two renames, the old folder set aside between them and put back on failure.
-    aside = stage.with_name(f"{stage.name}.old")
-    out.rename(aside)
+    aside = stage.with_name(f"{stage.name}{SET_ASIDE}")
     try:
+        out.rename(aside)
         stage.rename(out)
-    except OSError:
-        aside.rename(out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            aside.rename(out)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -122,6 +175,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems don't sync folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -141,15 +197,21 @@ def write_file(path: Path, data: bytes | str) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def disk_error(path: Path, error: OSError) -> DiskError:
+def disk_error(path: Path, error: OSError | RuntimeError) -> DiskError:
     """The error of a write, in the user's words."""
+    if isinstance(error, RuntimeError):  # what pathlib makes of a loop of links
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     hints = {
         errno.ENOSPC: "free space, or choose another --out",
         errno.EDQUOT: "free space in your quota, or choose another --out",
+        errno.ENAMETOOLONG: "choose a shorter --out",
+        errno.ENOTDIR: "a part of the path is a file; choose another --out",
         errno.EACCES: "choose an --out that you may write",
         errno.EROFS: "the file system is read-only; choose another --out",
     }

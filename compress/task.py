@@ -12,21 +12,28 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import InputError, NumericsError, UsageError
+from .errors import HCompressError, InputError, NumericsError, UsageError
 from .formats.arrays import read_arrays
 from .registry import TASKS
 
 ARRAY_SUFFIXES = (".npz", ".safetensors")
+# FILE.py:NAME or PACKAGE.MODULE:NAME, then maybe arguments; the folders may hold parentheses, the name doesn't.
+CALL = re.compile(r"(?P<location>.+?\.py|[\w.]+):(?P<name>[^(/]*)(?P<arguments>\(.*)?", re.DOTALL)
+MAX_LISTED = 12
+LOSS_CHUNK = 2**22  # logits that are widened to float64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +74,13 @@ class Data:
             yield Data(tuple(x[part] for x in self.inputs), targets, self.name)
 
     def sha256(self) -> str:
-        """Hash of every tensor's dtype, shape and bytes."""
+        """Hash of every tensor's role, dtype, shape and bytes."""
         digest = hashlib.sha256()
-        for tensor in (*self.inputs, *(() if self.targets is None else (self.targets,))):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        roles = [("x", x) for x in self.inputs] + ([] if self.targets is None else [("y", self.targets)])
+        for role, tensor in roles:
+            digest.update(f"{role} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            if tensor.numel():
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -114,9 +123,15 @@ class Classification:
         if data.targets is None:
             return data
         if data.targets.dim() != 1 or data.targets.is_floating_point():
+            floats = "classification needs integer labels [n]; for float targets pass --task regression"
+            one_hot = "classification needs integer labels [n]; of one-hot rows, pass y.argmax(1)"
             raise UsageError(
-                f"{data.name}: labels have dtype {data.targets.dtype} and shape {list(data.targets.shape)}",
-                hint="classification needs integer labels [n]; for float targets pass --task regression",
+                f"{data.name}: labels have dtype {_dtype(data.targets)} and shape {list(data.targets.shape)}",
+                hint=one_hot if _is_one_hot(data.targets) else floats,
+            )
+        if int(data.targets.min()) < 0:
+            raise UsageError(
+                f"{data.name}: label {int(data.targets.min())} is negative", hint="labels are 0 to classes - 1"
             )
         return Data(data.inputs, data.targets.long(), data.name)
 
@@ -124,7 +139,39 @@ class Classification:
         return F.cross_entropy(outputs, targets)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return 100.0 * (outputs.argmax(-1) == targets).double()
+        outputs = _one_tensor(outputs)
+        if outputs.dim() != 2 or outputs.shape[1] < 2:
+            raise UsageError(
+                f"classification needs logits [n, classes]; the network gives {list(outputs.shape)}",
+                hint="pass --task regression, or --task FILE.py:Task with a score of your own",
+            )
+        largest = int(targets.max())
+        if largest >= outputs.shape[1]:
+            raise UsageError(
+                f"label {largest} is out of range: the network has {outputs.shape[1]} classes",
+                hint=f"labels are 0 to {outputs.shape[1] - 1}",
+            )
+        return 100.0 * (outputs.argmax(1) == targets).double()
+
+
+def _is_one_hot(targets: Tensor) -> bool:
+    if targets.dim() != 2 or targets.shape[1] < 2:
+        return False
+    return bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(1) == 1).all())
+
+
+def _one_tensor(outputs: Any) -> Tensor:
+    """The built-in tasks score one tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise UsageError(
+        f"the network gives {_describe(outputs)}, the task scores one tensor",
+        hint="pass --task FILE.py:Task, whose score takes all outputs",
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class Regression:
@@ -140,8 +187,12 @@ class Regression:
         return F.mse_loss(outputs, targets.reshape(outputs.shape))
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = _one_tensor(outputs)
         if outputs.numel() != targets.numel():
-            raise UsageError(f"targets have shape {list(targets.shape)}, the outputs {list(outputs.shape)}")
+            raise UsageError(
+                f"targets have shape {list(targets.shape)}, the outputs {list(outputs.shape)}",
+                hint="regression compares numbers one by one; for class labels pass --task classification",
+            )
         return (outputs - targets.reshape(outputs.shape)).double().square().reshape(len(outputs), -1).mean(1)
 
 
@@ -154,7 +205,7 @@ class CausalLM:
         ids = data.inputs[0]
         if ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] < 2:
             raise UsageError(
-                f"{data.name}: token ids have dtype {ids.dtype} and shape {list(ids.shape)}",
+                f"{data.name}: token ids have dtype {_dtype(ids)} and shape {list(ids.shape)}",
                 hint="causal-lm needs one integer tensor [n, t] with t of 2 or more",
             )
         ids = ids.long()
@@ -164,7 +215,22 @@ class CausalLM:
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        nats = F.cross_entropy(outputs.flatten(0, -2).double(), targets.flatten(), reduction="none")
+        outputs = _one_tensor(outputs)
+        if outputs.shape[:-1] != targets.shape:
+            raise UsageError(
+                f"causal-lm needs logits {[*targets.shape, 'vocabulary']}; the network gives {list(outputs.shape)}",
+                hint="its forward takes token ids [n, t] and returns logits [n, t, vocabulary]",
+            )
+        largest = int(targets.max())
+        if largest >= outputs.shape[-1] or int(targets.min()) < 0:
+            raise UsageError(
+                f"token {largest if largest >= outputs.shape[-1] else int(targets.min())} is out of range: "
+                f"the network has {outputs.shape[-1]} tokens",
+                hint="tokenize with the network's own vocabulary",
+            )
+        rows = max(1, LOSS_CHUNK // outputs.shape[-1])
+        parts = zip(torch.split(outputs.flatten(0, -2), rows), torch.split(targets.flatten(), rows), strict=True)
+        nats = torch.cat([F.cross_entropy(logits.double(), ids, reduction="none") for logits, ids in parts])
         return nats.reshape(len(targets), -1).mean(1)
 
 
@@ -200,12 +266,23 @@ def load_task(kind: str | None, data: Data | None) -> Task:
     if ":" not in kind:
         choices = ", ".join(task.name for task in TASKS)
         raise UsageError(f"task {kind!r} is unknown", hint=f"choices: {choices}, or FILE.py:Task")
-    task = load_object(kind, "--task")()
-    missing = [n for n in ("name", "unit", "higher_is_better", "loss", "score") if not hasattr(task, n)]
+    make = load_object(kind, "--task")
+    try:
+        task = make()
+        if not hasattr(task, "prepare"):
+            task.prepare = lambda data: data
+    except HCompressError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UsageError(
+            f"--task {kind} failed ({type(error).__name__}: {error})", hint="name a class without arguments"
+        ) from error
+    required = ("name", "unit", "higher_is_better", "loss", "score")
+    missing = [name for name in required if not hasattr(task, name)]
     if missing:
-        raise UsageError(f"{kind} lacks {', '.join(missing)}", hint="docs/tasks.md shows a complete task")
-    if not hasattr(task, "prepare"):
-        task.prepare = lambda data: data
+        raise UsageError(
+            f"--task {kind} lacks {', '.join(missing)}", hint=f"a task has {', '.join(required)}, and maybe prepare"
+        )
     checked: Task = task
     return checked
 
@@ -217,6 +294,7 @@ def guess_kind(data: Data | None) -> str:
         and data.targets is None
         and data.inputs[0].dim() == 2
         and not data.inputs[0].is_floating_point()
+        and data.inputs[0].dtype != torch.bool
     ):
         return "causal-lm"
     if data is not None and data.targets is not None and data.targets.is_floating_point():
@@ -235,12 +313,19 @@ def load_object(spec: str, flag: str) -> Any:
         raise UsageError(f"{flag} {spec!r} names no object", hint="write FILE.py:NAME or PACKAGE.MODULE:NAME")
     module = _import_file(Path(location), flag) if location.endswith(".py") else _import_module(location, flag)
     if not hasattr(module, name):
-        public = ", ".join(n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n)))
-        raise UsageError(f"{location} has no {name!r}", hint=f"it has: {public or 'no public callable'}")
+        raise UsageError(f"{location} has no {name!r}", hint=f"it has: {_public_names(module) or 'no public callable'}")
     return getattr(module, name)
 
 
-def _import_file(path: Path, flag: str) -> Any:
+def _public_names(module: ModuleType) -> str:
+    """What a user's module defines itself; what it imports where it defines nothing."""
+    callables = {n: v for n, v in vars(module).items() if not n.startswith("_") and callable(v)}
+    own = [n for n, v in callables.items() if getattr(v, "__module__", None) == module.__name__]
+    names = own or list(callables)
+    return ", ".join(names[:MAX_LISTED]) + (f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
+
+
+def _import_file(path: Path, flag: str) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"{flag}: {path}: no such file", hint="write FILE.py:NAME, relative to the current folder")
     unique = "hcompress_user_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
@@ -251,24 +336,49 @@ def _import_file(path: Path, flag: str) -> Any:
         raise UsageError(f"{flag}: {path} can't be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[unique] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # the file's own imports, as `python file.py` would find them
+    folder = path.resolve().parent
+    _forget_neighbours(folder)
+    sys.path.insert(0, str(folder))  # the file's own imports, as `python file.py` would find them
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         del sys.modules[unique]
-        raise UsageError(f"{flag}: {path} failed to import ({type(error).__name__}: {error})") from error
+        raise UsageError(
+            f"{flag}: {path} failed to import ({type(error).__name__}: {error})",
+            hint="its imports are looked up beside it; python must import it without errors",
+        ) from error
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last: for imports inside its functions, shadowing nothing
     return module
 
 
-def _import_module(name: str, flag: str) -> Any:
+def _forget_neighbours(folder: Path) -> None:
+    """Drop imported modules of another user file's folder where this folder has one of that name: two `utils.py`."""
+    files = [module.__file__ for name, module in sys.modules.items() if name.startswith("hcompress_user_")]
+    users = {Path(file).resolve().parent for file in files if file} - {folder}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.startswith("hcompress_user_") or not isinstance(file, str):
+            continue
+        top = folder / name.partition(".")[0]
+        if (top.with_suffix(".py").is_file() or top.is_dir()) and any(
+            Path(file).parts[: len(user.parts)] == user.parts for user in users
+        ):
+            del sys.modules[name]
+
+
+def _import_module(name: str, flag: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last: a module of the current folder is found, and shadows nothing
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(
-            f"{flag}: module {name!r} can't be imported ({error})", hint="install it, or write FILE.py:NAME"
+            f"{flag}: module {name!r} can't be imported ({type(error).__name__}: {error})",
+            hint="install it, or write FILE.py:NAME",
         ) from error
 
 
@@ -289,16 +399,30 @@ def read_data(
         InputError: The file can't be read.
         NumericsError: NaN or Inf.
     """
-    head = spec.split("(")[0]
-    data = _call_data(spec, flag) if ":" in head and not Path(spec).exists() else _read_file(Path(spec), flag)
+    call = None if _exists(spec) else CALL.fullmatch(spec)
+    data = _read_file(Path(spec), flag) if call is None else _call_data(spec, call, flag)
+    _check_lengths(data, flag)
+    if layout == "nhwc" and all(x.dim() != 4 for x in data.inputs):
+        raise UsageError(
+            f"--layout nhwc needs images [n, h, w, c]; {data.name} has {_shapes(data.inputs)}", hint="leave it out"
+        )
+    if any(value <= 0 for value in std or ()):
+        raise UsageError(f"--std has {min(std or ()):g}", hint="standard deviations are above zero")
     inputs = tuple(_normalise(x, mean, std, layout) for x in data.inputs)
     data = Data(inputs, data.targets, data.name)
-    _check(data, flag)
+    _check_finite(data, flag)
     return data
 
 
+def _exists(spec: str) -> bool:
+    try:
+        return Path(spec).exists()
+    except OSError:  # arguments may be longer than a file name
+        return False
+
+
 def _read_file(path: Path, flag: str) -> Data:
-    if not path.exists():
+    if not _exists(str(path)):
         raise InputError(
             f"{flag}: {path}: no such file", hint="pass .npz or .safetensors with x and y, or FILE.py:fn(args)"
         )
@@ -315,61 +439,115 @@ def _read_file(path: Path, flag: str) -> Data:
     return Data((arrays["x"],), arrays.get("y"), path.name)
 
 
-def _call_data(spec: str, flag: str) -> Data:
-    name, _, rest = spec.partition("(")
-    function = load_object(name, flag)
-    positional, keywords = _literal_arguments(spec, rest, flag)
+def _call_data(spec: str, call: re.Match[str], flag: str) -> Data:
+    arguments = call["arguments"] or "()"
+    positional, keywords = _literal_arguments(arguments, spec, flag)
+    function = load_object(f"{call['location']}:{call['name']}", flag)
     try:
         value = function(*positional, **keywords)
-        return _as_data(value, spec.rpartition("/")[2])
-    except (UsageError, InputError):
+        return _as_data(value, f"{Path(call['location']).name}:{call['name']}{call['arguments'] or ''}")
+    except HCompressError:
         raise
-    except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{flag}: {spec} failed ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UsageError(
+            f"{flag}: {spec} failed ({type(error).__name__}: {error})", hint="call it in Python to see where"
+        ) from error
 
 
-def _literal_arguments(spec: str, rest: str, flag: str) -> tuple[list[Any], dict[str, Any]]:
+def _literal_arguments(arguments: str, spec: str, flag: str) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments as written in parentheses; nothing in them is run."""
     try:
-        call = ast.parse(f"f({rest}" if rest else "f()", mode="eval").body
-        if not isinstance(call, ast.Call):
-            raise ValueError("not a call")
+        call = ast.parse(f"f{arguments}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("not one call")
         positional = [ast.literal_eval(a) for a in call.args]
-        return positional, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
+        keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+        if len(keywords) < len(call.keywords):
+            raise ValueError("** isn't a literal")
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise UsageError(
             f"{flag}: the arguments of {spec!r} aren't literals", hint='write FILE.py:fn("calib", size=512)'
         ) from None
+    return positional, keywords
 
 
 def _as_data(value: Any, name: str) -> Data:
-    if isinstance(value, Tensor):
-        return Data((value,), None, name)
-    if isinstance(value, dict) and isinstance(value.get("x"), Tensor | tuple | list):
+    if _is_array(value):
+        return Data((_tensor(value, name),), None, name)
+    if isinstance(value, dict) and "x" in value:
         return _as_data((value["x"], value.get("y")), name)
-    if isinstance(value, tuple) and len(value) == 2 and (value[1] is None or isinstance(value[1], Tensor)):
-        inputs = value[0]
-        if isinstance(inputs, Tensor):
-            return Data((inputs,), value[1], name)
-        if isinstance(inputs, tuple | list) and all(isinstance(x, Tensor) for x in inputs) and inputs:
-            return Data(tuple(inputs), value[1], name)
+    if isinstance(value, tuple) and len(value) == 2 and (value[1] is None or _is_array(value[1])):
+        inputs = (value[0],) if _is_array(value[0]) else value[0]
+        if isinstance(inputs, tuple | list) and all(_is_array(x) for x in inputs) and inputs:
+            targets = None if value[1] is None else _tensor(value[1], name)
+            return Data(tuple(_tensor(x, name) for x in inputs), targets, name)
     if hasattr(value, "__iter__") and not isinstance(value, str | bytes | tuple | dict):
         return _concatenate([_as_data(_as_tuple(batch), name) for batch in value], name)
     raise UsageError(
-        f"{name} returned {type(value).__name__}",
-        hint="return a tensor, (x, y), {'x': ..., 'y': ...} or batches of those",
+        f"{name} returned {_describe(value)}",
+        hint="return a tensor, (x, y), ((x1, x2), y), {'x': ..., 'y': ...} or batches of those",
     )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _tensor(value: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
+    """A dense tensor on the CPU without a graph behind it."""
+    if isinstance(value, Tensor):
+        dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
+        return dense.cpu()
+    try:
+        return torch.from_numpy(np.ascontiguousarray(value)).clone()
+    except TypeError:
+        raise UsageError(
+            f"{name} returned an array of dtype {value.dtype}, which torch can't hold", hint="convert it with astype"
+        ) from None
 
 
 def _as_tuple(batch: Any) -> Any:
     return tuple(batch) if isinstance(batch, list) else batch
 
 
+def _describe(value: Any) -> str:
+    """A value's kind, and what it holds."""
+    if isinstance(value, dict):
+        return f"a dict with keys {', '.join(str(key) for key in list(value)[:MAX_LISTED]) or 'none'}"
+    if isinstance(value, tuple | list):
+        kinds = ", ".join(type(item).__name__ for item in value[:MAX_LISTED])
+        return f"a {type(value).__name__} of {kinds or 'nothing'}"
+    return type(value).__name__
+
+
 def _concatenate(parts: list[Data], name: str) -> Data:
     if not parts:
         raise UsageError(f"{name} returned no batches", hint="return at least two examples")
+    first = _signature(parts[0])
+    other = next((_signature(part) for part in parts if _signature(part) != first), None)
+    if other is not None:
+        raise UsageError(
+            f"{name} returned batches of different form: {first}, then {other}",
+            hint="all batches need the same dtypes and, but for the first dimension, shapes; a pair is a tuple (x, y)",
+        )
     inputs = tuple(torch.cat([p.inputs[i] for p in parts]) for i in range(len(parts[0].inputs)))
     targets = [p.targets for p in parts if p.targets is not None]
     return Data(inputs, torch.cat(targets) if targets else None, name)
+
+
+def _signature(part: Data) -> str:
+    """Such as ``x [n, 3, 32, 32] float32, y [n] int64``."""
+
+    def form(role: str, tensor: Tensor) -> str:
+        shape = ", ".join(("n", *map(str, tensor.shape[1:]))) if tensor.dim() else ""
+        return f"{role} [{shape}] {_dtype(tensor)}"
+
+    inputs = [form("x", x) for x in part.inputs]
+    return ", ".join(inputs + ([] if part.targets is None else [form("y", part.targets)]))
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(f"{list(x.shape)} {_dtype(x)}" for x in tensors)
 
 
 def _normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, layout: str | None) -> Tensor:
@@ -377,12 +555,15 @@ def _normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...]
         x = x.permute(0, 3, 1, 2).contiguous()
     if x.dtype == torch.uint8 and x.dim() >= 3:
         x = x.float() / 255
-    if x.dtype in (torch.float64, torch.float16, torch.bfloat16):
+    if x.is_floating_point():
         x = x.float()
     if mean is None and std is None:
         return x
     if x.dim() < 2 or not x.is_floating_point():
-        raise UsageError(f"--mean and --std don't fit inputs of dtype {x.dtype} and shape {list(x.shape)}")
+        raise UsageError(
+            f"--mean and --std don't fit inputs of dtype {_dtype(x)} and shape {list(x.shape)}",
+            hint="they are for float or uint8 images and features",
+        )
     for flag, values in (("--mean", mean), ("--std", std)):
         if values is not None and len(values) not in (1, x.shape[1]):
             raise UsageError(
@@ -394,7 +575,7 @@ def _normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...]
     return shifted / torch.tensor(std or (1.0,)).reshape(shape)
 
 
-def _check(data: Data, flag: str) -> None:
+def _check_lengths(data: Data, flag: str) -> None:
     lengths = {len(x) if x.dim() else 0 for x in data.inputs}
     if lengths == {0} or not lengths:
         raise UsageError(f"{flag}: {data.name} holds no examples", hint="pass at least two")
@@ -406,6 +587,11 @@ def _check(data: Data, flag: str) -> None:
         )
     if len(data) < 2:
         raise UsageError(f"{flag}: {data.name} holds one example", hint="pass at least two")
+    if any(x.is_complex() for x in data.inputs):
+        raise UsageError(f"{flag}: {data.name} has complex inputs", hint="pass real and imaginary parts as channels")
+
+
+def _check_finite(data: Data, flag: str) -> None:
     for tensor in (*data.inputs, *(() if data.targets is None else (data.targets,))):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NumericsError(f"{flag}: {data.name} holds NaN or Inf", hint="clean the data")
@@ -417,12 +603,12 @@ def check_forward(module: torch.nn.Module, data: Data, flag: str) -> Any:
     Raises:
         UsageError: The network doesn't take the data; gives both sides' words.
     """
-    sample = data.first(2)
+    inputs = [x.clone() for x in data.first(2).inputs]  # a forward may write into its input
     try:
         with torch.no_grad():
-            return module(*sample.inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{list(x.shape)} {x.dtype}".replace("torch.", "") for x in sample.inputs)
+            return module(*inputs)
+    except Exception as error:  # the user's network may raise anything
+        shapes = _shapes(inputs)
         takes = inspect.signature(module.forward)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
 
@@ -262,25 +262,34 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
     """Round the activations named in ``grids``; the biases of integer layers fed by them become int32."""
     by_node = {}
     for node in list(module.graph.nodes):
-        if node.name not in grids:
-            continue
-        grid = grids[node.name]
-        # Fewer than eight bits use the lower part of uint8, with ONNX's saturation at the top kept by the clamp.
-        arguments = (grid.scale, grid.zero_point, 0, 2**grid.bits - 1, torch.uint8)
-        users = [user for user in node.users if not _reaches_output(user)]
-        with module.graph.inserting_after(node):
-            rounded = module.graph.call_function(decomposed.quantize_per_tensor.default, (node, *arguments))
-        with module.graph.inserting_after(rounded):
-            back = module.graph.call_function(decomposed.dequantize_per_tensor.default, (rounded, *arguments))
-        rounded.meta["val"] = back.meta["val"] = node.meta["val"]
-        by_node[back] = grid
-        for user in users:
-            user.replace_input_with(node, back)
+        if node.name in grids:
+            by_node[_round(module, node, grids[node.name])] = grids[node.name]
+    # Runtimes see no grid through an op with several outputs: each output says it again, which changes no value.
+    for node in list(module.graph.nodes):
+        if node.target is operator.getitem and isinstance(node.meta.get("val"), Tensor) and node.name not in grids:
+            grid = by_node.get(_through_moves(node))
+            if grid is not None:
+                by_node[_round(module, node, grid)] = grid
     layers = [(node, by_node.get(_through_moves(operand(node, 0)))) for node in _integer_layers(module)]
     fed = [(node, grid) for node, grid in layers if grid is not None]
     _fit_scales(module, fed)
     for node, grid in fed:
         _integer_bias(module, node, grid)
+
+
+def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:
+    """Round what all users but the output read of ``node``."""
+    # Fewer than eight bits use the lower part of uint8, with ONNX's saturation at the top kept by the clamp.
+    arguments = (grid.scale, grid.zero_point, 0, 2**grid.bits - 1, torch.uint8)
+    users = [user for user in node.users if not _reaches_output(user)]
+    with module.graph.inserting_after(node):
+        rounded = module.graph.call_function(decomposed.quantize_per_tensor.default, (node, *arguments))
+    with module.graph.inserting_after(rounded):
+        back = module.graph.call_function(decomposed.dequantize_per_tensor.default, (rounded, *arguments))
+    rounded.meta["val"] = back.meta["val"] = node.meta["val"]
+    for user in users:
+        user.replace_input_with(node, back)
+    return back
 
 
 def _through_moves(node: fx.Node) -> fx.Node:

@@ -157,7 +157,7 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
             if argument.name in sources:
                 key = sources[argument.name]
                 used.setdefault(canonical.get(key, key), []).append(str(node.target))
-        if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:  # type: ignore[union-attr]
+        if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:
             key = sources[node.args[WEIGHT_ARGUMENT].name]
             key = canonical.get(key, key)
             layer = _layer(node, key, macs)
@@ -207,7 +207,8 @@ def _layer(node: fx.Node, key: str, macs: int) -> Layer:
     transposed = node.target in TRANSPOSED
     groups = int(argument(node, "groups", 1)) if transposed else 1
     axis = (1 if groups == 1 else None) if transposed else 0
-    return Layer(key, WEIGHT_OPS[node.target], node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1)
+    op = WEIGHT_OPS[node.target]  # type: ignore[index]
+    return Layer(key, op, node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1)
 
 
 def argument(node: fx.Node, name: str, default: Any) -> Any:

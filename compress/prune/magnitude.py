@@ -129,7 +129,7 @@ def _global_masks(weights: Mapping[str, Tensor], share: float) -> Masks:
     """Zero the smallest ``share`` of all magnitudes; of equal ones, those that come first."""
     flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
     keep = _keep_largest(flat, share)
-    pieces = keep.split([weight.numel() for weight in weights.values()])
+    pieces = torch.split(keep, [weight.numel() for weight in weights.values()])
     return {name: piece.reshape(weights[name].shape) for name, piece in zip(weights, pieces, strict=True)}
 
 

@@ -54,7 +54,7 @@ def activation_ranges(
 
 
 def logit_divergence(reference: Tensor, outputs: Tensor) -> float:
-    """How far outputs moved: mean KL divergence for logits ``[..., c]`` with c of 2 or more, else mean squared error."""
+    """How far outputs moved: mean KL divergence for logits ``[..., c]``, c of 2 or more; else mean squared error."""
     if reference.dim() >= 2 and reference.shape[-1] >= 2:
         log_p = torch.log_softmax(reference.double(), -1)
         log_q = torch.log_softmax(outputs.double(), -1)

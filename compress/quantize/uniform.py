@@ -46,8 +46,8 @@ def plan(
         options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs).
 
     Raises:
-        BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of bytes,
-            the smallest plan is returned: what it takes in the file is the feasible minimum.
+        BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of
+            bytes, the smallest plan is returned: what it takes in the file is the feasible minimum.
         UsageError: Nothing to quantize, or calibration data are needed and missing.
     """
     data = None if calibration is None else calibration.data

@@ -1,0 +1,122 @@
+"""Uniform plans: widths, ranges, activations, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import named
+
+from compress.apply import float_module
+from compress.budget import Budget
+from compress.context import Context, Storage
+from compress.errors import BudgetError, NumericsError, UsageError
+from compress.graph.rewrite import activation_points
+from compress.graph.trace import Graph, trace_graph
+from compress.model import Source
+from compress.plan import Plan, Quantize
+from compress.quantize import uniform
+from compress.quantize.calibrate import activation_ranges, logit_divergence
+from compress.task import Calibration, Classification, Data
+
+NETWORK = named("plain_cnn")
+WEIGHTS = ("0.0.weight", "1.0.weight", "2.2.weight")
+
+
+def model_bytes(choices: Mapping[str, Storage]) -> int:
+    return 5000 + sum(storage.kept * (storage.bits - 32) // 8 for storage in choices.values())
+
+
+def plan_for(budget: Budget | None, *, data: Data | None = None, **options: Any) -> Plan:
+    module, graph = traced()
+    source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
+    context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, model_bytes, [])
+    calibration = None if data is None else Calibration(Classification(), data)
+    plan, sidecar = uniform.plan(source, graph, {}, calibration, budget, {"activations": "float", **options}, context)
+    assert sidecar == {}
+    return plan
+
+
+def traced() -> tuple[nn.Module, Graph]:
+    module = NETWORK.make()
+    return module, trace_graph(module, NETWORK.inputs(2))
+
+
+def widths(plan: Plan) -> dict[str, int]:
+    return {name: decision.bits for name, decision in plan.quantized("weight").items()}
+
+
+@pytest.mark.parametrize(("budget", "bits"), [(None, 8), (8.0, 8), (5.9, 5), (2.0, 2)])
+def test_the_widest_that_fits_is_chosen_for_every_layer(budget: float | None, bits: int) -> None:
+    plan = plan_for(None if budget is None else Budget("bits", budget))
+    assert widths(plan) == dict.fromkeys(WEIGHTS, bits)
+    assert plan.predicted["average_bits"] == bits
+
+
+def test_a_byte_budget_chooses_the_widest_file_that_fits() -> None:
+    total = 216 + 864 + 60
+    plan = plan_for(Budget("bytes", 5000 - total * 28 / 8))
+    assert widths(plan) == dict.fromkeys(WEIGHTS, 4)
+
+
+def test_excluded_layers_count_with_32_bits() -> None:
+    plan = plan_for(Budget("bits", 10.0), exclude=["0.*"])
+    assert set(widths(plan)) == set(WEIGHTS[1:])
+    assert plan.predicted["average_bits"] == pytest.approx((216 * 32 + 924 * 4) / 1140)
+
+
+def test_ranges_of_activations_are_their_extremes_over_the_data() -> None:
+    data = Data(NETWORK.inputs(100), None, "zoo")
+    plan = plan_for(None, data=data, activations="8", range="minmax")
+    _, graph = traced()
+    module = float_module(graph)
+    points = [node.name for node in activation_points(module)]
+    decisions = plan.quantized("activation")
+    assert list(decisions) == points
+    (x,) = data.inputs
+    first = decisions[points[0]]
+    assert first.range == (float(x.min()), float(x.max()))
+    assert all(isinstance(d, Quantize) and d.bits == 8 and d.scheme == "asymmetric" for d in decisions.values())
+
+
+def test_a_range_holds_zero() -> None:
+    _, graph = traced()
+    data = Data((torch.rand(4, 3, 8, 8) + 1,), None, "positive")
+    module = float_module(graph)
+    (name, *_) = (node.name for node in activation_points(module))
+    assert activation_ranges(module, [name], data, lambda *_: None)[name][0] == 0.0
+
+
+def test_without_data_weights_are_clipped_by_their_own_error() -> None:
+    assert {d.range for d in plan_for(Budget("bits", 4)).decisions} == {"mse"}
+
+
+def test_with_data_the_search_is_measured_and_recorded() -> None:
+    plan = plan_for(Budget("bits", 3), data=Data(NETWORK.inputs(32), None, "zoo"), range="auto")
+    assert plan.options["range"] in ("minmax", "mse")
+    assert plan.task_sha256 is not None
+
+
+def test_divergence_is_zero_for_equal_outputs_alone() -> None:
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    assert logit_divergence(logits, logits) == 0
+    assert logit_divergence(logits, logits + 1) == pytest.approx(0, abs=1e-6)
+    assert logit_divergence(logits, -logits) > 0.1
+    assert logit_divergence(logits[:, :1], logits[:, :1] + 2) == pytest.approx(4, rel=1e-5)
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    with pytest.raises(BudgetError, match="uniform goes down to 2 average bits"):
+        plan_for(Budget("bits", 1.5))
+    with pytest.raises(BudgetError, match="2-bit weights give about"):
+        plan_for(Budget("bytes", 10.0))
+    with pytest.raises(UsageError, match="no weight is left to quantize"):
+        plan_for(None, exclude=["*"])
+    with pytest.raises(UsageError, match="8-bit activations are calibrated on data"):
+        plan_for(None, activations="8")
+    with pytest.raises(NumericsError, match="isn't finite on the calibration data"):
+        plan_for(None, activations="8", data=Data((torch.full((4, 3, 8, 8), 3e38),), None, "huge"))
