@@ -46,9 +46,12 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ModelProto
             exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     # torch.onnx has one error class for many causes and lets others through; all are facts about the network.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch.onnx's own message says only which step failed
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InputError(
-            f"the network has no ONNX form ({reason})", hint="torch.onnx lists the op with --debug"
+            f"the network has no ONNX form ({reason})", hint="write the op with others in forward"
         ) from error
     assert exported is not None
     model = exported.model_proto

@@ -71,6 +71,8 @@ def layer_records(source: Source, graph: Graph, tensors: Tensors, plan: Plan | N
     quantized = {} if plan is None else plan.quantized("weight")
     entries = []
     for layer in graph.layers:
+        if layer.tensor not in tensors:  # a buffer that isn't saved: part of the code, not of the checkpoint
+            continue
         stored = tensors[layer.tensor]
         value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored
         original = state[layer.tensor].double()

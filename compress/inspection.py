@@ -20,6 +20,7 @@ def describe_network(path: Path, source: Source, graph: Graph, notes: list[str])
     """A network in its architecture."""
     state = source.module.state_dict()
     parameters = dict(source.module.named_parameters())
+    tensors = {**state, **dict(source.module.named_buffers())}  # a weight may be a buffer that isn't saved
     return {
         "schema": SCHEMA,
         "path": str(path),
@@ -36,7 +37,7 @@ def describe_network(path: Path, source: Source, graph: Graph, notes: list[str])
                 "shape": list(layer.shape),
                 "parameters": layer.elements,
                 "macs": layer.macs,
-                "dtype": str(state[layer.tensor].dtype).removeprefix("torch."),
+                "dtype": str(tensors[layer.tensor].dtype).removeprefix("torch."),
             }
             for layer in graph.layers
         ],

@@ -17,6 +17,7 @@ from zoo import Network, named
 from compress.apply import Compressed, apply_plan, assemble
 from compress.budget import Budget
 from compress.context import Context
+from compress.errors import InputError
 from compress.export import input_names, onnx_model, safetensors_bytes, serialize, write_program
 from compress.formats import pt2
 from compress.formats.checkpoint import read_checkpoint
@@ -139,6 +140,17 @@ def test_equal_weights_are_stored_once_and_unpacked() -> None:
     graph, compressed, assembled = build(module, inputs, "float", 4)
     content = serialize(onnx_model(graph, compressed, assembled))
     assert all(parity_holds(p, False) for p in measure_parity(assembled, open_session(content, 1), inputs))
+
+
+class Eigenvalues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x).real
+
+
+def test_an_op_without_an_onnx_form_is_named() -> None:
+    graph, compressed, module = build(Eigenvalues().eval(), (torch.randn(2, 3, 3),), "float", None)
+    with pytest.raises(InputError, match=r"the network has no ONNX form .*eig"):
+        onnx_model(graph, compressed, module)
 
 
 def test_writing_twice_gives_the_same_bytes() -> None:

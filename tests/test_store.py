@@ -171,7 +171,7 @@ def test_the_current_folder_and_inputs_are_never_replaced(tmp_path: Path, monkey
         store.check_target(tmp_path / "work", True, [tmp_path / "work" / "weights.pt"])
     store.check_target(tmp_path / "work", True)
     monkeypatch.chdir(tmp_path / "work")
-    for out in (Path("."), tmp_path):
+    for out in (Path(), tmp_path):
         with pytest.raises(UsageError, match="would remove that too"):
             store.check_target(out, True)
     monkeypatch.setenv("HOME", str(tmp_path / "work"))

@@ -224,7 +224,14 @@ def argument(node: fx.Node, name: str, default: Any) -> Any:
 
 def _size(value: Any) -> int:
     """A symbolic size at the traced batch."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    if value.node.hint is None:
+        raise InputError(
+            f"the network has a tensor whose size {value} depends on values",
+            hint="make it a mask: torch.where(condition, x, 0), not x[condition] or nonzero",
+        )
+    return int(value.node.hint)
 
 
 def node_macs(node: fx.Node, batch: int) -> int:

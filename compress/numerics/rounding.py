@@ -13,7 +13,7 @@ from torch import Tensor
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
-SMALLEST_PEAK = 1e-30  # a channel below it counts as zeros: its scale would be no normal float32
+SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
 
 
 def level_range(bits: int) -> tuple[int, int]:
@@ -92,5 +92,5 @@ def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero point of an unsigned grid of ``2**bits`` levels over ``[low, high]``, widened to hold zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     top = 2**bits - 1
-    scale = (high - low) / top if high > low else 1.0
+    scale = (high - low) / top if high - low > SMALLEST_PEAK else 1.0
     return scale, min(max(round(-low / scale), 0), top)

@@ -86,6 +86,11 @@ class FixedBatch(nn.Module):
         return self.fc(x) + torch.zeros(len(x), 3)
 
 
+class Selecting(FixedBatch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x[torch.nonzero(x[:, 0] > 0).squeeze(1)])
+
+
 class Branching(FixedBatch):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x) if x.sum() > 0 else self.fc(-x)
@@ -96,11 +101,12 @@ class Branching(FixedBatch):
     [
         (FixedBatch(), "input x: the network fixes its batch size to 2"),
         (Branching(), "torch.export can't trace the network"),
+        (Selecting(), "a tensor whose size u0 depends on values"),
         (nn.Linear(4, 3).half(), "weight has dtype float16"),
         (nn.Linear(4, 3).bfloat16(), "weight has dtype bfloat16"),
         (nn.Linear(4, 3).double(), "weight has dtype float64"),
     ],
-    ids=["fixed batch", "branch", "float16", "bfloat16", "float64"],
+    ids=["fixed batch", "branch", "selection", "float16", "bfloat16", "float64"],
 )
 def test_a_network_that_cannot_be_handled_is_an_input_error(module: nn.Module, words: str) -> None:
     with pytest.raises(InputError, match=words):

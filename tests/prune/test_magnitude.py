@@ -23,7 +23,7 @@ from compress.prune import magnitude
 
 def context(notes: list[str] | None = None) -> Context:
     def model_bytes(choices: Any) -> int:
-        return 100_000 - sum(4 * (10_000 - storage.kept) for storage in choices.values())
+        return 500 + 4 * sum(storage.kept for storage in choices.values())
 
     generator = torch.Generator().manual_seed(0)
     return Context(generator, torch.device("cpu"), lambda *_: None, model_bytes, [] if notes is None else notes)
@@ -98,10 +98,16 @@ def test_a_layer_that_a_pattern_does_not_fit_stays_dense_with_a_note() -> None:
 
 
 def test_excluded_layers_are_left_alone_and_the_rest_makes_up_for_them() -> None:
-    plan, masks, module = plan_zoo("plain_cnn", Budget("sparsity", 0.5), exclude=["0.*"])
+    _, masks, module = plan_zoo("plain_cnn", Budget("sparsity", 0.5), exclude=["0.*"])
     assert "0.0.weight" not in masks
     total = sum(module.state_dict()[name].numel() for name in ("0.0.weight", "1.0.weight", "2.2.weight"))
     assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.5 * total)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(10.0, 0), (500.0 + 4 * 100, 100), (1e6, 1140)])
+def test_a_byte_budget_cuts_as_little_as_fits(limit: float, kept: int) -> None:
+    _, masks, _ = plan_zoo("plain_cnn", Budget("bytes", limit))
+    assert sum(int(mask.sum()) for mask in masks.values()) == kept
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,6 @@ def test_excluded_layers_are_left_alone_and_the_rest_makes_up_for_them() -> None
     [
         (Budget("sparsity", 0.9), {"exclude": ["1.*"]}, BudgetError, "sparsity 0.9 is out of reach"),
         (Budget("sparsity", 0.7), {"pattern": "2:4"}, BudgetError, "pattern 2:4 gives sparsity"),
-        (Budget("bytes", 10.0), {}, BudgetError, "is out of reach by pruning"),
         (None, {"exclude": ["*"]}, UsageError, "no weight is left to prune"),
         (None, {"pattern": "4:2"}, UsageError, "keeps 4 of 2"),
         (None, {"pattern": "half"}, UsageError, "is not a pattern"),
