@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, canonical
 from .apply import Tensors
-from .budget import Budget
+from .budget import Budget, format_bytes
 from .formats.packed import QuantizedTensor
 from .graph.trace import Graph
 from .model import Source
@@ -20,6 +21,7 @@ from .task import Data, Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
 
+REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
 
 
@@ -133,3 +135,31 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in names},
     }
+
+
+def origin(source: Path) -> dict[str, Any] | None:
+    """The uncompressed network at the start of a chain of runs; None where the source is no run."""
+    if not (source / "report.json").is_file():
+        return None
+    parent = canonical.read_record(source / "report.json", REPORT_SCHEMA)
+    if parent.get("origin") is not None:
+        return dict(parent["origin"])
+    metric = parent["metric"]
+    return {
+        "name": parent["source"]["name"],
+        "dense_bytes": parent["dense_bytes"],
+        "metric": None if metric is None else metric["dense"],
+        "unit": None if metric is None else metric["unit"],
+    }
+
+
+def describe_origin(origin: Mapping[str, Any]) -> str:
+    """The start of a chain in words."""
+    metric = "" if origin["metric"] is None else f", {origin['metric']:.6g} {origin['unit']}"
+    return f"the chain starts at {origin['name']}: {format_bytes(origin['dense_bytes'])}{metric}"
+
+
+def warnings(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is right but surprising: layers that are all zero."""
+    empty = [str(layer["tensor"]) for layer in layers if layer["sparsity"] == 1]
+    return [f"every weight of {', '.join(empty)} is zero"] if empty else []

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ from .verify import (
 )
 
 ONNX, DENSE, PLAN, SIDECAR = "model.onnx", "dense.onnx", "plan.json", "plan.safetensors"
-REPORT_SCHEMA = "hcompress.report/1"
 LATENCY_REPEATS = 60
+LATENCY_TIME_S = 4.0
 LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
 
@@ -75,7 +76,10 @@ class Job:
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
-def _open(checkpoint: Path, settings: Settings, progress: Progress, *, needs_data: bool) -> Job:
+def _open(
+    checkpoint: Path, settings: Settings, progress: Progress, *, needs_data: bool, example: str | None = None
+) -> Job:
+    """Read and trace a network; ``example`` names data that give the shape of an input where ``data`` doesn't."""
     started = time.monotonic()
     threads = settings["threads"].value
     if threads is not None:
@@ -100,9 +104,14 @@ def _open(checkpoint: Path, settings: Settings, progress: Progress, *, needs_dat
         check_forward(source.module, prepared, "--data")
         sample = prepared.sample(int(settings["num_calibration"].value), int(settings["seed"].value))
         calibration = Calibration(task, sample)
-    example = _example_inputs(source, calibration, settings, notes)
+    if data is None and example is not None and settings[example].value is not None:
+        data = load_task(settings["task"].value, shaped := _read(settings, example)).prepare(shaped)
+        check_forward(source.module, data, f"--{example}")
+        inputs = _two_of(data)
+    else:
+        inputs = _example_inputs(source, calibration, settings, notes)
     progress("trace", 0, None)
-    graph = trace_graph(source.module, example)
+    graph = trace_graph(source.module, inputs)
     return Job(source, graph, task, calibration, settings, progress, notes, started)
 
 
@@ -137,12 +146,17 @@ def _example_inputs(
     source: Source, calibration: Calibration | None, settings: Settings, notes: list[str]
 ) -> tuple[Tensor, ...]:
     if calibration is not None:
-        return tuple(x.clone() for x in calibration.data.first(2).inputs)  # a slice would be saved with all of its data
+        return _two_of(calibration.data)
     if source.example_inputs is not None and all(len(x) >= 2 for x in source.example_inputs if x.dim()):
         return source.example_inputs
     example, note = guess_inputs(source.module, settings["input_shape"].value)
     notes.append(note)
     return example
+
+
+def _two_of(data: Data) -> tuple[Tensor, ...]:
+    """Two examples; copies, as a slice would be saved with all of its data."""
+    return tuple(x.clone() for x in data.first(2).inputs)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -171,7 +185,7 @@ def run_method(
     out = None if dry_run else _out(settings)
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
-    gates = _gates(settings)
+    _gates(settings)
     if not dry_run and settings["eval"].value is None:
         raise UsageError(
             "no evaluation data", hint="pass --eval FILE.npz, FILE.safetensors or FILE.py:fn(args), or set [data] eval"
@@ -180,21 +194,37 @@ def run_method(
         raise UsageError(
             f"method {method.name} has no {budget.quantity} budget", hint=f"it takes {', '.join(method.budgets)}"
         )
+    if out is None:
+        with tempfile.TemporaryDirectory() as nowhere:
+            return _plan_and_finish(job, checkpoint, settings, plan, command, progress, (Path(nowhere), None))
+    with store.staged(out, force, [checkpoint]) as stage:
+        return _plan_and_finish(job, checkpoint, settings, plan, command, progress, (stage, out))
+
+
+def _plan_and_finish(
+    job: str,
+    checkpoint: Path,
+    settings: Settings,
+    plan: Path | None,
+    command: list[str],
+    progress: Progress,
+    target: tuple[Path, Path | None],
+) -> dict[str, Any]:
+    """Plan into the stage ``target[0]`` and finish it as ``target[1]``; stop at the plan where that is None."""
+    stage, out = target
+    method = find_method(job, settings["method"].value or methods_for(job)[0].name)
+    budget, gates = chosen_budget(settings), _gates(settings)
     opened = _open(checkpoint, settings, progress, needs_data=plan is None)
-    if plan is not None:
-        decided, sidecar = _read_plan(plan)
-        sensitivities: dict[str, Sensitivity] = {}
-        if decided.source_sha256 != opened.source.sha256:
-            opened.notes.append(
-                f"{plan} was made on another checkpoint: its decisions are kept, the weights recomputed"
-            )
-    else:
+    sensitivities: dict[str, Sensitivity] = {}
+    if plan is None:
         sensitivities = {
-            n: load_module(find_measure(n)).measure(opened.source, opened.graph, job) for n in method.measures
+            name: load_module(find_measure(name)).measure(opened.source, opened.graph, job) for name in method.measures
         }
     dense = _dense_bytes(opened)
 
     def decide(overhead: int) -> tuple[Plan, dict[str, Tensor]]:
+        if plan is not None:
+            return _given_plan(plan, opened)
         progress("plan", 0, None)
         context = _context(opened, dense, overhead)
         chosen, tensors = load_module(method).plan(
@@ -209,24 +239,28 @@ def run_method(
         opened.notes.extend(note for note in context.notes if note not in opened.notes)
         return _sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value)), tensors)
 
-    if plan is None:
-        decided, sidecar = decide(0)
-    if dry_run:
-        return _dry_run(opened, decided)
-    assert out is not None
-    with store.staged(out, force) as stage:
+    decided, sidecar = decide(0)
+    if out is None:
+        return _dry_run(opened, decided, dense)
+    _write_plan(stage, decided, sidecar)
+    built = _build(opened, decided, sidecar, stage)
+    while plan is None and (overhead := _overhead(opened, built, decided, budget, dense)) is not None:
+        before = decided.decisions
+        decided, sidecar = decide(overhead)
+        if decided.decisions == before:
+            raise _infeasible(opened, built, budget)
         _write_plan(stage, decided, sidecar)
         built = _build(opened, decided, sidecar, stage)
-        while plan is None and (overhead := _overhead(opened, built, decided, budget, dense)) is not None:
-            before = decided.decisions
-            decided, sidecar = decide(overhead)
-            if decided.decisions == before:
-                raise _infeasible(opened, built, budget)
-            _write_plan(stage, decided, sidecar)
-            built = _build(opened, decided, sidecar, stage)
-        _write_sensitivities(stage, sensitivities)
-        target = _Target(stage, out, job, gates, command, budget)
-        return _finish(opened, built, decided, dense, target)
+    _write_sensitivities(stage, sensitivities)
+    return _finish(opened, built, decided, dense, _Target(stage, out, job, gates, command, budget))
+
+
+def _given_plan(path: Path, job: Job) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan that was made before, perhaps on another checkpoint of the same architecture."""
+    plan, sidecar = _read_plan(path)
+    if plan.source_sha256 != job.source.sha256:
+        job.notes.append(f"{path} was made on another checkpoint: its decisions are kept, the weights recomputed")
+    return plan, sidecar
 
 
 def apply_plan(
@@ -234,13 +268,10 @@ def apply_plan(
 ) -> dict[str, Any]:
     """``hcompress apply``: a plan's decisions on a checkpoint; no data needed, the metric only with ``--eval``."""
     out = _out(settings)
-    store.check_target(out, force)
-    decided, sidecar = _read_plan(plan)
-    opened = _open(checkpoint, settings, progress, needs_data=False)
-    if decided.source_sha256 != opened.source.sha256:
-        opened.notes.append(f"{plan} was made on another checkpoint: its decisions are kept, the weights recomputed")
-    dense = _dense_bytes(opened)
-    with store.staged(out, force) as stage:
+    with store.staged(out, force, [checkpoint, plan]) as stage:
+        opened = _open(checkpoint, settings, progress, needs_data=False)
+        decided, sidecar = _given_plan(plan, opened)
+        dense = _dense_bytes(opened)
         _write_plan(stage, decided, sidecar)
         built = _build(opened, decided, sidecar, stage)
         target = _Target(stage, out, "apply", _gates(settings), command, decided.budget)
@@ -252,9 +283,8 @@ def export_dense(
 ) -> dict[str, Any]:
     """``hcompress export``: the network as it is, in the formats that runtimes load, proved equal to torch's."""
     out = _out(settings)
-    store.check_target(out, force)
-    opened = _open(checkpoint, settings, progress, needs_data=False)
-    with store.staged(out, force) as stage:
+    with store.staged(out, force, [checkpoint]) as stage:
+        opened = _open(checkpoint, settings, progress, needs_data=False, example="eval")
         built = _build(opened, None, {}, stage)
         dense = _Dense(built.onnx, (stage / WEIGHTS).stat().st_size)
         target = _Target(stage, out, "export", _gates(settings), command, None)
@@ -545,11 +575,16 @@ def _overhead(job: Job, built: _Built, plan: Plan, budget: Budget | None, dense:
     written = built.sizes[_delivered(job.settings)]
     if limit is None or limit.quantity != "bytes" or written <= limit.limit:
         return None
+    return written - _predicted_bytes(job, plan, dense)
+
+
+def _predicted_bytes(job: Job, plan: Plan, dense: _Dense) -> int:
+    """Bytes of the delivered file as the storage of the weights predicts them."""
     state = job.source.module.state_dict()
     choices = {name: Storage(mask.kept, 32) for name, mask in plan.masks().items()}
     for name, choice in plan.quantized("weight").items():
         choices[name] = Storage(int(torch.count_nonzero(state[name])), choice.bits)
-    return written - _context(job, dense, 0).model_bytes(choices)
+    return _context(job, dense, 0).model_bytes(choices)
 
 
 def _infeasible(job: Job, built: _Built, budget: Budget | None) -> BudgetError:
@@ -594,7 +629,7 @@ def _read_plan(path: Path) -> tuple[Plan, dict[str, Tensor]]:
     return plan, read_checkpoint(sidecar).state
 
 
-def _dry_run(job: Job, plan: Plan) -> dict[str, Any]:
+def _dry_run(job: Job, plan: Plan, dense: _Dense) -> dict[str, Any]:
     parameters = sum(t.numel() * t.element_size() for t in job.source.module.state_dict().values())
     calibration = (
         0 if job.calibration is None else sum(x.numel() * x.element_size() for x in job.calibration.data.inputs)
@@ -607,7 +642,7 @@ def _dry_run(job: Job, plan: Plan) -> dict[str, Any]:
     return {
         "schema": "hcompress.dry-run/1",
         "method": plan.method,
-        "predicted": dict(plan.predicted),
+        "predicted": {**plan.predicted, f"{_delivered(job.settings)}_bytes": _predicted_bytes(job, plan, dense)},
         "decisions": canonical.plain(plan.decisions),
         # Weights: source, trace, compressed copy, ONNX twice. torch and onnxruntime themselves take about 400 MB.
         "memory_bytes": 400_000_000 + 5 * parameters + calibration + activations,
@@ -685,6 +720,7 @@ def _finish(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: _
         _reject(target, record, settings)
     _write_manifest(job, stage, target)
     check_files(stage, read_manifest(stage))
+    job.progress("publish", 0, None)
     store.publish(stage, target.out)
     _publish_summary(record, settings)
     return record
@@ -720,6 +756,7 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
             task = load_task(None, data)
         data = task.prepare(data)
         check_forward(job.source.module, data, "--eval")
+        _check_shapes(job, data)
     examples = data.first(8).inputs if data is not None else _examples(job)
     integer = plan is not None and bool(plan.quantized("activation"))
     parity = measure_parity(built.module, session, examples)
@@ -746,6 +783,7 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         tuple(x[:1] for x in examples),
         LATENCY_REPEATS,
         progress,
+        max_time_s=LATENCY_TIME_S,
     )
     delivered = _delivered(settings)
     layers = figures.layer_records(job.source, job.graph, built.compressed.tensors, plan)
@@ -753,13 +791,18 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
     checks += figures.budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), totals)
+    origin = figures.origin(job.source.path)
+    if origin is not None:
+        job.notes.append(f"'dense' is {job.source.path.name}, itself a run; {figures.describe_origin(origin)}")
+    job.notes.extend(figures.warnings(layers))
     parameters = sum(p.numel() for p in job.source.module.parameters())
     return {
-        "schema": REPORT_SCHEMA,
+        "schema": figures.REPORT_SCHEMA,
         "command": target.job,
         "method": None if plan is None else plan.method,
         "seed": int(settings["seed"].value),
         "source": {"name": job.source.path.name, "sha256": job.source.sha256},
+        "origin": origin,
         "budget": None if target.budget is None else str(target.budget),
         "delivered": delivered,
         "metric": metric,
@@ -779,6 +822,21 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _check_shapes(job: Job, data: Data) -> None:
+    """The traced network has a dynamic batch; every other size is fixed.
+
+    Raises:
+        UsageError: The evaluation data have another shape than the network was traced with.
+    """
+    traced = [list(x.shape[1:]) for x in job.graph.example_inputs]
+    found = [list(x.shape[1:]) for x in data.inputs]
+    if found != traced:
+        raise UsageError(
+            f"--eval: examples of {data.name} have shape {found}, the network was traced with {traced}",
+            hint="give --data and --eval of one shape; where there are no --data, pass --input-shape",
+        )
 
 
 def _examples(job: Job) -> tuple[Tensor, ...]:
@@ -846,4 +904,4 @@ def _read_run(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder", hint="pass the --out folder of a finished run")
     check_files(run, read_manifest(run))
-    return canonical.read_record(run / "report.json", REPORT_SCHEMA)
+    return canonical.read_record(run / "report.json", figures.REPORT_SCHEMA)
