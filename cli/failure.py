@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,20 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 class Terminated(BaseException):
     """SIGTERM came; raised from its handler so that ``finally`` blocks run."""
+
+
+_received: list[int] = []
+
+
+def note_signal(signum: int) -> None:
+    """Remember a signal: whatever it makes of the code that it hits, the run was stopped."""
+    _received.append(signum)
+
+
+def check_signals() -> None:
+    """Raise again for a signal whose exception was lost, as in a callback that Python runs on its own."""
+    if _received:
+        raise Terminated if _received[0] == signal.SIGTERM else KeyboardInterrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +57,7 @@ def report(error: BaseException, arguments: Sequence[str]) -> int:
         _abandon_stdout()
         return 0
     failure = describe(error)
+    _received.clear()
     flags = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     with contextlib.suppress(OSError):  # A closed stderr must not hide the exit code.
         if failure.code == 1 or "--debug" in flags:
@@ -62,6 +78,8 @@ def describe(error: BaseException) -> Failure:
 
     Anything that isn't known here is a bug of ours: exit 1, with a traceback.
     """
+    if _received:
+        error = Terminated() if _received[0] == signal.SIGTERM else KeyboardInterrupt()
     if isinstance(error, HCompressError):
         shown = error.report if isinstance(error, GateError) else None
         return Failure(error.exit_code, error.title, error.message, error.hint, shown)

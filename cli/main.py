@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     if not sys.warnoptions:
         # Libraries warn their own developers so; a user of ours can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -114,7 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    failure.note_signal(signum)
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
     # A second signal must not cut the clean-up of the first short.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise failure.Terminated

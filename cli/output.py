@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ def print_line(text: str) -> None:
 def print_table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     """A table: rich at a terminal, aligned columns elsewhere."""
     rows = [[escape(cell, limit=len(cell) * 10) for cell in row] for row in cells]
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

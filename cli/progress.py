@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .failure import check_signals
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
@@ -44,6 +46,7 @@ class Progress:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
+        check_signals()
         if self._quiet:
             return
         if stage != self._stage:

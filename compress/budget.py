@@ -93,6 +93,10 @@ def _with_unit(text: str, quantity: str, number: float, unit: str) -> Budget:
         if quantity == "bits":
             raise UsageError(f"budget {text!r}: bits are absolute", hint="write 4bit, or 25% for bytes")
         return Budget(quantity, number / 100, "dense")
+    if quantity == "bytes" and not unit:
+        raise UsageError(
+            f"budget {text!r} has no unit", hint=f"write {text}B, {text}KB or {text}MB; examples: {EXAMPLES}"
+        )
     if unit not in UNITS[quantity]:
         allowed = ", ".join(u for u in UNITS[quantity] if u)
         raise UsageError(

@@ -27,7 +27,7 @@ SPARSITY_SLACK = 1e-4  # rounding to whole weights
 
 def parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
     """One check a batch size, of the largest difference; with integer activations also of the mean one."""
-    unit, limit = "of the largest output", INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE
+    unit, limit = "relative", INTEGER_TOLERANCE if integer else FLOAT_TOLERANCE
     checks = [Check(f"parity_batch_{p.batch}", p.max_relative, limit, unit, p.max_relative <= limit) for p in parity]
     if integer:
         checks += [

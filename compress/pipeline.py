@@ -539,7 +539,7 @@ def _delivered(settings: Settings) -> str:
 
 
 def _context(job: Job, dense: _Dense, overhead: int) -> Context:
-    """What planners are handed; sizes follow from the dense file, the storage of each weight and a measured overhead."""
+    """What planners are handed; sizes follow from the dense file, each weight's storage and a measured overhead."""
     elements = {layer.tensor: layer.elements for layer in job.graph.layers}
     channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
     state = job.source.module.state_dict()
@@ -870,10 +870,10 @@ def _write_manifest(job: Job, stage: Path, target: _Target) -> None:
 def _reject(target: _Target, record: dict[str, Any], settings: Settings) -> None:
     """Publish the report without the models, then fail."""
     rejected = target.out.with_name(f"{target.out.name}.rejected")
-    keep = {"report.json", "report.md", "report.html", PLAN}
     for path in list(target.stage.iterdir()):
-        if path.name not in keep:
+        if path.name not in store.REJECTED_FILES:
             path.unlink()
+    store.check_target(rejected, force=True)
     store.publish(target.stage, rejected)
     _publish_summary(record, settings)
     verdict = Verdict(tuple(Check(**check) for check in record["checks"]))

@@ -9,15 +9,17 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskError, LockedError, UsageError
+from . import manifest
+from .errors import DiskError, LockedError, UsageError, escape
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
+REJECTED_FILES = {"plan.json", "report.html", "report.json", "report.md"}  # of a run that failed a gate
 SET_ASIDE = ".old"  # suffix of the folder that is being replaced, where there is no exchange
 
 
@@ -42,6 +44,8 @@ def check_target(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise UsageError(f"{out} already exists", hint="choose another --out, or pass --force to replace it")
     if out.exists() and not is_folder:
         raise UsageError(f"{out} is a file", hint="--out names a folder")
+    if is_folder:
+        _check_replaceable(out)
     for kept in (*_own_folders(), *inputs):
         if is_folder and kept.resolve().is_relative_to(target):
             raise UsageError(
@@ -54,6 +58,22 @@ def check_target(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise DiskError(f"{out}: {parent} can't be written", hint="choose another --out")
 
 
+def _check_replaceable(out: Path) -> None:
+    """Only an empty folder, a run folder or a rejected run is replaced, and only if it holds nothing of the user's."""
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    ours = REJECTED_FILES
+    if manifest.NAME in names:
+        ours = {manifest.NAME, *manifest.read_manifest(out).files}
+    foreign = sorted(names - ours)
+    if foreign:
+        raise UsageError(
+            f"{out} holds {escape(foreign[0])}, which no run of hcompress wrote: --force replaces run folders only",
+            hint="choose another --out, or move your own files out of it",
+        )
+
+
 def _own_folders() -> Iterator[Path]:
     """Where the user is and lives; a container may have neither."""
     for find in (Path.cwd, Path.home):
@@ -62,18 +82,18 @@ def _own_folders() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged(out: Path, force: bool) -> Iterator[Path]:
+def staged(out: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A new folder beside ``out``, to be filled and passed to ``publish``; removed if it wasn't published.
 
     Raises:
         LockedError: Another run writes ``out``.
         DiskError: The folder can't be made.
     """
-    check_target(out, force)
+    check_target(out, force, inputs)
     target = out.resolve()
     with _made_parents(target), _locked(target, out):
         _remove_stale(target)
-        check_target(out, force)  # again under the lock: the other run may just have finished
+        check_target(out, force, inputs)  # again under the lock: the other run may just have finished
         try:
             stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         except OSError as error:
@@ -106,6 +126,7 @@ def _locked(target: Path, shown: Path) -> Iterator[None]:
     lock_path = target.parent / f".{target.name}.lock"
     lock = FileLock(lock_path)
     try:
+        lock_path.touch()  # FileLock waits where it can't make the file
         lock.acquire(timeout=0)
     except Timeout:
         raise LockedError(
@@ -210,6 +231,7 @@ def disk_error(path: Path, error: OSError | RuntimeError) -> DiskError:
     hints = {
         errno.ENOSPC: "free space, or choose another --out",
         errno.EDQUOT: "free space in your quota, or choose another --out",
+        errno.EFBIG: "the file is larger than this disk or ulimit -f allows",
         errno.ENAMETOOLONG: "choose a shorter --out",
         errno.ENOTDIR: "a part of the path is a file; choose another --out",
         errno.EACCES: "choose an --out that you may write",

@@ -69,14 +69,14 @@ REPORT: dict[str, Any] = {
 REPORT_TEXT = """\
                             dense       compressed  change
 accuracy (10,000 examples)  91.73 %     91.6 %      -0.13 points
-model.onnx                  1.08 MB     283 kB      26.2 %
-model.safetensors           -           280 kB
+model.onnx                  1.08 MB     283 KB      26.2 %
+model.safetensors           -           280 KB
 parameters                  267,696     267,696     100 %
 MACs                        40,000,000  40,000,000  100 %
 average bits                -           8
 sparsity                    -           25 %
 latency, batch 1            2 ms        1 ms        2x as fast
-parity at batch 3: largest difference 1e-05, same class for 100 % of examples
+parity of ONNX Runtime with torch at batches 3: largest difference 1e-05, same class for 100 % of examples
 max_drop: 0.13 % (limit 1 %) ok
 took 12.3 s, peak memory 812 MB
 note: first and last layers included
@@ -363,7 +363,7 @@ class OutOfMemoryError(RuntimeError):
 FAILURES = [
     (errors.InputError("bad file", hint="fix it"), 3, "unreadable or unsafe input", "bad file", "fix it"),
     (errors.GateError("too bad"), 4, "gate failed", "too bad", ""),
-    (errors.BudgetError("at least 1 kB"), 5, "infeasible budget", "at least 1 kB", ""),
+    (errors.BudgetError("at least 1 KB"), 5, "infeasible budget", "at least 1 KB", ""),
     (errors.LockedError("busy"), 6, "locked", "busy", ""),
     (OSError(errno.ENOSPC, "full", "out/x"), 7, "disk", "out/x: no space left on the device", "free some space"),
     (OSError(errno.EDQUOT, "quota"), 7, "disk", "no space left on the device", "free some space"),
@@ -553,7 +553,7 @@ def test_a_run_hands_over_everything_and_prints_before_and_after(run: Capture, p
         ("prune model.pt --sparsity 0.5", "run_method", "run folder: model-pruned"),
         ("apply model.pt --plan small", "apply_plan", "run folder: model-applied"),
         ("export model.pt --out dense", "export_dense", "run folder: dense"),
-        ("verify small", "verify_run", "accuracy: 91.6 % (dense 91.73 %)\nparity at batch 3"),
+        ("verify small", "verify_run", "accuracy: 91.6 % (dense 91.73 %)\nparity of ONNX Runtime"),
         (
             "bench small --batch 2",
             "bench_run",
@@ -561,7 +561,7 @@ def test_a_run_hands_over_everything_and_prints_before_and_after(run: Capture, p
             "compressed takes 0.5 of the dense time\nbatch 2, 5 repeats, threads 1\n",
         ),
         ("inspect model.pt", "inspect_checkpoint", "64 parameters, MACs unknown; tensors: 1 float32"),
-        ("demo", "run_demo", "int8   90        100 kB  1,000,000  0.5 ms   0 %       8\nint8: demo/int8\ntook 3.0 s"),
+        ("demo", "run_demo", "int8   90        100 KB  1,000,000  0.5 ms   0 %       8\nint8: demo/int8\ntook 3.0 s"),
     ],
 )
 def test_a_command_prints_text_or_the_record(

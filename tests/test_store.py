@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from compress import store
+from compress import canonical, store
 from compress.errors import DiskError, LockedError, UsageError
+from compress.manifest import NAME, Manifest, describe_files
 
 HOLDER = """
 import sys, time
@@ -32,6 +33,8 @@ def names(folder: Path) -> set[str]:
 def run(out: Path, text: str, *, force: bool = False) -> None:
     with store.staged(out, force) as stage:
         store.write_file(stage / "model", text)
+        manifest = Manifest(describe_files(stage), {}, {}, [], 0, "", {})
+        store.write_file(stage / NAME, canonical.dumps(manifest))
         store.publish(stage, out)
 
 
@@ -57,12 +60,29 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
 
 
 def test_force_exchanges_the_whole_folder(tmp_path: Path) -> None:
-    run(tmp_path / "out", "old")
-    (tmp_path / "out" / "extra").write_text("of the old run")
+    with store.staged(tmp_path / "out", False) as stage:
+        for name in ("model", "extra"):
+            store.write_file(stage / name, "of the old run")
+        store.write_file(stage / NAME, canonical.dumps(Manifest(describe_files(stage), {}, {}, [], 0, "", {})))
+        store.publish(stage, tmp_path / "out")
     run(tmp_path / "out", "new", force=True)
     assert (tmp_path / "out" / "model").read_text() == "new"
-    assert names(tmp_path / "out") == {"model"}
+    assert names(tmp_path / "out") == {"model", NAME}
     assert names(tmp_path) == {"out"}
+
+
+def test_force_never_replaces_what_no_run_wrote(tmp_path: Path) -> None:
+    run(tmp_path / "out", "old")
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.npz").write_text("precious")
+    for name, foreign in (("out", "thesis.tex"), ("other", "data.npz")):
+        with pytest.raises(UsageError, match=f"{foreign}, which no run of hcompress wrote") as caught:
+            run(tmp_path / name, "new", force=True)
+        assert "move your own files" in caught.value.hint
+        assert (tmp_path / name / foreign).read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / "empty", "new", force=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -166,12 +186,12 @@ def test_a_link_stands_for_its_folder(tmp_path: Path) -> None:
 
 def test_the_current_folder_and_inputs_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "weights.pt").write_text("precious")
-    with pytest.raises(UsageError, match=r"weights\.pt: replacing it would remove that too"):
-        store.check_target(tmp_path / "work", True, [tmp_path / "work" / "weights.pt"])
-    store.check_target(tmp_path / "work", True)
+    run(tmp_path / "run", "new")
+    with pytest.raises(UsageError, match=r"model: replacing it would remove that too"):
+        store.check_target(tmp_path / "run", True, [tmp_path / "run" / "model"])
+    store.check_target(tmp_path / "run", True)
     monkeypatch.chdir(tmp_path / "work")
-    for out in (Path(), tmp_path):
+    for out in (Path(), tmp_path / "work"):
         with pytest.raises(UsageError, match="would remove that too"):
             store.check_target(out, True)
     monkeypatch.setenv("HOME", str(tmp_path / "work"))
@@ -268,8 +288,8 @@ def test_without_an_exchange_a_failure_puts_the_old_folder_back(
 
 
 def test_a_run_killed_between_two_renames_loses_nothing(tmp_path: Path) -> None:
-    (tmp_path / f".out.partial-dead{store.SET_ASIDE}").mkdir()
-    (tmp_path / f".out.partial-dead{store.SET_ASIDE}" / "model").write_text("old")
+    run(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / f".out.partial-dead{store.SET_ASIDE}")
     with pytest.raises(UsageError, match="already exists"):
         run(tmp_path / "out", "new")
     assert (tmp_path / "out" / "model").read_text() == "old"

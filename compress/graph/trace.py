@@ -6,16 +6,19 @@ dimension.
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -88,6 +91,21 @@ class Graph:
     tied: tuple[tuple[str, ...], ...]
     blockers: tuple[Blocker, ...]
     macs: int
+
+    def without(self, globs: Sequence[str]) -> tuple[Layer, ...]:
+        """The layers whose weights match none of ``globs``.
+
+        Raises:
+            UsageError: A glob matches no layer: a misspelt one would compress what it was to protect.
+        """
+        names = [layer.tensor for layer in self.layers]
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+                raise UsageError(
+                    f"--exclude {glob!r} matches no weight", hint=f"weights: {', '.join(close or names[:3])}, ..."
+                )
+        return tuple(layer for layer in self.layers if not any(fnmatchcase(layer.tensor, glob) for glob in globs))
 
     def layer(self, tensor: str) -> Layer:
         """The layer whose weight is ``tensor``."""

@@ -7,8 +7,7 @@ Cost: one sort of the weights; no data.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +51,10 @@ def plan(
     """
     state = source.module.state_dict()
     exclude = tuple(options.get("exclude") or ())
-    layers = [layer for layer in graph.layers if not any(fnmatchcase(layer.tensor, glob) for glob in exclude)]
+    layers = graph.without(exclude)
     if not layers:
-        raise UsageError("no weight is left to prune", hint="hcompress inspect lists the layers; check --exclude")
+        hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
+        raise UsageError("the network has no float weight to prune", hint=hint)
     weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
     total = sum(layer.elements for layer in graph.layers)
     pattern = str(options.get("pattern") or "unstructured")
@@ -145,7 +145,7 @@ def _keep_largest(magnitudes: Tensor, share: float) -> Tensor:
 
 
 def _patterned(
-    layers: list[Layer],
+    layers: Sequence[Layer],
     weights: Mapping[str, Tensor],
     pattern: str,
     budget: Budget | None,
@@ -166,11 +166,10 @@ def _patterned(
             skipped.append(layer.tensor)
             continue
         masks[layer.tensor] = n_of_m_mask(weights[layer.tensor], n, m, layer.input_axis)
+    dense = f"{pattern} leaves {', '.join(skipped)} dense: the input dimension isn't a multiple of {m}"
     if skipped:
-        context.notes.append(
-            f"{pattern} leaves {', '.join(skipped)} dense: the input dimension isn't a multiple of {m}"
-        )
-    _check_pattern_budget(pattern, masks, budget, total, context)
+        context.notes.append(dense)
+    _check_pattern_budget(pattern, masks, budget, total, dense if skipped else "")
     return masks
 
 
@@ -183,7 +182,7 @@ def n_of_m_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     return keep.reshape(moved.shape).movedim(-1, axis).contiguous()
 
 
-def _check_pattern_budget(pattern: str, masks: Masks, budget: Budget | None, total: int, context: Context) -> None:
+def _check_pattern_budget(pattern: str, masks: Masks, budget: Budget | None, total: int, dense: str) -> None:
     """A pattern fixes the sparsity: a budget that asks for more can't be met."""
     reached = sum(int((~mask).sum()) for mask in masks.values()) / total
     if budget is None:
@@ -191,5 +190,5 @@ def _check_pattern_budget(pattern: str, masks: Masks, budget: Budget | None, tot
     if budget.quantity == "sparsity" and budget.limit > reached + 0.005:
         raise BudgetError(
             f"pattern {pattern} gives sparsity {reached:.4f}, less than {budget.limit:g}",
-            hint="choose a sparser pattern, or --pattern unstructured",
+            hint=f"{dense or 'the pattern fixes it'}; choose a sparser pattern, or --pattern unstructured",
         )

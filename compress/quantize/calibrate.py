@@ -5,17 +5,18 @@ Cost: one forward pass over the calibration examples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..context import Progress
+from ..context import Context
 from ..errors import NumericsError
 from ..task import Data
 
-BATCH = 64
+BATCH = 16  # larger ones cost memory and are no faster
 
 
 class _Observer(fx.Interpreter):
@@ -37,20 +38,25 @@ class _Observer(fx.Interpreter):
 
 
 def activation_ranges(
-    module: fx.GraphModule, points: Iterable[str], data: Data, progress: Progress
+    module: fx.GraphModule, points: Iterable[str], data: Data, context: Context
 ) -> dict[str, tuple[float, float]]:
     """Least and greatest value of each activation in ``points``, zero included.
 
     Raises:
         NumericsError: An activation isn't finite; names it.
     """
-    observer = _Observer(module, points)
+    observer = _Observer(on_device(module, context.device), points)
     with torch.no_grad():
         for done, batch in enumerate(data.batches(BATCH)):
-            progress("calibrate activations", done * BATCH, len(data))
-            observer.run(*batch.inputs)
-    progress("calibrate activations", len(data), len(data))
+            context.progress("calibrate activations", done * BATCH, len(data))
+            observer.run(*(x.to(context.device) for x in batch.inputs))
+    context.progress("calibrate activations", len(data), len(data))
     return observer.ranges
+
+
+def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The module itself on the CPU, a copy on any other device: it may share tensors with the source."""
+    return module if device.type == "cpu" else copy.deepcopy(module).to(device)
 
 
 def logit_divergence(reference: Tensor, outputs: Tensor) -> float:

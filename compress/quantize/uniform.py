@@ -6,15 +6,14 @@ Cost: a forward pass over the calibration data for activations, two more to choo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..apply import Compressed, apply_plan, assemble, float_module
+from ..apply import apply_plan, assemble, float_module
 from ..budget import Budget
 from ..context import Context, Storage
 from ..errors import BudgetError, UsageError
@@ -24,7 +23,7 @@ from ..model import Source
 from ..plan import Decision, Plan, Quantize
 from ..sensitivity import Sensitivity
 from ..task import Calibration, Data
-from .calibrate import BATCH, activation_ranges, logit_divergence
+from .calibrate import BATCH, activation_ranges, logit_divergence, on_device
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")
@@ -52,9 +51,10 @@ def plan(
     """
     data = None if calibration is None else calibration.data
     exclude = tuple(options.get("exclude") or ())
-    layers = [layer for layer in graph.layers if not any(fnmatchcase(layer.tensor, glob) for glob in exclude)]
+    layers = graph.without(exclude)
     if not layers:
-        raise UsageError("no weight is left to quantize", hint="hcompress inspect lists the layers; check --exclude")
+        hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
+        raise UsageError("the network has no float weight to quantize", hint=hint)
     bits = _choose_bits(source, graph, layers, budget, context)
 
     activations = _activation_decisions(graph, data, str(options["activations"]), context)
@@ -69,20 +69,22 @@ def plan(
     return Plan("uniform", recorded, 0, source.sha256, task_sha256, budget, decisions, predicted), {}
 
 
-def _average_bits(graph: Graph, layers: list[Layer], bits: int) -> float:
+def _average_bits(graph: Graph, layers: Sequence[Layer], bits: int) -> float:
     chosen = {layer.tensor for layer in layers}
     total = sum(layer.elements for layer in graph.layers)
     return sum(layer.elements * (bits if layer.tensor in chosen else 32) for layer in graph.layers) / total
 
 
-def _weight_decisions(layers: list[Layer], bits: int, search: str) -> tuple[Decision, ...]:
+def _weight_decisions(layers: Sequence[Layer], bits: int, search: str) -> tuple[Decision, ...]:
     return tuple(Quantize(layer.tensor, "weight", bits, "symmetric", layer.axis, search) for layer in layers)
 
 
-def _choose_bits(source: Source, graph: Graph, layers: list[Layer], budget: Budget | None, context: Context) -> int:
+def _choose_bits(source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, context: Context) -> int:
     if budget is None:
         return 8
     if budget.quantity == "bits":
+        if budget.limit > ALL_BITS[0]:
+            context.notes.append(f"{budget} asks for more than uniform's widest weights, {ALL_BITS[0]} bits")
         for bits in ALL_BITS:
             if _average_bits(graph, layers, bits) <= budget.limit + 1e-9:
                 return bits
@@ -109,31 +111,29 @@ def _activation_decisions(graph: Graph, data: Data | None, activations: str, con
         )
     module = float_module(graph)
     points = [node.name for node in activation_points(module)]
-    ranges = activation_ranges(module, points, data, context.progress)
+    ranges = activation_ranges(module, points, data, context)
     return tuple(Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points)
 
 
 def _measure_range(
-    source: Source, graph: Graph, layers: list[Layer], bits: int, data: Data | None, context: Context
+    source: Source, graph: Graph, layers: Sequence[Layer], bits: int, data: Data | None, context: Context
 ) -> str:
     """The range search whose network stays nearest to the dense one on the calibration data."""
     if data is None:
         return "mse"
     with torch.no_grad():
-        dense = _outputs(float_module(graph), data)
-        divergence = {}
-        for done, search in enumerate(RANGES):
-            context.progress("choose weight ranges", done, len(RANGES))
+        dense = on_device(float_module(graph), context.device)
+        candidates = {}
+        for search in RANGES:
             candidate = Plan("uniform", {}, 0, "", None, None, _weight_decisions(layers, bits, search), {})
-            compressed: Compressed = apply_plan(source.module, graph.tied, candidate, {})
-            divergence[search] = logit_divergence(dense, _outputs(assemble(graph, compressed), data))
-    context.progress("choose weight ranges", len(RANGES), len(RANGES))
+            rounded = apply_plan(source.module, graph.tied, candidate, {})
+            candidates[search] = on_device(assemble(graph, rounded), context.device)
+        divergence = dict.fromkeys(RANGES, 0.0)
+        for done, batch in enumerate(data.batches(BATCH)):
+            context.progress("choose weight ranges", done * BATCH, len(data))
+            inputs = [x.to(context.device) for x in batch.inputs]
+            reference = tree_leaves(dense(*inputs))[0]
+            for search, module in candidates.items():
+                divergence[search] += len(batch) * logit_divergence(reference, tree_leaves(module(*inputs))[0])
+    context.progress("choose weight ranges", len(data), len(data))
     return min(RANGES, key=lambda search: divergence[search])
-
-
-def _outputs(module: torch.nn.Module, data: Data) -> Tensor:
-    """The first output tensor over all examples."""
-    parts = []
-    for batch in data.batches(BATCH):
-        parts.append(tree_leaves(module(*batch.inputs))[0])
-    return torch.cat(parts)
