@@ -21,7 +21,7 @@ from .canonical import sha256_of_file
 from .errors import HCompressError, InputError, UsageError, escape
 from .formats.checkpoint import Checkpoint, read_checkpoint
 from .formats.packed import QuantizedTensor, decode
-from .graph.trace import tied_names
+from .graph.trace import require_dynamic_batch, tied_names
 from .manifest import NAME as MANIFEST
 from .manifest import check_files, read_manifest
 from .task import load_object
@@ -67,6 +67,7 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
     checkpoint = read_checkpoint(path)
     sha256 = sha256_of_file(path)
     if checkpoint.program is not None:
+        require_dynamic_batch(checkpoint.program)
         program: nn.Module = checkpoint.program.module(check_guards=False)
         _require_float32(program, path)
         example = checkpoint.program.example_inputs

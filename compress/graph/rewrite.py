@@ -104,9 +104,12 @@ def tensor_at(module: nn.Module, target: str) -> Tensor:
 
 
 def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:
-    """Set a buffer called ``target``, replacing what has that name."""
+    """Set a tensor called ``target``: a parameter where that is one and the value has floats, else a buffer."""
     path, _, name = target.rpartition(".")
     owner = module.get_submodule(path)
+    if name in owner._parameters and value.is_floating_point():
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+        return
     if name in owner._parameters:
         del owner._parameters[name]
     if name in owner._buffers:

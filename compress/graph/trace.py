@@ -130,11 +130,16 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
             f"torch.export can't trace the network ({type(error).__name__}: {reason})",
             hint="check --data or --input-shape; branches on values must become torch.where or torch.cond",
         ) from error
-    _require_dynamic_batch(program)
+    require_dynamic_batch(program)
     return program
 
 
-def _require_dynamic_batch(program: ExportedProgram) -> None:
+def require_dynamic_batch(program: ExportedProgram) -> None:
+    """Refuse a program whose batch is a constant.
+
+    Raises:
+        InputError: Names the input and its batch.
+    """
     names = program.graph_signature.user_inputs
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor):
@@ -161,7 +166,8 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
     tied = tied_names(module)
     canonical = {alias: names[0] for names in tied for alias in names}
     batch = example_inputs[0].shape[0]
-    sources = _parameter_sources(program)
+    saved = module.state_dict().keys()
+    sources = {name: key for name, key in _parameter_sources(program).items() if key in saved}
 
     found: dict[str, Layer] = {}
     total_macs = 0
