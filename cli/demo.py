@@ -29,7 +29,11 @@ def demo(out: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Compress a small network that is shipped with its data, and compare the results. No download."""
     # The user's own config is about another network: its gates and data don't apply here.
     chosen = settings.resolve(options.given_flags(), environment={}, folder=None)
-    preflight.check_out(out, force=force)
+    if force:
+        for name in ("pruned", "quantized"):
+            preflight.check_out(out / name, force=True)
+    else:
+        preflight.check_out(out, force=False)
 
     from ..pipeline import run_demo
 

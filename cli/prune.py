@@ -10,11 +10,11 @@ from . import method_run
 from .options import checkpoint_argument, command, force_option, setting_options
 
 EXAMPLES = """\
-hcompress prune model.pt --model net.py:make --data calibration.npz --sparsity 0.5 --out pruned
-hcompress prune model.pt --model net.py:make --sparsity 0.5 --pattern 2:4 --out pruned
-hcompress prune model.pt --model net.py:make --budget sparsity=0.8 --eval test.npz --max-drop 1
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5 --out pruned
+hcompress prune model.pt --model net.py:make --eval test.npz --pattern 2:4 --out pruned
+hcompress prune model.pt --model net.py:make --eval test.npz --budget 25% --for safetensors --max-drop 1
 hcompress prune model.pt --model net.py:make --sparsity 0.9 --dry-run
-hcompress prune nightly.pt --model net.py:make --plan pruned/plan.json --out nightly"""
+hcompress prune nightly.pt --model net.py:make --eval test.npz --plan pruned/plan.json --out nightly"""
 
 
 @command("prune", examples=EXAMPLES)

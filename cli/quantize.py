@@ -10,11 +10,11 @@ from . import method_run
 from .options import checkpoint_argument, command, force_option, setting_options
 
 EXAMPLES = """\
-hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 4bit --out small
-hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 0.3MB --out small
-hcompress quantize model.pt --preset ci-gate --eval test.npz --summary "$GITHUB_STEP_SUMMARY"
-hcompress quantize model.pt --model net.py:make --budget 25% --activations float --dry-run
-hcompress quantize nightly.pt --model net.py:make --plan small/plan.json --out nightly"""
+hcompress quantize model.pt --model net.py:make --data calibration.npz --eval test.npz --budget 4bit --out small
+hcompress quantize model.pt --model net.py:make --data calibration.npz --eval test.npz --budget 0.3MB
+hcompress quantize pruned --model net.py:make --data calibration.npz --eval test.npz --preset ci-gate
+hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 25% --dry-run
+hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/plan.json --out nightly"""
 
 
 @command("quantize", examples=EXAMPLES)

@@ -192,6 +192,9 @@ def write_program(module: fx.GraphModule, example_inputs: tuple[Tensor, ...], pa
     plain = copy.deepcopy(module)
     to_aten(plain)
     program = trace_module(plain, example_inputs)
+    for node in program.graph.nodes:  # paths of the user's files, and addresses that differ from run to run
+        node.meta.pop("stack_trace", None)
+        node.meta.pop("from_node", None)
     with _silenced():
         pt2.write(program, path)
 

@@ -384,7 +384,7 @@ def _candidate_shapes(module: nn.Module) -> list[list[int]]:
     if isinstance(layer, nn.Conv3d):
         return [[layer.in_channels, size, size, size] for size in (16, 32, 64)]
     if isinstance(layer, nn.Conv2d):
-        small = layer.stride[0] == 1 and layer.kernel_size[0] <= 5
+        small = layer.in_channels == 1 or (layer.stride[0] == 1 and layer.kernel_size[0] <= 5)
         sizes = (28, 32, 64, 224) if layer.in_channels == 1 else (32, 64, 28, 224)
         return [[layer.in_channels, size, size] for size in (sizes if small else (224, 256, 299, *sizes))]
     return []

@@ -214,7 +214,7 @@ def _plan_and_finish(
     stage, out = target
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget, gates = chosen_budget(settings), _gates(settings)
-    opened = _open(checkpoint, settings, progress, needs_data=plan is None)
+    opened = _open(checkpoint, settings, progress, needs_data=plan is None and method.needs_data)
     sensitivities: dict[str, Sensitivity] = {}
     if plan is None:
         sensitivities = {
@@ -402,7 +402,8 @@ def bench_run(run: Path, settings: Settings, *, repeats: int, batch: int, progre
 def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], progress: Progress) -> dict[str, Any]:
     """``hcompress demo``: prune, then quantize, the shipped network on the shipped data."""
     started = time.monotonic()
-    store.check_target(out, force)
+    if not force:
+        store.check_target(out, force=False)
     folder = resources.files("compress.demo")
     given = {
         "model": "compress.demo.network:fashion_net",
@@ -777,7 +778,7 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         )
     elif target.gates.max_drop is not None or target.gates.min_metric is not None:
         raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
-    timed = {"dense": dense.onnx, "compressed": built.onnx}
+    timed = {"compressed": built.onnx} if plan is None else {"dense": dense.onnx, "compressed": built.onnx}
     latency = measure_latency(
         {name: open_session(model, threads or LATENCY_THREADS) for name, model in timed.items()},
         tuple(x[:1] for x in examples),
@@ -812,7 +813,7 @@ def _measure(job: Job, built: _Built, plan: Plan | None, dense: _Dense, target: 
         "sparsity": totals["sparsity"],
         "params": {"dense": parameters, "compressed": parameters},
         "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
-        "latency_ms": {name: value.median for name, value in latency.items()},
+        "latency_ms": {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")},
         "latency_threads": threads or LATENCY_THREADS,
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),

@@ -23,6 +23,7 @@ class Method:
         options: Settings that it reads, in the order of its docs.
         budgets: Quantities that it can meet.
         measures: Sensitivities that it needs.
+        needs_data: Whether it decides on calibration data.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Method:
     options: tuple[str, ...]
     budgets: tuple[str, ...]
     measures: tuple[str, ...] = ()
+    needs_data: bool = True
 
 
 METHODS = (
@@ -45,6 +47,7 @@ METHODS = (
         options=("sparsity", "scope", "pattern", "exclude"),
         budgets=("sparsity", "bytes"),
         measures=("weight-error",),
+        needs_data=False,
     ),
     Method(
         name="uniform",

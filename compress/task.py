@@ -234,6 +234,11 @@ class CausalLM:
         return nats.reshape(len(targets), -1).mean(1)
 
 
+def has_logits(task: Task) -> bool:
+    """Whether the network's outputs are logits, compared by KL divergence; a task says so by ``logits = True``."""
+    return bool(getattr(task, "logits", isinstance(task, Classification | CausalLM)))
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """All that a planner sees of the user's data."""

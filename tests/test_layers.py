@@ -20,8 +20,21 @@ RANKS = (
     ("numerics", "graph", "formats", "demo"),
     ("context", "task", "model", "train"),
     ("apply", "reconstruct"),
-    ("measure", "prune", "quantize", "joint", "report", "summary", "store", "export", "verify", "bench", "figures",
-    "inspection"), ("pipeline",),
+    (
+        "measure",
+        "prune",
+        "quantize",
+        "joint",
+        "report",
+        "summary",
+        "store",
+        "export",
+        "verify",
+        "bench",
+        "figures",
+        "inspection",
+    ),
+    ("pipeline",),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.

@@ -38,9 +38,10 @@ def test_every_data_file_is_packaged() -> None:
 
 def test_versions_agree() -> None:
     assert PROJECT["project"]["version"] == compress.__version__ == metadata.version("hcompress")
-    assert f"## {compress.__version__}" in (ROOT / "CHANGELOG.md").read_text() or f"[{compress.__version__}]" in (
-        ROOT / "CHANGELOG.md"
-    ).read_text()
+    assert (
+        f"## {compress.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+        or f"[{compress.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy", "click"])

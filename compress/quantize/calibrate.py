@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..context import Context
+from ..context import Progress
 from ..errors import NumericsError
 from ..task import Data
 
+CPU = torch.device("cpu")
 BATCH = 16  # larger ones cost memory and are no faster
 
 
@@ -38,19 +39,19 @@ class _Observer(fx.Interpreter):
 
 
 def activation_ranges(
-    module: fx.GraphModule, points: Iterable[str], data: Data, context: Context
+    module: fx.GraphModule, points: Iterable[str], data: Data, progress: Progress, *, device: torch.device = CPU
 ) -> dict[str, tuple[float, float]]:
     """Least and greatest value of each activation in ``points``, zero included.
 
     Raises:
         NumericsError: An activation isn't finite; names it.
     """
-    observer = _Observer(on_device(module, context.device), points)
+    observer = _Observer(on_device(module, device), points)
     with torch.no_grad():
         for done, batch in enumerate(data.batches(BATCH)):
-            context.progress("calibrate activations", done * BATCH, len(data))
-            observer.run(*(x.to(context.device) for x in batch.inputs))
-    context.progress("calibrate activations", len(data), len(data))
+            progress("calibrate activations", done * BATCH, len(data))
+            observer.run(*(x.to(device) for x in batch.inputs))
+    progress("calibrate activations", len(data), len(data))
     return observer.ranges
 
 
@@ -59,9 +60,9 @@ def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     return module if device.type == "cpu" else copy.deepcopy(module).to(device)
 
 
-def logit_divergence(reference: Tensor, outputs: Tensor) -> float:
-    """How far outputs moved: mean KL divergence for logits ``[..., c]``, c of 2 or more; else mean squared error."""
-    if reference.dim() >= 2 and reference.shape[-1] >= 2:
+def divergence(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> float:
+    """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values."""
+    if are_logits and reference.dim() >= 2 and reference.shape[-1] >= 2:
         log_p = torch.log_softmax(reference.double(), -1)
         log_q = torch.log_softmax(outputs.double(), -1)
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())

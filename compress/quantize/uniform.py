@@ -22,8 +22,8 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import Decision, Plan, Quantize
 from ..sensitivity import Sensitivity
-from ..task import Calibration, Data
-from .calibrate import BATCH, activation_ranges, logit_divergence, on_device
+from ..task import Calibration, Data, has_logits
+from .calibrate import BATCH, activation_ranges, divergence, on_device
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")
@@ -60,7 +60,7 @@ def plan(
     activations = _activation_decisions(graph, data, str(options["activations"]), context)
     search = str(options.get("range") or "auto")
     if search == "auto":
-        search = _measure_range(source, graph, layers, bits, data, context)
+        search = _measure_range(source, graph, layers, bits, calibration, context)
     decisions = (*_weight_decisions(layers, bits, search), *activations)
     recorded = {"activations": str(options["activations"]), "exclude": list(exclude), "range": search}
     predicted = {"average_bits": _average_bits(graph, layers, bits)}
@@ -111,16 +111,17 @@ def _activation_decisions(graph: Graph, data: Data | None, activations: str, con
         )
     module = float_module(graph)
     points = [node.name for node in activation_points(module)]
-    ranges = activation_ranges(module, points, data, context)
+    ranges = activation_ranges(module, points, data, context.progress, device=context.device)
     return tuple(Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points)
 
 
 def _measure_range(
-    source: Source, graph: Graph, layers: Sequence[Layer], bits: int, data: Data | None, context: Context
+    source: Source, graph: Graph, layers: Sequence[Layer], bits: int, calibration: Calibration | None, context: Context
 ) -> str:
     """The range search whose network stays nearest to the dense one on the calibration data."""
-    if data is None:
+    if calibration is None:
         return "mse"
+    data, are_logits = calibration.data, has_logits(calibration.task)
     with torch.no_grad():
         dense = on_device(float_module(graph), context.device)
         candidates = {}
@@ -128,12 +129,13 @@ def _measure_range(
             candidate = Plan("uniform", {}, 0, "", None, None, _weight_decisions(layers, bits, search), {})
             rounded = apply_plan(source.module, graph.tied, candidate, {})
             candidates[search] = on_device(assemble(graph, rounded), context.device)
-        divergence = dict.fromkeys(RANGES, 0.0)
+        moved = dict.fromkeys(RANGES, 0.0)
         for done, batch in enumerate(data.batches(BATCH)):
             context.progress("choose weight ranges", done * BATCH, len(data))
             inputs = [x.to(context.device) for x in batch.inputs]
             reference = tree_leaves(dense(*inputs))[0]
             for search, module in candidates.items():
-                divergence[search] += len(batch) * logit_divergence(reference, tree_leaves(module(*inputs))[0])
+                outputs = tree_leaves(module(*inputs))[0]
+                moved[search] += len(batch) * divergence(reference, outputs, are_logits=are_logits)
     context.progress("choose weight ranges", len(data), len(data))
-    return min(RANGES, key=lambda search: divergence[search])
+    return min(RANGES, key=lambda search: moved[search])

@@ -115,7 +115,7 @@ def test_a_byte_budget_cuts_as_little_as_fits(limit: float, kept: int) -> None:
     [
         (Budget("sparsity", 0.9), {"exclude": ["1.*"]}, BudgetError, "sparsity 0.9 is out of reach"),
         (Budget("sparsity", 0.7), {"pattern": "2:4"}, BudgetError, "pattern 2:4 gives sparsity"),
-        (None, {"exclude": ["*"]}, UsageError, "no weight is left to prune"),
+        (None, {"exclude": ["*"]}, UsageError, "no float weight to prune"),
         (None, {"pattern": "4:2"}, UsageError, "keeps 4 of 2"),
         (None, {"pattern": "half"}, UsageError, "is not a pattern"),
     ],

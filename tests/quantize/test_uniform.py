@@ -20,7 +20,7 @@ from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan, Quantize
 from compress.quantize import uniform
-from compress.quantize.calibrate import activation_ranges, logit_divergence
+from compress.quantize.calibrate import activation_ranges, divergence
 from compress.task import Calibration, Classification, Data
 
 NETWORK = named("plain_cnn")
@@ -107,16 +107,16 @@ def test_with_data_the_search_is_measured_and_recorded() -> None:
 
 def test_divergence_is_zero_for_equal_outputs_alone() -> None:
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    assert logit_divergence(logits, logits) == 0
-    assert logit_divergence(logits, logits + 1) == pytest.approx(0, abs=1e-6)
-    assert logit_divergence(logits, -logits) > 0.1
-    assert logit_divergence(logits[:, :1], logits[:, :1] + 2) == pytest.approx(4, rel=1e-5)
+    assert divergence(logits, logits, are_logits=True) == 0
+    assert divergence(logits, logits + 1, are_logits=True) == pytest.approx(0, abs=1e-6)
+    assert divergence(logits, -logits, are_logits=True) > 0.1
+    assert divergence(logits[:, :1], logits[:, :1] + 2, are_logits=True) == pytest.approx(4, rel=1e-5)
 
 
 def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(BudgetError, match="uniform goes down to 2 average bits"):
         plan_for(Budget("bits", 1.5))
-    with pytest.raises(UsageError, match="no weight is left to quantize"):
+    with pytest.raises(UsageError, match="no float weight to quantize"):
         plan_for(None, exclude=["*"])
     with pytest.raises(UsageError, match="8-bit activations are calibrated on data"):
         plan_for(None, activations="8")
