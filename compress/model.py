@@ -67,9 +67,9 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
     checkpoint = read_checkpoint(path)
     sha256 = sha256_of_file(path)
     if checkpoint.program is not None:
-        require_dynamic_batch(checkpoint.program)
         program: nn.Module = checkpoint.program.module(check_guards=False)
         _require_float32(program, path)
+        require_dynamic_batch(checkpoint.program)
         example = checkpoint.program.example_inputs
         inputs = tuple(x for x in example[0] if isinstance(x, Tensor)) if example else None
         return Source(path, sha256, _ready(program), "pt2", inputs or None, {}, {}, checkpoint.notes)

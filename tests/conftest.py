@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 
 def load_file(path: Path, name: str) -> ModuleType:
@@ -24,6 +25,9 @@ def load_file(path: Path, name: str) -> ModuleType:
 
 zoo = load_file(Path(__file__).with_name("zoo.py"), "zoo")
 torch.set_num_threads(1)
+# The same examples in every run, and no complaint about a busy machine.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
