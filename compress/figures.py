@@ -13,11 +13,12 @@ import torch
 from . import __version__, canonical
 from .apply import Tensors
 from .budget import Budget, format_bytes
+from .data import Data
 from .formats.packed import QuantizedTensor
 from .graph.trace import Graph
 from .model import Source
 from .plan import Plan
-from .task import Data, Task
+from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .canonical import sha256_of_file
+from .data import load_object
 from .errors import HCompressError, InputError, UsageError, escape
 from .formats.checkpoint import Checkpoint, read_checkpoint
 from .formats.packed import QuantizedTensor, decode
 from .graph.trace import require_dynamic_batch, tied_names
 from .manifest import NAME as MANIFEST
 from .manifest import check_files, read_manifest
-from .task import load_object
 
 MAX_LISTED = 8
 WEIGHTS, PROGRAM = "model.safetensors", "model.pt2"

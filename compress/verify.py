@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .context import Progress
+from .data import Data
 from .errors import HCompressError, InputError, NumericsError, UsageError
-from .task import Data, Task
+from .task import Task
 
 PARITY_BATCHES = (1, 3, 7)
 FLOAT_TOLERANCE = 1e-3  # of the largest output: kernels sum in another order

@@ -17,6 +17,7 @@ from zoo import Network, named
 from compress.apply import Compressed, apply_plan, assemble
 from compress.budget import Budget
 from compress.context import Context
+from compress.data import Data
 from compress.errors import InputError
 from compress.export import input_names, onnx_model, safetensors_bytes, serialize, write_program
 from compress.formats import pt2
@@ -25,7 +26,7 @@ from compress.formats.packed import QuantizedTensor, decode
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.quantize import uniform
-from compress.task import Calibration, Classification, Data
+from compress.task import Calibration, Classification
 from compress.verify import measure_parity, open_session, parity_holds
 
 PLAIN = ("plain_cnn", "Split", "transposed_2d", "mlp", "Gpt", "DataclassOutput", "TwoInputs")
@@ -163,7 +164,7 @@ def test_writing_twice_gives_the_same_bytes() -> None:
 @pytest.mark.data
 @pytest.mark.parametrize("factory", ["resnet_cifar:resnet20", "resnet_cifar:resnet32", "babyllama:babyllama"])
 def test_real_networks_run_alike_in_onnx_runtime(factory: str, data_folder: Path) -> None:
-    from compress.task import load_object
+    from compress.data import load_object
 
     file, name = factory.split(":")
     module: nn.Module = load_object(f"{data_folder / file}.py:{name}", "--model")()

@@ -11,12 +11,13 @@ from torch import nn
 from compress import __version__, figures, inspection
 from compress.apply import Tensors, mask_sha256, pack_mask
 from compress.budget import Budget
+from compress.data import Data
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import MaskWeights, Plan, Quantize
-from compress.task import Classification, Data
+from compress.task import Classification
 from compress.verify import INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
 
 

@@ -18,7 +18,7 @@ RANKS = (
     ("errors", "canonical"),
     ("budget", "plan", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
-    ("context", "task", "model", "train"),
+    ("context", "data", "task", "model", "train"),
     ("apply", "reconstruct"),
     (
         "measure",
@@ -34,7 +34,7 @@ RANKS = (
         "figures",
         "inspection",
     ),
-    ("pipeline",),
+    ("job", "build", "finish", "pipeline"),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.

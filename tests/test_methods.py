@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from compress import pipeline
 from compress.budget import parse_budget
+from compress.data import load_object
 from compress.errors import BudgetError, GateError
 from compress.plan import read_plan
 from compress.registry import METHODS, Method
 from compress.settings import Value, resolve
-from compress.task import load_object
 
 FOLDER = Path(str(resources.files("compress.demo")))
 NETWORK = """

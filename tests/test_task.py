@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from compress import task
+from compress.data import Data, check_forward, load_object, read_data
 from compress.errors import InputError, NumericsError, UsageError
-from compress.task import CausalLM, Classification, Data, Regression, load_object, load_task, read_data
+from compress.task import CausalLM, Classification, Regression, load_task
 
 SOURCE = """
 import sys
@@ -493,13 +494,13 @@ class Asserting(nn.Module):
 def test_data_that_the_network_doesnt_take_are_named() -> None:
     data = Data((torch.zeros(4, 5),), None, "data.npz")
     with pytest.raises(UsageError, match=r"doesn't take data\.npz of shape \[2, 5\] float32 \(mat1 and mat2") as caught:
-        task.check_forward(nn.Linear(4, 2), data, "--data")
+        check_forward(nn.Linear(4, 2), data, "--data")
     assert "forward(input" in caught.value.hint
     with pytest.raises(UsageError, match="three channels"):
-        task.check_forward(Asserting(), data, "--data")
+        check_forward(Asserting(), data, "--data")
 
 
 def test_a_forward_that_writes_into_its_input_leaves_the_data() -> None:
     data = Data((torch.zeros(4, 3),), None, "d")
-    task.check_forward(Asserting(), data, "--data")
+    check_forward(Asserting(), data, "--data")
     assert not data.inputs[0].any()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import compress
 from compress import pipeline, settings, verify
+from compress.data import Data
 from compress.demo.network import fashion_net
 from compress.errors import InputError, NumericsError, UsageError
 from compress.export import serialize, to_onnx
-from compress.task import CausalLM, Classification, Data, Regression
+from compress.task import CausalLM, Classification, Regression
 from compress.verify import Parity, evaluate, measure_parity, open_session, parity_holds, run_session, runtime_forward
 
 

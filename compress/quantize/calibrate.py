@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ..context import Progress
+from ..data import Data
 from ..errors import NumericsError
-from ..task import Data
 
 CPU = torch.device("cpu")
 BATCH = 16  # larger ones cost memory and are no faster

@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 from ..apply import apply_plan, assemble, float_module
 from ..budget import Budget
 from ..context import Context, Storage
+from ..data import Data
 from ..errors import BudgetError, UsageError
 from ..graph.rewrite import activation_points
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import Decision, Plan, Quantize
 from ..sensitivity import Sensitivity
-from ..task import Calibration, Data, has_logits
+from ..task import Calibration, has_logits
 from .calibrate import BATCH, activation_ranges, divergence, on_device
 
 ALL_BITS = range(8, 1, -1)

@@ -14,6 +14,7 @@ from zoo import named
 from compress.apply import float_module
 from compress.budget import Budget
 from compress.context import Context, Storage
+from compress.data import Data
 from compress.errors import BudgetError, NumericsError, UsageError
 from compress.graph.rewrite import activation_points
 from compress.graph.trace import Graph, trace_graph
@@ -21,7 +22,7 @@ from compress.model import Source
 from compress.plan import Plan, Quantize
 from compress.quantize import uniform
 from compress.quantize.calibrate import activation_ranges, divergence
-from compress.task import Calibration, Classification, Data
+from compress.task import Calibration, Classification
 
 NETWORK = named("plain_cnn")
 WEIGHTS = ("0.0.weight", "1.0.weight", "2.2.weight")

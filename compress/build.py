@@ -1,0 +1,196 @@
+"""From decisions to files: what a plan costs on disk, the plan written and read, the model files built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, fx
+
+from . import canonical, store
+from .apply import Compressed, assemble
+from .apply import apply_plan as apply_decisions
+from .budget import Budget
+from .context import Context, Storage
+from .errors import BudgetError, InputError
+from .export import onnx_model, safetensors_bytes, serialize, write_program
+from .formats.checkpoint import read_checkpoint
+from .formats.planes import packed_size
+from .job import Job, device_of
+from .model import PROGRAM, WEIGHTS
+from .plan import Plan, read_plan
+from .sensitivity import Sensitivity
+from .settings import Settings
+
+ONNX, PLAN, SIDECAR = "model.onnx", "plan.json", "plan.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The dense network's files: ONNX bytes, and the size of its safetensors file."""
+
+    onnx: bytes
+    safetensors_size: int
+
+
+def dense_files(job: Job) -> Dense:
+    job.progress("export dense", 0, None)
+    compressed = Compressed(dict(job.source.module.state_dict()), None)
+    module = assemble(job.graph, compressed)
+    onnx = serialize(onnx_model(job.graph, compressed, module))
+    return Dense(onnx, len(safetensors_bytes(compressed)))
+
+
+def delivered_name(settings: Settings) -> str:
+    return WEIGHTS if settings["for"].value == "safetensors" else ONNX
+
+
+def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
+    """What planners are handed; sizes follow from the dense file, each weight's storage and a measured overhead."""
+    elements = {layer.tensor: layer.elements for layer in job.graph.layers}
+    channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
+    state = job.source.module.state_dict()
+    is_safetensors = delivered_name(job.settings) == WEIGHTS
+    base = dense.safetensors_size if is_safetensors else len(dense.onnx)
+
+    def stored(name: str, storage: Storage) -> int:
+        whole = 4 * elements[name] if storage.bits == 32 else packed_size(elements[name], storage.bits)
+        scales = 0 if storage.bits == 32 else 4 * channels[name]
+        if not is_safetensors and storage.bits < 32:
+            return whole + scales
+        kept = 4 * storage.kept if storage.bits == 32 else packed_size(storage.kept, storage.bits)
+        return min(whole, kept + packed_size(elements[name], 1)) + scales
+
+    def model_bytes(choices: Mapping[str, Storage]) -> int:
+        now = sum(stored(name, Storage(int(torch.count_nonzero(state[name])), 32)) for name in choices)
+        return base + (overhead if choices else 0) - now + sum(stored(n, storage) for n, storage in choices.items())
+
+    generator = torch.Generator().manual_seed(int(job.value("seed")))
+    return Context(generator, device_of(job.settings), job.progress, model_bytes, [])
+
+
+def absolute_budget(budget: Budget | None, dense: Dense) -> Budget | None:
+    """A byte budget relative to the dense ONNX file, whatever file is delivered, as an absolute one."""
+    if budget is None or budget.quantity != "bytes":
+        return budget
+    return Budget("bytes", budget.absolute(len(dense.onnx)))
+
+
+def overhead_of(job: Job, built: Built, plan: Plan, budget: Budget | None, dense: Dense) -> int | None:
+    """None if the written file keeps a byte budget; else the bytes that it has beyond what its weights predict."""
+    limit = absolute_budget(budget, dense)
+    written = built.sizes[delivered_name(job.settings)]
+    if limit is None or limit.quantity != "bytes" or written <= limit.limit:
+        return None
+    return written - _predicted_bytes(job, plan, dense)
+
+
+def _predicted_bytes(job: Job, plan: Plan, dense: Dense) -> int:
+    """Bytes of the delivered file as the storage of the weights predicts them."""
+    state = job.source.module.state_dict()
+    choices = {name: Storage(mask.kept, 32) for name, mask in plan.masks().items()}
+    for name, choice in plan.quantized("weight").items():
+        choices[name] = Storage(int(torch.count_nonzero(state[name])), choice.bits)
+    return planning_context(job, dense, 0).model_bytes(choices)
+
+
+def infeasible(job: Job, built: Built, budget: Budget | None) -> BudgetError:
+    """The method has no smaller plan: what it wrote is the feasible minimum."""
+    name = delivered_name(job.settings)
+    size = built.sizes[name]
+    return BudgetError(
+        f"{budget} is out of reach: the smallest {name} of this method has {size} bytes",
+        hint=f"raise --budget to at least {size}B, or combine methods: a run folder is a checkpoint like any other",
+    )
+
+
+def sealed(plan: Plan, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with the hash of its sidecar."""
+    if not tensors:
+        return plan, {}
+    return replace(plan, sidecar=canonical.sha256_of_bytes(_sidecar_bytes(tensors))), tensors
+
+
+def _sidecar_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensors[name] for name in sorted(tensors)})
+
+
+def write_plan(stage: Path, plan: Plan, sidecar: dict[str, Tensor]) -> None:
+    if sidecar:
+        store.write_file(stage / SIDECAR, _sidecar_bytes(sidecar))
+    store.write_file(stage / PLAN, canonical.dumps(plan))
+
+
+def read_plan_files(path: Path) -> tuple[Plan, dict[str, Tensor]]:
+    path = path / PLAN if path.is_dir() else path
+    plan = read_plan(path)
+    if plan.sidecar is None:
+        return plan, {}
+    sidecar = path.parent / SIDECAR
+    if not sidecar.is_file():
+        raise InputError(f"{sidecar}: no such file, though {path.name} names it", hint="keep the two files together")
+    if canonical.sha256_of_file(sidecar) != plan.sidecar:
+        raise InputError(
+            f"{sidecar}: not the sidecar that {path.name} was written with", hint="keep the two files together"
+        )
+    return plan, read_checkpoint(sidecar).state
+
+
+def dry_run_record(job: Job, plan: Plan, dense: Dense) -> dict[str, Any]:
+    parameters = sum(t.numel() * t.element_size() for t in job.source.module.state_dict().values())
+    calibration = (
+        0 if job.calibration is None else sum(x.numel() * x.element_size() for x in job.calibration.data.inputs)
+    )
+    activations = sum(
+        4 * value.numel() // len(job.graph.example_inputs[0]) * 64
+        for node in job.graph.program.graph.nodes
+        if isinstance(value := node.meta.get("val"), Tensor) and not isinstance(value.numel(), torch.SymInt)
+    )
+    return {
+        "schema": "hcompress.dry-run/1",
+        "method": plan.method,
+        "predicted": {**plan.predicted, f"{delivered_name(job.settings)}_bytes": _predicted_bytes(job, plan, dense)},
+        "decisions": canonical.plain(plan.decisions),
+        # Weights: source, trace, compressed copy, ONNX twice. torch and onnxruntime themselves take about 400 MB.
+        "memory_bytes": 400_000_000 + 5 * parameters + calibration + activations,
+        "notes": job.notes,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A compressed network with its files written."""
+
+    compressed: Compressed
+    module: fx.GraphModule
+    onnx: bytes
+    sizes: dict[str, int]
+
+
+def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> Built:
+    """Apply the plan and write the model files into the stage."""
+    job.progress("apply", 0, None)
+    if plan is None:
+        compressed = Compressed(dict(job.source.module.state_dict()), None)
+    else:
+        compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar)
+    module = assemble(job.graph, compressed)
+    job.progress("export", 0, None)
+    onnx = serialize(onnx_model(job.graph, compressed, module))
+    store.write_file(stage / ONNX, onnx)
+    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed))
+    try:
+        write_program(module, job.graph.example_inputs, stage / PROGRAM)
+    except OSError as error:
+        raise store.disk_error(stage / PROGRAM, error) from error
+    sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
+    return Built(compressed, module, onnx, sizes)
+
+
+def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:
+    for record in sensitivities.values():
+        store.write_file(stage / "sensitivity.json", canonical.dumps(record.to_json()))

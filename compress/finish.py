@@ -1,0 +1,265 @@
+"""From files to a run folder: verify, report, manifest, publish or reject."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import canonical, figures, report, store, summary
+from .bench import measure_latency
+from .budget import Budget
+from .build import (
+    ONNX,
+    Built,
+    Dense,
+    delivered_name,
+)
+from .data import Data, check_forward
+from .errors import DiskError, GateError, InputError, UsageError
+from .formats.checkpoint import read_checkpoint
+from .formats.packed import QuantizedTensor, decode
+from .job import Job, read_named
+from .manifest import NAME as MANIFEST
+from .manifest import Manifest, check_files, describe_files, read_manifest
+from .model import WEIGHTS
+from .plan import Plan
+from .settings import Settings
+from .task import load_task
+from .verdict import Check, Gates, Verdict, limit_check, metric_checks
+from .verify import (
+    evaluate,
+    measure_parity,
+    open_session,
+    runtime_forward,
+)
+
+DENSE = "dense.onnx"
+LATENCY_REPEATS = 60
+LATENCY_TIME_S = 4.0
+LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a run goes and what it has to pass."""
+
+    stage: Path
+    out: Path
+    job: str
+    gates: Gates
+    command: list[str]
+    budget: Budget | None
+
+
+def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Target) -> dict[str, Any]:
+    """Verify the staged files, write the report and the manifest, and put the folder in its place.
+
+    Raises:
+        GateError: A check failed: the report goes to ``OUT.rejected``, the models are thrown away.
+    """
+    stage, settings = target.stage, job.settings
+    _reread_weights(built, stage)
+    if plan is not None:
+        store.write_file(stage / DENSE, dense.onnx)
+    record = _measure(job, built, plan, dense, target)
+    verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
+    _write_report(stage, record)
+    if not verdict.ok:
+        _reject(target, record, settings)
+    _write_manifest(job, stage, target)
+    check_files(stage, read_manifest(stage))
+    job.progress("publish", 0, None)
+    store.publish(stage, target.out)
+    publish_summary(record, settings)
+    return record
+
+
+def _reread_weights(built: Built, stage: Path) -> None:
+    """Open the written weights again and compare them to the bit with what was to be written."""
+    checkpoint = read_checkpoint(stage / WEIGHTS)
+    read = decode(checkpoint.state, checkpoint.metadata)
+    for key, value in built.compressed.tensors.items():
+        found = read.get(key)
+        same = (
+            isinstance(found, QuantizedTensor)
+            and torch.equal(found.levels, value.levels)
+            and torch.equal(found.scale, value.scale)
+            if isinstance(value, QuantizedTensor)
+            else isinstance(found, Tensor) and torch.equal(found, value)
+        )
+        if not same:
+            raise DiskError(f"{stage / WEIGHTS}: {key} was read back different", hint="check the disk")
+
+
+def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Target) -> dict[str, Any]:
+    settings, progress, task = job.settings, job.progress, job.task
+    threads = settings["threads"].value
+    session = open_session(target.stage / ONNX, threads)
+    dense_session = session if plan is None else open_session(dense.onnx, threads)
+    data = None
+    if settings["eval"].value is not None:
+        progress("read evaluation data", 0, None)
+        data = read_named(settings, "eval")
+        if settings["task"].value is None and job.calibration is None:
+            task = load_task(None, data)
+        data = task.prepare(data)
+        check_forward(job.source.module, data, "--eval")
+        _check_shapes(job, data)
+    examples = data.first(8).inputs if data is not None else _examples(job)
+    integer = plan is not None and bool(plan.quantized("activation"))
+    parity = measure_parity(built.module, session, examples)
+    checks = figures.parity_checks(parity, integer)
+    metric = None
+    if data is not None:
+        compressed_metric = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
+        dense_metric = compressed_metric
+        if plan is not None:
+            dense_metric = evaluate(runtime_forward(dense_session), data, task, "evaluate dense", progress)
+        metric = figures.metric_record(task, dense_metric, compressed_metric, data)
+        checks += metric_checks(
+            target.gates,
+            unit=task.unit,
+            higher_is_better=task.higher_is_better,
+            dense=dense_metric,
+            compressed=compressed_metric,
+        )
+    elif target.gates.max_drop is not None or target.gates.min_metric is not None:
+        raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
+    timed = {"compressed": built.onnx} if plan is None else {"dense": dense.onnx, "compressed": built.onnx}
+    latency = measure_latency(
+        {name: open_session(model, threads or LATENCY_THREADS) for name, model in timed.items()},
+        tuple(x[:1] for x in examples),
+        LATENCY_REPEATS,
+        progress,
+        max_time_s=LATENCY_TIME_S,
+    )
+    delivered = delivered_name(settings)
+    layers = figures.layer_records(job.source, job.graph, built.compressed.tensors, plan)
+    totals = figures.totals(layers)
+    checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
+    checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
+    checks += figures.budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), totals)
+    origin = figures.origin(job.source.path)
+    if origin is not None:
+        job.notes.append(f"'dense' is {job.source.path.name}, itself a run; {figures.describe_origin(origin)}")
+    job.notes.extend(figures.warnings(layers))
+    parameters = sum(p.numel() for p in job.source.module.parameters())
+    return {
+        "schema": figures.REPORT_SCHEMA,
+        "command": target.job,
+        "method": None if plan is None else plan.method,
+        "seed": int(settings["seed"].value),
+        "source": {"name": job.source.path.name, "sha256": job.source.sha256},
+        "origin": origin,
+        "budget": None if target.budget is None else str(target.budget),
+        "delivered": delivered,
+        "metric": metric,
+        "files": dict(built.sizes),
+        "dense_bytes": len(dense.onnx),
+        "average_bits": totals["average_bits"],
+        "sparsity": totals["sparsity"],
+        "params": {"dense": parameters, "compressed": parameters},
+        "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
+        "latency_ms": {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")},
+        "latency_threads": threads or LATENCY_THREADS,
+        "parity": [figures.parity_record(p) for p in parity],
+        "checks": canonical.plain(checks),
+        "layers": layers,
+        "notes": job.notes,
+        "versions": figures.versions(),
+        "time_s": time.monotonic() - job.started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _check_shapes(job: Job, data: Data) -> None:
+    """The traced network has a dynamic batch; every other size is fixed.
+
+    Raises:
+        UsageError: The evaluation data have another shape than the network was traced with.
+    """
+    traced = [list(x.shape[1:]) for x in job.graph.example_inputs]
+    found = [list(x.shape[1:]) for x in data.inputs]
+    if found != traced:
+        raise UsageError(
+            f"--eval: examples of {data.name} have shape {found}, the network was traced with {traced}",
+            hint="give --data and --eval of one shape; where there are no --data, pass --input-shape",
+        )
+
+
+def _examples(job: Job) -> tuple[Tensor, ...]:
+    return job.graph.example_inputs if job.calibration is None else job.calibration.data.first(8).inputs
+
+
+def _write_report(stage: Path, record: dict[str, Any]) -> None:
+    store.write_file(stage / "report.json", canonical.dumps(record))
+    store.write_file(stage / "report.md", report.render_markdown(record))
+    store.write_file(stage / "report.html", report.render_html(record))
+
+
+def _write_manifest(job: Job, stage: Path, target: Target) -> None:
+    manifest = Manifest(
+        files=describe_files(stage),
+        parents={"source": job.source.sha256, **job.source.parents},
+        versions=figures.versions(),
+        command=target.command,
+        seed=int(job.value("seed")),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        host={
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    )
+    store.write_file(stage / MANIFEST, canonical.dumps(manifest))
+
+
+def _reject(target: Target, record: dict[str, Any], settings: Settings) -> None:
+    """Publish the report without the models, then fail."""
+    rejected = target.out.with_name(f"{target.out.name}.rejected")
+    for path in list(target.stage.iterdir()):
+        if path.name not in store.REJECTED_FILES:
+            path.unlink()
+    store.check_target(rejected, force=True)
+    store.publish(target.stage, rejected)
+    publish_summary(record, settings)
+    verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
+    raise_if_failed(verdict, f"no model was published; the report is in {rejected}", record)
+
+
+def raise_if_failed(verdict: Verdict, hint: str, record: dict[str, Any]) -> None:
+    if verdict.ok:
+        return
+    failures = "; ".join(report.check_text(check) for check in verdict.failures())
+    raise GateError(failures, hint=hint, report=record)
+
+
+def publish_summary(record: dict[str, Any], settings: Settings) -> None:
+    paths = {name: settings[name].value for name in ("summary", "junit")}
+    lines = summary.publish(
+        record,
+        summary=None if paths["summary"] is None else Path(str(paths["summary"])),
+        junit=None if paths["junit"] is None else Path(str(paths["junit"])),
+        environment=os.environ,
+    )
+    for line in lines:
+        sys.stderr.write(line + "\n")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """A complete run folder's report, its files checked."""
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder", hint="pass the --out folder of a finished run")
+    check_files(run, read_manifest(run))
+    return canonical.read_record(run / "report.json", figures.REPORT_SCHEMA)
