@@ -19,7 +19,7 @@ hcompress inspect model.safetensors --json"""
 
 @command("inspect", examples=EXAMPLES)
 @checkpoint_argument
-@setting_options("model", "model_args", "input_shape")
+@setting_options("model", "model_args", "input_shape", "data", "mean", "std", "layout", "task")
 def inspect(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """Show what CHECKPOINT holds: tensors, sizes, tied weights, and what stands in the way of compressing it."""
     settings = options.resolve()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from ..errors import DiskError, InputError, UsageError
+from ..errors import InputError, UsageError
 from ..plan import read_plan
 from ..registry import find_method, methods_for
 from ..settings import BY_NAME, Settings, chosen_budget
@@ -43,17 +42,11 @@ def check_run(folder: Path) -> None:
 
 
 def check_out(folder: Path, *, force: bool) -> None:
-    """The run folder can be made: it isn't there yet, or may be replaced, and its parent takes files."""
-    if folder.exists() and not force:
-        raise UsageError(f"--out {folder} exists", hint="pass --force to replace it, or another --out")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file, and --force replaces folders only", hint="pass another --out")
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        reason = "is not writable" if parent.is_dir() else "is not a folder"
-        raise DiskError(f"--out {folder}: {parent} {reason}", hint="choose another folder with --out")
+    """The run folder can be made: it isn't there or may be replaced, its parent takes files, no other run has it."""
+    from ..store import check_target, check_unlocked
+
+    check_unlocked(folder)
+    check_target(folder, force)
 
 
 def check_method(job: str, settings: Settings) -> None:

@@ -140,7 +140,8 @@ def read_plan_files(path: Path) -> tuple[Plan, dict[str, Tensor]]:
     return plan, read_checkpoint(sidecar).state
 
 
-def dry_run_record(job: Job, plan: Plan, dense: Dense) -> dict[str, Any]:
+def dry_run_record(job: Job, plan: Plan, built: Built) -> dict[str, Any]:
+    """What a run would decide; the files were built, measured and thrown away."""
     parameters = sum(t.numel() * t.element_size() for t in job.source.module.state_dict().values())
     calibration = (
         0 if job.calibration is None else sum(x.numel() * x.element_size() for x in job.calibration.data.inputs)
@@ -153,7 +154,7 @@ def dry_run_record(job: Job, plan: Plan, dense: Dense) -> dict[str, Any]:
     return {
         "schema": "hcompress.dry-run/1",
         "method": plan.method,
-        "predicted": {**plan.predicted, f"{delivered_name(job.settings)}_bytes": _predicted_bytes(job, plan, dense)},
+        "predicted": {**plan.predicted, **{f"{n}_bytes": s for n, s in built.sizes.items()}},
         "decisions": canonical.plain(plan.decisions),
         # Weights: source, trace, compressed copy, ONNX twice. torch and onnxruntime themselves take about 400 MB.
         "memory_bytes": 400_000_000 + 5 * parameters + calibration + activations,

@@ -24,11 +24,11 @@ from .build import (
     Dense,
     delivered_name,
 )
-from .data import Data, check_forward
+from .data import check_forward
 from .errors import DiskError, GateError, InputError, UsageError
 from .formats.checkpoint import read_checkpoint
 from .formats.packed import QuantizedTensor, decode
-from .job import Job, read_named
+from .job import Job, check_shapes, read_named
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, check_files, describe_files, read_manifest
 from .model import WEIGHTS
@@ -114,7 +114,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
             task = load_task(None, data)
         data = task.prepare(data)
         check_forward(job.source.module, data, "--eval")
-        _check_shapes(job, data)
+        check_shapes(data, job.graph.example_inputs)
     examples = data.first(8).inputs if data is not None else _examples(job)
     integer = plan is not None and bool(plan.quantized("activation"))
     parity = measure_parity(built.module, session, examples)
@@ -180,21 +180,6 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def _check_shapes(job: Job, data: Data) -> None:
-    """The traced network has a dynamic batch; every other size is fixed.
-
-    Raises:
-        UsageError: The evaluation data have another shape than the network was traced with.
-    """
-    traced = [list(x.shape[1:]) for x in job.graph.example_inputs]
-    found = [list(x.shape[1:]) for x in data.inputs]
-    if found != traced:
-        raise UsageError(
-            f"--eval: examples of {data.name} have shape {found}, the network was traced with {traced}",
-            hint="give --data and --eval of one shape; where there are no --data, pass --input-shape",
-        )
 
 
 def _examples(job: Job) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 from .budget import parse_budget
 from .context import Progress
 from .data import Data, check_forward, read_data
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .graph.rewrite import convolutional
 from .graph.trace import Graph, trace_graph
 from .model import Source, guess_inputs, load_source
+from .plan import InputSpec, read_plan
 from .settings import Settings
 from .task import Calibration, Task, load_task
 from .verdict import Gates
@@ -41,9 +43,23 @@ class Job:
 
 
 def open_job(
-    checkpoint: Path, settings: Settings, progress: Progress, *, needs_data: bool, example: str | None = None
+    checkpoint: Path,
+    settings: Settings,
+    progress: Progress,
+    *,
+    needs_data: bool,
+    inputs: Sequence[InputSpec] = (),
+    example: str | None = None,
+    may_guess: bool = False,
 ) -> Job:
-    """Read and trace a network; ``example`` names data that give the shape of an input where ``data`` doesn't."""
+    """Read and trace a network.
+
+    Args:
+        needs_data: Whether missing calibration data are an error.
+        inputs: What a plan was traced with; used where there are no data.
+        example: Setting that names other data to take the shape of an input from.
+        may_guess: Whether to try usual shapes where nothing says the shape of an input.
+    """
     started = time.monotonic()
     threads = settings["threads"].value
     if threads is not None:
@@ -71,11 +87,12 @@ def open_job(
     if data is None and example is not None and settings[example].value is not None:
         data = load_task(settings["task"].value, shaped := read_named(settings, example)).prepare(shaped)
         check_forward(source.module, data, f"--{example}")
-        inputs = two_of(data)
+        traced = two_of(data)
     else:
-        inputs = _example_inputs(source, calibration, settings, notes)
+        inputs = inputs or _recorded_inputs(checkpoint)
+        traced = _example_inputs(source, calibration, settings, inputs, notes if may_guess else None)
     progress("trace", 0, None)
-    graph = trace_graph(source.module, inputs)
+    graph = trace_graph(source.module, traced)
     return Job(source, graph, task, calibration, settings, progress, notes, started)
 
 
@@ -106,16 +123,67 @@ def read_named(settings: Settings, name: str) -> Data:
     )
 
 
+def _recorded_inputs(checkpoint: Path) -> tuple[InputSpec, ...]:
+    """What a run folder was traced with."""
+    path = checkpoint / "plan.json"
+    return read_plan(path).inputs if path.is_file() else ()
+
+
 def _example_inputs(
-    source: Source, calibration: Calibration | None, settings: Settings, notes: list[str]
+    source: Source,
+    calibration: Calibration | None,
+    settings: Settings,
+    inputs: Sequence[InputSpec],
+    notes: list[str] | None,
 ) -> tuple[Tensor, ...]:
+    """Two examples to trace with: of the data, of ``--input-shape``, as recorded, or (with ``notes``) guessed."""
     if calibration is not None:
         return two_of(calibration.data)
+    shape = settings["input_shape"].value
+    if shape is None and inputs:
+        return _as_recorded(inputs)
     if source.example_inputs is not None and all(len(x) >= 2 for x in source.example_inputs if x.dim()):
         return source.example_inputs
-    example, note = guess_inputs(source.module, settings["input_shape"].value)
-    notes.append(note)
+    if shape is None and notes is None:
+        raise UsageError(
+            "the shape of the network's inputs isn't known", hint="pass --data, or --input-shape 3,32,32 (no batch)"
+        )
+    example, note = guess_inputs(source.module, shape)
+    if notes is not None:
+        notes.append(note)
     return example
+
+
+def _as_recorded(inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for spec in inputs:
+        dtype = getattr(torch, spec.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"plan: input dtype {spec.dtype!r} is unknown", hint="float32, int64, ...")
+        size = (2, *spec.shape)
+        is_float = dtype.is_floating_point
+        made.append(torch.randn(size, generator=generator, dtype=dtype) if is_float else torch.zeros(size, dtype=dtype))
+    return tuple(made)
+
+
+def input_specs(example_inputs: Sequence[Tensor]) -> tuple[InputSpec, ...]:
+    """What a plan records of the inputs that a network was traced with."""
+    return tuple(InputSpec(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in example_inputs)
+
+
+def check_shapes(data: Data, example_inputs: Sequence[Tensor]) -> None:
+    """The traced network has a dynamic batch; every other size is fixed.
+
+    Raises:
+        UsageError: The evaluation data have another shape than the network was traced with.
+    """
+    traced, found = ([list(x.shape[1:]) for x in inputs] for inputs in (example_inputs, data.inputs))
+    if found != traced:
+        raise UsageError(
+            f"--eval: examples of {data.name} have shape {found}, the network was traced with {traced}",
+            hint="give --data and --eval of one shape; where there are no --data, pass --input-shape",
+        )
 
 
 def two_of(data: Data) -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ from .data import Data
 from .errors import UsageError
 from .finish import DENSE, LATENCY_REPEATS, LATENCY_THREADS, Target, finish, publish_summary, raise_if_failed, read_run
 from .formats.checkpoint import read_checkpoint
-from .job import Job, gates_of, method_options, open_job, out_folder, read_named
+from .job import Job, check_shapes, gates_of, input_specs, method_options, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .registry import TASKS, find_measure, find_method, load_module, methods_for
@@ -104,7 +104,16 @@ def _plan_and_finish(
     stage, out = target
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget, gates = chosen_budget(settings), gates_of(settings)
-    opened = open_job(checkpoint, settings, progress, needs_data=plan is None and method.needs_data)
+    given = None if plan is None else read_plan_files(plan)
+    opened = open_job(
+        checkpoint,
+        settings,
+        progress,
+        needs_data=plan is None and method.needs_data,
+        inputs=() if given is None else given[0].inputs,
+    )
+    if given is not None:
+        _note_other_source(opened, given[0])
     sensitivities: dict[str, Sensitivity] = {}
     if plan is None:
         sensitivities = {
@@ -113,8 +122,8 @@ def _plan_and_finish(
     dense = dense_files(opened)
 
     def decide(overhead: int) -> tuple[Plan, dict[str, Tensor]]:
-        if plan is not None:
-            return _given_plan(plan, opened)
+        if given is not None:
+            return given
         progress("plan", 0, None)
         context = planning_context(opened, dense, overhead)
         chosen, tensors = load_module(method).plan(
@@ -127,11 +136,10 @@ def _plan_and_finish(
             context,
         )
         opened.notes.extend(note for note in context.notes if note not in opened.notes)
-        return sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value)), tensors)
+        inputs = input_specs(opened.graph.example_inputs)
+        return sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value), inputs=inputs), tensors)
 
     decided, sidecar = decide(0)
-    if out is None:
-        return dry_run_record(opened, decided, dense)
     write_plan(stage, decided, sidecar)
     built = build(opened, decided, sidecar, stage)
     while plan is None and (overhead := overhead_of(opened, built, decided, budget, dense)) is not None:
@@ -141,16 +149,16 @@ def _plan_and_finish(
             raise infeasible(opened, built, budget)
         write_plan(stage, decided, sidecar)
         built = build(opened, decided, sidecar, stage)
+    if out is None:
+        return dry_run_record(opened, decided, built)
     write_sensitivities(stage, sensitivities)
     return finish(opened, built, decided, dense, Target(stage, out, job, gates, command, budget))
 
 
-def _given_plan(path: Path, job: Job) -> tuple[Plan, dict[str, Tensor]]:
-    """A plan that was made before, perhaps on another checkpoint of the same architecture."""
-    plan, sidecar = read_plan_files(path)
+def _note_other_source(job: Job, plan: Plan) -> None:
+    """A plan may have been made on another checkpoint of the same architecture."""
     if plan.source_sha256 != job.source.sha256:
-        job.notes.append(f"{path} was made on another checkpoint: its decisions are kept, the weights recomputed")
-    return plan, sidecar
+        job.notes.append("the plan was made on another checkpoint: its decisions are kept, the weights recomputed")
 
 
 def apply_plan(
@@ -159,8 +167,9 @@ def apply_plan(
     """``hcompress apply``: a plan's decisions on a checkpoint; no data needed, the metric only with ``--eval``."""
     out = out_folder(settings)
     with store.staged(out, force, [checkpoint, plan]) as stage:
-        opened = open_job(checkpoint, settings, progress, needs_data=False)
-        decided, sidecar = _given_plan(plan, opened)
+        decided, sidecar = read_plan_files(plan)
+        opened = open_job(checkpoint, settings, progress, needs_data=False, inputs=decided.inputs)
+        _note_other_source(opened, decided)
         dense = dense_files(opened)
         write_plan(stage, decided, sidecar)
         built = build(opened, decided, sidecar, stage)
@@ -174,7 +183,7 @@ def export_dense(
     """``hcompress export``: the network as it is, in the formats that runtimes load, proved equal to torch's."""
     out = out_folder(settings)
     with store.staged(out, force, [checkpoint]) as stage:
-        opened = open_job(checkpoint, settings, progress, needs_data=False, example="eval")
+        opened = open_job(checkpoint, settings, progress, needs_data=False, example="eval", may_guess=True)
         built = build(opened, None, {}, stage)
         dense = Dense(built.onnx, (stage / WEIGHTS).stat().st_size)
         target = Target(stage, out, "export", gates_of(settings), command, None)
@@ -189,7 +198,7 @@ def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progre
             return inspection.describe_tensors(read)
     if settings["model"].value is None and checkpoint.is_dir():
         return inspection.describe_run(checkpoint, read_run(checkpoint))
-    opened = open_job(checkpoint, settings, progress, needs_data=False)
+    opened = open_job(checkpoint, settings, progress, needs_data=False, may_guess=True)
     return inspection.describe_network(checkpoint, opened.source, opened.graph, opened.notes)
 
 
@@ -210,6 +219,7 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
         data = read_named(settings, "eval")
         task = load_task(settings["task"].value or _recorded_task(record), data)
         data = task.prepare(data)
+        check_shapes(data, inputs)
         inputs = data.first(8).inputs
         compressed = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
         dense = _dense_metric(run, record, data, task, compressed, threads, progress)

@@ -62,6 +62,14 @@ KINDS: dict[str, type[MaskWeights] | type[Quantize]] = {"mask": MaskWeights, "qu
 
 
 @dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of the network: the shape of an example, without the batch, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a method decided, and from what.
 
@@ -72,6 +80,7 @@ class Plan:
         task_sha256: Hash of the calibration data that the method saw; None for data-free methods.
         predicted: Figures that the method expects, e.g. ``average_bits`` and ``sparsity``.
         sidecar: sha256 of plan.safetensors; None where every decision is in the JSON.
+        inputs: What the network was traced with, so that applying the plan needs no data.
     """
 
     method: str
@@ -83,6 +92,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     predicted: dict[str, float]
     sidecar: str | None = None
+    inputs: tuple[InputSpec, ...] = ()
     schema: str = SCHEMA
 
     def masks(self) -> dict[str, MaskWeights]:
@@ -113,9 +123,17 @@ def read_plan(path: Path) -> Plan:
             decisions=decisions,
             predicted=dict(record["predicted"]),
             sidecar=record["sidecar"],
+            inputs=tuple(_input(entry) for entry in record["inputs"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {_field_error(error)}", hint="see docs/plan-format.md") from None
+
+
+def _input(entry: dict[str, Any]) -> InputSpec:
+    shape = tuple(int(size) for size in entry["shape"])
+    if any(size < 1 for size in shape):
+        raise ValueError(f"input of shape {list(shape)}")
+    return InputSpec(shape, str(entry["dtype"]))
 
 
 def _field_error(error: Exception) -> str:

@@ -43,7 +43,7 @@ def check_target(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     if exists and not force:
         raise UsageError(f"{out} already exists", hint="choose another --out, or pass --force to replace it")
     if out.exists() and not is_folder:
-        raise UsageError(f"{out} is a file", hint="--out names a folder")
+        raise UsageError(f"{out} is a file", hint="choose another --out, which names a folder")
     if is_folder:
         _check_replaceable(out)
     for kept in (*_own_folders(), *inputs):
@@ -54,7 +54,9 @@ def check_target(out: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise DiskError(f"{out}: {parent} is not a folder", hint="choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise DiskError(f"{out}: {parent} can't be written", hint="choose another --out")
 
 
@@ -79,6 +81,18 @@ def _own_folders() -> Iterator[Path]:
     for find in (Path.cwd, Path.home):
         with contextlib.suppress(OSError, RuntimeError):
             yield find()
+
+
+def check_unlocked(out: Path) -> None:
+    """Answer at once where another run writes ``out``; the run itself takes the lock.
+
+    Raises:
+        LockedError: Another run writes ``out``.
+    """
+    target = out.resolve()
+    if (target.parent / f".{target.name}.lock").exists():
+        with _locked(target, out):
+            pass
 
 
 @contextlib.contextmanager

@@ -292,15 +292,15 @@ WRONG = [
     ("export model.pt --model absent.py:make", 3, "absent.py does not exist", "Factory of the architecture"),
     ("verify here --eval absent.npz", 3, "--eval absent.npz: absent.npz does not exist", "Evaluation data"),
     ("inspect absent.pt", 3, "absent.pt: no such file", "pass a checkpoint"),
-    ("prune model.pt --out here", 2, "--out here exists", "pass --force to replace it, or another --out"),
+    ("prune model.pt --out here", 2, "here already exists", "choose another --out, or pass --force"),
     (
         "prune model.pt --out model.pt --force",
         2,
-        "--out model.pt is a file, and --force replaces folders only",
-        "another",
+        "model.pt is a file",
+        "choose another",
     ),
-    ("export model.pt --out model.pt/x", 7, "model.pt is not a folder", "choose another folder with --out"),
-    ("demo --out here", 2, "--out here exists", "pass --force"),
+    ("export model.pt --out model.pt/x", 7, "model.pt is not a folder", "choose another --out"),
+    ("demo --out here", 2, "here already exists", "choose another --out, or pass --force"),
     ("apply model.pt --plan absent.json", 3, "absent.json: no such file", "pass a run folder that hcompress wrote"),
     ("prune model.pt --plan model.pt", 3, "model.pt: not readable as JSON", "write it again with hcompress"),
     ("verify absent", 3, "absent: no such run folder", "pass the --out folder of a finished run"),
@@ -349,7 +349,7 @@ def test_json_after_two_dashes_is_an_argument(run: Capture) -> None:
 
 def test_a_parent_that_takes_no_files_is_exit_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(errors.DiskError, match="is not writable"):
+    with pytest.raises(errors.DiskError, match="can't be written"):
         preflight.check_out(tmp_path / "new" / "run", force=False)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from compress import pipeline
 from compress.budget import parse_budget
 from compress.data import load_object
-from compress.errors import BudgetError, GateError
+from compress.errors import BudgetError, GateError, UsageError
 from compress.plan import read_plan
 from compress.registry import METHODS, Method
 from compress.settings import Value, resolve
@@ -131,7 +131,7 @@ def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(method: Method, 
     for name in ("plan.json", "model.safetensors", "model.onnx"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), f"{name} depends on the evaluation labels"
     applied = tmp_path / "applied"
-    without_data = {**settings(data, applied, input_shape="1,28,28"), "data": Value(None, ""), "eval": Value(None, "")}
+    without_data = {**settings(data, applied), "data": Value(None, ""), "eval": Value(None, "")}
     pipeline.apply_plan(
         data.checkpoint, first / "plan.json", without_data, force=False, command=["hcompress"], progress=quiet
     )
@@ -149,6 +149,38 @@ def test_an_infeasible_byte_budget_gives_the_minimum_that_is_feasible(
     minimum = next(word.strip(",") for word in caught.value.hint.split() if word[0].isdigit())
     report = run(method, data, tmp_path / "minimum", budget=minimum)
     assert report["files"]["model.onnx"] == int(minimum.removesuffix("B"))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_dry_run_builds_what_it_predicts_and_writes_nothing(method: Method, data: Data, tmp_path: Path) -> None:
+    def dry(budget: str) -> dict[str, Any]:
+        chosen = settings(data, tmp_path / "run", method=method.name, budget=budget)
+        return pipeline.run_method(
+            method.job, data.checkpoint, chosen, force=False, dry_run=True, plan=None, command=[], progress=quiet
+        )
+
+    with pytest.raises(BudgetError, match="out of reach"):
+        dry("1KB")
+    predicted = dry("25KB")["predicted"]
+    assert not list(tmp_path.iterdir())
+    report = run(method, data, tmp_path / "run", budget="25KB")
+    assert predicted["model.onnx_bytes"] == report["files"]["model.onnx"]
+
+
+def test_without_data_the_shape_of_an_input_is_asked_for(data: Data, tmp_path: Path) -> None:
+    nothing = {"data": Value(None, ""), "out": Value(str(tmp_path / "run"), "")}
+    with pytest.raises(UsageError, match="the shape of the network's inputs isn't known") as caught:
+        pipeline.run_method(
+            "prune",
+            data.checkpoint,
+            {**settings(data, tmp_path / "run"), **nothing},
+            force=False,
+            dry_run=False,
+            plan=None,
+            command=[],
+            progress=quiet,
+        )
+    assert "--input-shape" in caught.value.hint
 
 
 def test_seed_changes_the_calibration_sample_and_nothing_else(data: Data, tmp_path: Path) -> None:
