@@ -44,7 +44,7 @@ from .verify import (
 )
 
 DENSE = "dense.onnx"
-LATENCY_REPEATS = 60
+LATENCY_REPEATS = 150
 LATENCY_TIME_S = 4.0
 LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 
