@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import options, preflight
-from .figures import NOTHING, count
+from .figures import NOTHING, count, size
 from .options import checkpoint_argument, command, setting_options
 from .output import print_json, print_line, print_table
 from .progress import Progress
@@ -51,6 +51,10 @@ def _print(record: dict[str, Any]) -> None:
         )
         for layer in record["layers"]
     ]
+    if costs := record.get("costs"):
+        weights = ", ".join(f"{size(costs['bytes'][bits])} at {bits}" for bits in ("32", "8", "4"))
+        outputs = size(costs["activation_bits"]["8"] / 8)
+        print_line(f"weights: {weights} bits; outputs of all layers: {outputs} an example at 8 bits")
     print_table(("layer", "op", "shape", "parameters", "MACs", "dtype"), rows)
     for names in record["tied"]:
         print_line(f"tied: {', '.join(names)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .canonical import sha256_of_file
 from .formats.checkpoint import Checkpoint, read_checkpoint
+from .graph.cost import cost_tables
 from .graph.trace import Graph
 from .model import WEIGHTS, Source
 
@@ -28,6 +29,10 @@ def describe_network(path: Path, source: Source, graph: Graph, notes: list[str])
         "sha256": source.sha256,
         "parameters": sum(p.numel() for p in parameters.values()),
         "macs": graph.macs,
+        "costs": {
+            quantity: {width: table.total(width) for width in ("", "4", "8", "32") if table.has(width)}
+            for quantity, table in cost_tables(graph).items()
+        },
         "input_shape": [list(x.shape[1:]) for x in graph.example_inputs],
         "dtypes": _count_dtypes(state),
         "layers": [
@@ -37,6 +42,7 @@ def describe_network(path: Path, source: Source, graph: Graph, notes: list[str])
                 "shape": list(layer.shape),
                 "parameters": layer.elements,
                 "macs": layer.macs,
+                "activations": layer.activations,
                 "dtype": str(tensors[layer.tensor].dtype).removeprefix("torch."),
             }
             for layer in graph.layers

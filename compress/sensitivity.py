@@ -69,6 +69,14 @@ class CostTable:
     quantity: str
     entries: Mapping[Key, float]
 
+    def has(self, option: str) -> bool:
+        """Whether any layer has a cost under ``option``."""
+        return any(found == option for _, found in self.entries)
+
+    def total(self, option: str) -> float:
+        """The sum over layers under one option."""
+        return sum(value for (_, found), value in self.entries.items() if found == option)
+
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON, entries in layer order."""
         return {

@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -52,6 +52,7 @@ class Layer:
         macs: Multiply-accumulates of one example, over all uses of the weight.
         axis: Output-channel dimension of the weight; None where it has none of its own (grouped transposed).
         input_axis: Dimension that the layer sums over, and n:m patterns run along.
+        activations: Elements of the layer's output for one example, over all uses of the weight.
     """
 
     tensor: str
@@ -62,6 +63,7 @@ class Layer:
     macs: int
     axis: int | None
     input_axis: int
+    activations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +186,11 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
         if node.target in WEIGHT_OPS and node.args[WEIGHT_ARGUMENT].name in sources:
             key = sources[node.args[WEIGHT_ARGUMENT].name]
             key = canonical.get(key, key)
-            layer = _layer(node, key, macs)
+            layer = _layer(node, key, macs, batch)
             if key in found:
                 before = found[key]
-                layer = Layer(
-                    key,
-                    before.op,
-                    before.node,
-                    before.shape,
-                    before.elements,
-                    before.macs + macs,
-                    before.axis,
-                    before.input_axis,
-                )
+                total = before.activations + layer.activations
+                layer = replace(before, macs=before.macs + macs, activations=total)
             found[key] = layer
     blockers = _blockers(program, canonical, found, used)
     return Graph(program, example_inputs, tuple(found.values()), tied, blockers, total_macs)
@@ -225,14 +219,15 @@ def _parameter_sources(program: ExportedProgram) -> dict[str, str]:
     return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
 
-def _layer(node: fx.Node, key: str, macs: int) -> Layer:
+def _layer(node: fx.Node, key: str, macs: int, batch: int) -> Layer:
     weight = node.args[WEIGHT_ARGUMENT].meta["val"]  # type: ignore[union-attr]
     shape = tuple(int(size) for size in weight.shape)
     transposed = node.target in TRANSPOSED
     groups = int(argument(node, "groups", 1)) if transposed else 1
     axis = (1 if groups == 1 else None) if transposed else 0
     op = WEIGHT_OPS[node.target]  # type: ignore[index]
-    return Layer(key, op, node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1)
+    outputs = _product([_size(size) for size in node.meta["val"].shape]) // batch
+    return Layer(key, op, node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1, outputs)
 
 
 def argument(node: fx.Node, name: str, default: Any) -> Any:
