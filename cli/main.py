@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": "measure a run folder again and check its gates",
     "bench": "time a run's model against the dense one",
     "inspect": "show what a checkpoint holds and what stands in the way",
+    "sensitivity": "measure how the loss reacts to a change of each layer",
     "export": "write the dense model as ONNX and safetensors",
     "demo": "compress a small shipped network, and compare",
     "show": "print a run, or why a layer got its decision",

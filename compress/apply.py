@@ -24,7 +24,7 @@ from .graph.rewrite import (
 )
 from .graph.trace import Graph
 from .numerics.rounding import activation_grid, round_weight
-from .plan import MaskWeights, Plan
+from .plan import BY_CHANNEL, MaskWeights, Plan
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -113,7 +113,13 @@ def apply_plan(
             raise InputError(
                 f"plan: {name} has axis {choice.axis}, but {weight.dim()} dimensions", hint="edit the plan"
             )
-        levels, scale = round_weight(weight, choice.bits, axis=choice.axis, search=str(choice.range))
+        search, scales = str(choice.range), 1 if choice.axis is None else weight.shape[choice.axis]
+        if search.startswith(BY_CHANNEL) and len(search) != len(BY_CHANNEL) + scales:
+            raise InputError(
+                f"plan: {name} has ranges for {len(search) - len(BY_CHANNEL)} channels, the checkpoint's has {scales}",
+                hint="the plan is for another architecture, or was edited: one letter for each channel",
+            )
+        levels, scale = round_weight(weight, choice.bits, axis=choice.axis, search=search)
         tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
     for names in tied:
         for alias in names[1:]:

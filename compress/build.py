@@ -112,16 +112,17 @@ def sealed(plan: Plan, tensors: dict[str, Tensor]) -> tuple[Plan, dict[str, Tens
     """The plan with the hash of its sidecar."""
     if not tensors:
         return plan, {}
-    return replace(plan, sidecar=canonical.sha256_of_bytes(_sidecar_bytes(tensors))), tensors
+    return replace(plan, sidecar=canonical.sha256_of_bytes(sidecar_bytes(tensors))), tensors
 
 
-def _sidecar_bytes(tensors: dict[str, Tensor]) -> bytes:
+def sidecar_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file whose bytes depend on nothing but the tensors."""
     return safetensors.torch.save({name: tensors[name] for name in sorted(tensors)})
 
 
 def write_plan(stage: Path, plan: Plan, sidecar: dict[str, Tensor]) -> None:
     if sidecar:
-        store.write_file(stage / SIDECAR, _sidecar_bytes(sidecar))
+        store.write_file(stage / SIDECAR, sidecar_bytes(sidecar))
     store.write_file(stage / PLAN, canonical.dumps(plan))
 
 

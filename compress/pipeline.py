@@ -28,15 +28,16 @@ from .build import (
     planning_context,
     read_plan_files,
     sealed,
+    sidecar_bytes,
     write_plan,
     write_sensitivities,
 )
-from .context import Progress
+from .context import Context, Progress
 from .data import Data
 from .errors import UsageError
 from .finish import DENSE, LATENCY_REPEATS, LATENCY_THREADS, Target, finish, publish_summary, raise_if_failed, read_run
 from .formats.checkpoint import read_checkpoint
-from .job import Job, check_shapes, gates_of, input_specs, method_options, open_job, out_folder, read_named
+from .job import Job, check_shapes, device_of, gates_of, input_specs, method_options, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .registry import TASKS, find_measure, find_method, load_module, methods_for
@@ -114,12 +115,12 @@ def _plan_and_finish(
     )
     if given is not None:
         _note_other_source(opened, given[0])
+    dense = dense_files(opened)
     sensitivities: dict[str, Sensitivity] = {}
     if plan is None:
         sensitivities = {
-            name: load_module(find_measure(name)).measure(opened.source, opened.graph, job) for name in method.measures
+            name: take_measure(opened, name, planning_context(opened, dense, 0))[0] for name in method.measures
         }
-    dense = dense_files(opened)
 
     def decide(overhead: int) -> tuple[Plan, dict[str, Tensor]]:
         if given is not None:
@@ -155,6 +156,24 @@ def _plan_and_finish(
     return finish(opened, built, decided, dense, Target(stage, out, job, gates, command, budget))
 
 
+def take_measure(job: Job, name: str, context: Context) -> tuple[Sensitivity, dict[str, Tensor]]:
+    """A measure by its registered name, with its sidecar tensors.
+
+    Raises:
+        UsageError: It needs calibration data, and there are none.
+    """
+    measure = find_measure(name)
+    if measure.needs_data and job.calibration is None:
+        raise UsageError(
+            f"measure {name} needs calibration data", hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)"
+        )
+    taken: tuple[Sensitivity, dict[str, Tensor]] = load_module(measure).measure(
+        job.source, job.graph, job.calibration, method_options(job, measure.options), context
+    )
+    job.notes.extend(note for note in context.notes if note not in job.notes)
+    return taken
+
+
 def _note_other_source(job: Job, plan: Plan) -> None:
     """A plan may have been made on another checkpoint of the same architecture."""
     if plan.source_sha256 != job.source.sha256:
@@ -188,6 +207,38 @@ def export_dense(
         dense = Dense(built.onnx, (stage / WEIGHTS).stat().st_size)
         target = Target(stage, out, "export", gates_of(settings), command, None)
         return finish(opened, built, None, dense, target)
+
+
+def measure_sensitivity(
+    checkpoint: Path, settings: Settings, name: str, *, force: bool, progress: Progress
+) -> dict[str, Any]:
+    """``hcompress sensitivity``: one measure of every layer; ``out`` takes the record and what it holds per weight.
+
+    Raises:
+        UsageError: An unknown measure, missing data, or an output folder that exists.
+    """
+    measure = find_measure(name)
+    out = settings["out"].value
+    if out is not None and not force and Path(str(out)).exists():
+        raise UsageError(f"{out} exists", hint="pass --force to write into it, or another --out")
+    opened = open_job(checkpoint, settings, progress, needs_data=measure.needs_data)
+    generator = torch.Generator().manual_seed(int(settings["seed"].value))
+    context = Context(generator, device_of(settings), progress, lambda choices: 0, [])
+    taken, tensors = take_measure(opened, name, context)
+    if out is not None:
+        folder = Path(str(out))
+        folder.mkdir(parents=True, exist_ok=True)
+        store.write_file(folder / "sensitivity.json", canonical.dumps(taken.to_json()))
+        if tensors:
+            store.write_file(folder / "sensitivity.safetensors", sidecar_bytes(tensors))
+    elements = {layer.tensor: layer.elements for layer in opened.graph.layers}
+    return {
+        **taken.to_json(),
+        "elements": elements,
+        "num_examples": 0 if opened.calibration is None else len(opened.calibration.data),
+        "notes": opened.notes,
+        "time_s": time.monotonic() - opened.started,
+    }
 
 
 def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from .budget import Budget, budget_from_json
 from .errors import InputError, escape
 
 SCHEMA = "hcompress.plan/1"
+# How a weight's range is found, and the letter of each in a range that differs by channel.
+RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d"}
+BY_CHANNEL = "channels:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Quantize:
         bits: 2 to 8.
         scheme: ``symmetric`` (zero point 0) or ``asymmetric`` (uint, zero point within the range).
         axis: Dimension that has one scale per index; None for one scale per tensor.
-        range: How a weight's range is found, ``minmax`` or ``mse``; or an activation's ``(low, high)``.
+        range: How a weight's range is found: one of ``RANGES``, or ``channels:`` and a letter of theirs for each scale;
+            or an activation's ``(low, high)``.
     """
 
     tensor: str
@@ -165,11 +169,27 @@ def _check(path: Path, decision: Decision) -> None:
         raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")
     if decision.target not in ("weight", "activation"):
         raise InputError(f"{path}: {name} has target {escape(str(decision.target))}", hint="weight or activation")
-    is_activation_range = isinstance(decision.range, tuple)
-    if is_activation_range != (decision.target == "activation"):
+    if isinstance(decision.range, tuple) != (decision.target == "activation"):
         raise InputError(
             f"{path}: {name} has range {decision.range!r}",
-            hint="minmax or mse for a weight; [low, high] for an activation",
+            hint=f"{', '.join(RANGES)} for a weight; [low, high] for an activation",
         )
-    if not is_activation_range and decision.range not in ("minmax", "mse"):
-        raise InputError(f"{path}: {name} has range {decision.range!r}", hint="minmax or mse")
+    if not isinstance(decision.range, tuple):
+        _check_range(path, name, str(decision.range))
+
+
+def _check_range(path: Path, name: str, found: str) -> None:
+    if found in RANGES:
+        return
+    letters = found.removeprefix(BY_CHANNEL)
+    if letters in ("", found):
+        raise InputError(
+            f"{path}: {name} has range {found!r}",
+            hint=f"{', '.join(RANGES)}, or {BY_CHANNEL} and a letter for each channel",
+        )
+    for channel, letter in enumerate(letters):
+        if letter not in RANGES.values():
+            raise InputError(
+                f"{path}: {name} has the range letter {letter!r} for channel {channel}",
+                hint=f"known letters: {', '.join(f'{code} ({known})' for known, code in RANGES.items())}",
+            )

@@ -64,16 +64,49 @@ METHODS = (
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A sensitivity that methods read and reports show."""
+    """A sensitivity that methods read and reports show.
+
+    Attributes:
+        module: Where ``measure(source, graph, calibration, options, context)`` lives.
+        options: Settings that it reads.
+    """
 
     name: str
     module: str
     summary: str
+    source: str
+    options: tuple[str, ...] = ()
+    needs_data: bool = True
 
 
 MEASURES = (
     Measure(
-        "weight-error", "compress.measure.weight_error", "squared weight change per bit width or sparsity; no data"
+        name="hessian-trace",
+        module="compress.measure.hessian_trace",
+        summary="curvature trace of every layer: Gauss-Newton, all layers at once, or the exact Hessian",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852)",
+        options=("trace", "rtol", "passes"),
+    ),
+    Measure(
+        name="fisher",
+        module="compress.measure.fisher",
+        summary="trace and diagonal of the Fisher matrix, from per-sample gradients",
+        source="Frantar et al. 2021, M-FAC (arXiv:2107.03356)",
+        options=("fisher",),
+    ),
+    Measure(
+        name="hessian-diagonal",
+        module="compress.measure.hessian_diagonal",
+        summary="diagonal of the Hessian by Hutchinson's probes, averaged over kernels and blocks",
+        source="Yao et al. 2021, AdaHessian (arXiv:2006.00719)",
+        options=("passes",),
+    ),
+    Measure(
+        name="weight-error",
+        module="compress.measure.weight_error",
+        summary="squared weight change per bit width and sparsity; no data",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), equation 10",
+        needs_data=False,
     ),
 )
 
@@ -115,8 +148,15 @@ def find_method(job: str, name: str) -> Method:
 
 
 def find_measure(name: str) -> Measure:
-    """The measure that a method's entry names."""
-    return next(measure for measure in MEASURES if measure.name == name)
+    """The measure called ``name``.
+
+    Raises:
+        UsageError: No such measure; prints the choices.
+    """
+    for measure in MEASURES:
+        if measure.name == name:
+            return measure
+    raise UsageError(f"measure {name!r} is unknown", hint=f"choices: {', '.join(m.name for m in MEASURES)}")
 
 
 def load_module(method: Method | Measure) -> Any:

@@ -7,7 +7,7 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Sensitivity:
         method: The measure's registered name.
         unit: Of every value, e.g. ``loss per squared weight`` or ``squared weight``.
         task_sha256: Hash of the data it was measured on; None for data-free measures.
+        options: How it was measured.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Sensitivity:
     source_sha256: str
     task_sha256: str | None
     entries: Mapping[Key, Estimate]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON, entries in layer order."""
@@ -51,6 +53,7 @@ class Sensitivity:
             "unit": self.unit,
             "source_sha256": self.source_sha256,
             "task_sha256": self.task_sha256,
+            "options": dict(self.options),
             "entries": [
                 {"layer": layer, "option": option, "value": e.value, "stderr": e.stderr}
                 for (layer, option), e in self.entries.items()
@@ -64,10 +67,12 @@ class CostTable:
 
     Attributes:
         quantity: A budget's quantity: ``bytes``, ``bits``, ``macs``, ``latency``...
+        fixed: What the network costs whatever is chosen.
     """
 
     quantity: str
     entries: Mapping[Key, float]
+    fixed: float = 0.0
 
     def has(self, option: str) -> bool:
         """Whether any layer has a cost under ``option``."""
@@ -101,7 +106,12 @@ def read_sensitivity(path: Path) -> Sensitivity:
             for e in record["entries"]
         }
         return Sensitivity(
-            str(record["method"]), str(record["unit"]), str(record["source_sha256"]), record["task_sha256"], entries
+            str(record["method"]),
+            str(record["unit"]),
+            str(record["source_sha256"]),
+            record["task_sha256"],
+            entries,
+            dict(record["options"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: bad entry ({error})", hint="make the run again") from None

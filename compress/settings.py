@@ -91,6 +91,28 @@ SETTINGS = (
         "range", "run.range", "str", "Range of a weight channel.", "auto", ("auto", "minmax", "mse"), in_preset=True
     ),
     Setting(
+        "trace", "measure.trace", "str", "Curvature whose traces are taken.", "ggn", ("ggn", "hessian"), in_preset=True
+    ),
+    Setting(
+        "fisher",
+        "measure.fisher",
+        "str",
+        "Labels of the Fisher matrix: none needed, drawn, or the data's.",
+        "ggn",
+        ("ggn", "sampled", "labels"),
+        in_preset=True,
+    ),
+    Setting(
+        "rtol",
+        "measure.rtol",
+        "float",
+        "Relative standard error at which a trace is done.",
+        0.05,
+        in_preset=True,
+        minimum=0,
+    ),
+    Setting("passes", "measure.passes", "int", "Most passes or probes of a measure.", 20, in_preset=True, minimum=2),
+    Setting(
         "for", "run.for", "str", "File whose bytes a budget means.", "onnx", ("onnx", "safetensors"), in_preset=True
     ),
     Setting("max_drop", "gate.max_drop", "float", "Fail if the metric gets worse by more.", in_preset=True),

@@ -19,7 +19,7 @@ RANKS = (
     ("budget", "plan", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
     ("context", "data", "task", "model", "train"),
-    ("apply", "reconstruct"),
+    ("apply", "reconstruct", "curvature"),
     (
         "measure",
         "prune",

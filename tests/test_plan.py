@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from compress import canonical
+from compress.apply import apply_plan
 from compress.budget import Budget
 from compress.errors import InputError
-from compress.plan import SCHEMA, Decision, MaskWeights, Plan, Quantize, read_plan
+from compress.formats.packed import QuantizedTensor
+from compress.numerics.rounding import round_weight
+from compress.plan import BY_CHANNEL, RANGES, SCHEMA, Decision, MaskWeights, Plan, Quantize, read_plan
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 SHA = "0" * 64
@@ -31,7 +36,8 @@ def masks(draw: st.DrawFn) -> MaskWeights:
 def roundings(draw: st.DrawFn) -> Quantize:
     bits, scheme = draw(st.integers(2, 8)), draw(st.sampled_from(["symmetric", "asymmetric"]))
     if draw(st.booleans()):
-        found = draw(st.sampled_from(["minmax", "mse"]))
+        letters = st.text(st.sampled_from(list(RANGES.values())), min_size=1, max_size=20)
+        found = draw(st.sampled_from(list(RANGES)) | letters.map(BY_CHANNEL.__add__))
         return Quantize(draw(NAMES), "weight", bits, scheme, draw(st.none() | st.integers(0, 3)), found)
     ends = st.floats(allow_nan=False, allow_infinity=False)
     return Quantize(draw(NAMES), "activation", bits, scheme, None, (draw(ends), draw(ends)))
@@ -83,6 +89,10 @@ def decision(**changes: Any) -> dict[str, Any]:
         (decision(bits=1), "w has 1 bits"),
         (decision(target="bias"), "w has target bias"),
         (decision(range="wide"), "w has range 'wide'"),
+        (decision(range=5), "w has range '5'"),
+        (decision(range="p42"), "w has range 'p42'"),
+        (decision(range="channels:"), "w has range 'channels:'"),
+        (decision(range="channels:msam?s"), "w has the range letter '?' for channel 4"),
         (decision(range=[0, 1]), "w has range (0.0, 1.0)"),
         (decision(target="activation"), "w has range 'mse'"),
         (decision(range=[0, 1, 2]), "bad value ("),
@@ -109,3 +119,32 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"schema is hcompress.plan/9, expected {SCHEMA}"):
         read_plan(written(tmp_path, {"schema": "hcompress.plan/9"}))
+
+
+def linear(seed: int) -> nn.Linear:
+    layer = nn.Linear(50, 3)
+    generator = torch.Generator().manual_seed(seed)
+    layer.load_state_dict({"weight": torch.randn(3, 50, generator=generator), "bias": torch.zeros(3)})
+    return layer
+
+
+def test_ranges_by_channel_are_applied_to_any_weight_of_that_shape_without_data() -> None:
+    plan = make_plan(Quantize("weight", "weight", 4, "symmetric", 0, "channels:sam"))
+    for layer in (linear(0), linear(1), linear(0)):
+        before = layer.weight.detach().clone()
+        found = apply_plan(layer, (), plan, {}).tensors["weight"]
+        assert isinstance(found, QuantizedTensor) and torch.equal(layer.weight, before)
+        for channel, search in enumerate(("mse", "p99.9", "minmax")):
+            levels, scale = round_weight(before, 4, axis=0, search=search)
+            assert torch.equal(found.levels[channel], levels[channel])
+            assert torch.equal(found.scale[channel], scale[channel])
+
+
+@pytest.mark.parametrize(
+    ("axis", "letters", "counts"),
+    [(0, "msam", "for 4 channels, the checkpoint's has 3"), (None, "ms", "for 2 channels, the checkpoint's has 1")],
+)
+def test_ranges_for_another_number_of_channels_are_refused(axis: int | None, letters: str, counts: str) -> None:
+    plan = make_plan(Quantize("weight", "weight", 4, "symmetric", axis, BY_CHANNEL + letters))
+    with pytest.raises(InputError, match=f"plan: weight has ranges {counts}"):
+        apply_plan(linear(0), (), plan, {})

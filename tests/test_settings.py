@@ -142,7 +142,7 @@ def test_an_unknown_key_shows_the_known_ones(tmp_path: Path) -> None:
     assert error.hint == "keys of [gate]: gate.max_drop, gate.min_metric, gate.max_bytes, gate.max_latency"
     error = refused(write(tmp_path, "[gates]\nmax_drop = 1"))
     assert "unknown key gates.max_drop" in error.message
-    assert error.hint == "tables: data, gate, model, output, run, task"
+    assert error.hint == "tables: data, gate, measure, model, output, run, task"
 
 
 def test_a_value_outside_a_table_is_refused(tmp_path: Path) -> None:

@@ -4,16 +4,27 @@ Weights are symmetric (zero point 0) with one scale a channel: ``w ~ scale * lev
 as runtimes multiply them fastest; fewer bits use the whole ``-2**(b-1) .. 2**(b-1) - 1``, and the sign of the scale
 says which side of zero has the extra level. Source: Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021
 (arXiv:2106.08295), 2.2.
+
+A scale is found from the channel's weights alone, in one of the ways that ``plan.RANGES`` names: a plan that holds the
+names is applied without data. ``choose_ranges`` picks them by what they do to a layer's outputs.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from ..errors import NumericsError
+from ..plan import BY_CHANNEL, RANGES
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
 SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
+BLOCK = 2**17  # weights that a range is searched over at a time, so that they stay in the cache
+LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges are chosen
+COLUMNS = 256  # of a moment, multiplied at a time
 
 
 def level_range(bits: int) -> tuple[int, int]:
@@ -24,7 +35,7 @@ def level_range(bits: int) -> tuple[int, int]:
 
 def rows(weight: Tensor, axis: int | None) -> Tensor:
     """``[c, n]``: a row for each index of ``axis``; one row where ``axis`` is None."""
-    return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
+    return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
 
 
 def broadcast_scale(scale: Tensor, axis: int | None, dims: int) -> Tensor:
@@ -41,23 +52,107 @@ def round_weight(weight: Tensor, bits: int, *, axis: int | None, search: str) ->
         weight: Any shape, floating.
         bits: 2 to 8.
         axis: Dimension with one scale an index; None for one scale in all.
-        search: ``minmax`` covers the largest magnitude; ``mse`` clips to the ratio with the least squared error.
+        search: ``minmax`` covers the largest magnitude; ``mse`` clips to the ratio with the least squared error;
+            ``p99`` covers that percentile of the magnitudes, zeros left out. ``channels:`` and a letter of
+            ``plan.RANGES`` for each scale gives each channel its own.
 
     Returns:
         Levels (int8, the weight's shape) and scale (float32, ``[c]`` or ``[]``). A channel of zeros has scale 1.
+
+    Raises:
+        ValueError: ``search`` is no range, or hasn't one letter for each scale.
     """
     flat = rows(weight.detach().to(torch.float32), axis)
-    low, high = level_range(bits)
-    scale = _minmax_scale(flat, bits) if search == "minmax" else _mse_scale(flat, bits)
-    levels = _to_levels(flat, scale, low, high).to(torch.int8)
+    letters = _letters(search, len(flat))
+    scale = torch.ones_like(flat[:, 0])
+    for name, letter in RANGES.items():
+        if letter in letters:
+            # Searched over all channels: the scale of one doesn't depend on the ranges of the others.
+            chosen = torch.tensor([own == letter for own in letters], device=flat.device)
+            scale = torch.where(chosen, _scale(flat, bits, name), scale)
+    levels = _to_levels(flat, scale, bits).to(torch.int8)
     if axis is None:
         return levels.reshape(weight.shape), scale.reshape(())
     moved = weight.movedim(axis, 0).shape
     return levels.reshape(moved).movedim(0, axis).contiguous(), scale
 
 
-def _to_levels(flat: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return torch.clamp(torch.round(flat / scale[:, None]), low, high)
+def range_candidates(weight: Tensor, bits: int, *, axis: int | None) -> tuple[Tensor, Tensor]:
+    """The weight rounded in each of the ways that ``plan.RANGES`` names.
+
+    Returns:
+        Levels (int8, ``[r, c, n]``, the channels as in ``rows``) and scales (float32, ``[r, c]``) of the ``r`` ranges.
+    """
+    flat = rows(weight.detach().to(torch.float32), axis)
+    scales = torch.stack([_scale(flat, bits, name) for name in RANGES])
+    return torch.stack([_to_levels(flat, scale, bits).to(torch.int8) for scale in scales]), scales
+
+
+def choose_ranges(weight: Tensor, bits: int, moment: Tensor | None, *, axis: int | None) -> tuple[str, float]:
+    """The range of each channel that changes the layer's outputs least.
+
+    Rounding moves a row ``w`` of the weight by ``d``, its output by ``d . x``, and in the mean square by ``d A d^T``,
+    where ``A = E[x x^T]`` is the second moment of the inputs.
+
+    Args:
+        weight: Any shape, floating.
+        bits: 2 to 8.
+        moment: ``[k, k]``, symmetric, in the order of ``rows(weight, axis)``; ``[g, k, k]`` where the channels are
+            ``g`` groups, one after another, with inputs of their own; None for the identity. A row of several times
+            ``k`` weights counts as so many rows: one scale in all is chosen over all channels of a linear weight.
+        axis: Dimension with one scale an index; None for one scale in all.
+
+    Returns:
+        The range, for ``round_weight`` and a plan, and the sum of ``d A d^T`` over all rows. Of equal errors, the first
+        of ``plan.RANGES`` is taken; where all channels agree, the range is that name.
+
+    Raises:
+        NumericsError: The weight or the moment isn't finite.
+        ValueError: The moment's shape doesn't fit the weight's.
+
+    Example:
+        >>> choose_ranges(torch.tensor([[1.0, -1.0, 0.0], [2.0, -1.0, 0.0]]), 2, None, axis=0)
+        ('channels:ms', 0.0)
+    """
+    flat = rows(weight.detach().to(torch.float32), axis)
+    levels, scales = range_candidates(weight, bits, axis=axis)
+    least, chosen = _output_errors(flat, levels, scales, moment).min(0)
+    error = float(least.sum())
+    if not math.isfinite(error):
+        raise NumericsError(
+            "the output error of rounding isn't finite", hint="check the checkpoint and the data for NaN"
+        )
+    names = [list(RANGES)[index] for index in chosen.tolist()]
+    if len(set(names)) == 1:
+        return names[0], error
+    return BY_CHANNEL + "".join(RANGES[name] for name in names), error
+
+
+def _letters(search: str, channels: int) -> str:
+    letters = RANGES[search] * channels if search in RANGES else search.removeprefix(BY_CHANNEL)
+    if letters == search or len(letters) != channels or not set(letters) <= set(RANGES.values()):
+        raise ValueError(f"{search!r} is no range of {channels} channels")
+    return letters
+
+
+def _to_levels(flat: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest levels, in floats."""
+    return (flat / scale[:, None]).round_().clamp_(*level_range(bits))
+
+
+def _scale(flat: Tensor, bits: int, name: str) -> Tensor:
+    # No block of a single row, nor of rows that aren't contiguous: torch may sum those in another order, and the mse
+    # search of a plan that was written before must find the same scale to the last bit.
+    blocks = min(flat.numel() // BLOCK, len(flat) // 2) if flat.is_contiguous() else 1
+    return torch.cat([_block_scale(part, bits, name) for part in flat.tensor_split(max(blocks, 1))])
+
+
+def _block_scale(flat: Tensor, bits: int, name: str) -> Tensor:
+    if name == "minmax":
+        return _minmax_scale(flat, bits)
+    if name == "mse":
+        return _mse_scale(flat, bits)
+    return _percentile_scale(flat, bits, float(name.removeprefix("p")))
 
 
 def _minmax_scale(flat: Tensor, bits: int) -> Tensor:
@@ -71,21 +166,81 @@ def _peak(flat: Tensor, zero: int) -> Tensor:
     return torch.where(peak < SMALLEST_PEAK, zero, peak)
 
 
+def _sign(flat: Tensor) -> Tensor:
+    """Of each row's scale: -1 where the positive side reaches further, which gives that side the extra level."""
+    return torch.where(flat.amax(1) > -flat.amin(1), -1.0, 1.0)
+
+
 def _mse_scale(flat: Tensor, bits: int) -> Tensor:
-    low, high = level_range(bits)
-    peak = _peak(flat, -low)
-    # The side that reaches further gets the extra negative level, through a negative scale where it is the positive
-    # one.
-    sign = torch.where(flat.amax(1) > -flat.amin(1), -1.0, 1.0)
+    low = level_range(bits)[0]
+    peak, sign = _peak(flat, -low), _sign(flat)
     best_scale = _minmax_scale(flat, bits)
-    best_error = (_to_levels(flat, best_scale, low, high) * best_scale[:, None] - flat).square().sum(1)
+    best_error = _squared_error(flat, best_scale, bits)
     for ratio in torch.linspace(SMALLEST_RATIO, 1.0, NUM_CANDIDATES):
         scale = sign * ratio * peak / -low
-        error = (_to_levels(flat, scale, low, high) * scale[:, None] - flat).square().sum(1)
+        error = _squared_error(flat, scale, bits)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
     return best_scale
+
+
+def _squared_error(flat: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return _to_levels(flat, scale, bits).mul_(scale[:, None]).sub_(flat).square_().sum(1)
+
+
+def _percentile_scale(flat: Tensor, bits: int, percent: float) -> Tensor:
+    low = level_range(bits)[0]
+    peak, magnitude = _peak(flat, -low), flat.abs()
+    # The percentile's place among the magnitudes, counted down from the largest. Masked weights don't move it.
+    place = (magnitude.count_nonzero(1).double() - 1).clamp_min(0) * (1 - percent / 100)
+    reach = int((flat.shape[1] - 1) * (1 - percent / 100)) + 2
+    largest = magnitude.topk(min(reach, flat.shape[1]), dim=1).values
+    above = place.long()
+    below = (above + 1).clamp_max(largest.shape[1] - 1)
+    ends = largest.gather(1, torch.stack([above, below], 1))
+    bound = torch.lerp(ends[:, 0], ends[:, 1], (place - above).float())
+    # A peak that isn't finite must reach the scale, where it is refused.
+    usable = (bound >= SMALLEST_PEAK) & torch.isfinite(peak)
+    return _sign(flat) * torch.where(usable, bound, peak) / -low
+
+
+def _output_errors(flat: Tensor, levels: Tensor, scales: Tensor, moment: Tensor | None) -> Tensor:
+    """``d A d^T`` for every range and channel, float64 ``[r, c]``."""
+    size = flat.shape[1] if moment is None else moment.shape[-1]
+    groups = len(moment) if moment is not None and moment.dim() == 3 else 1
+    if flat.shape[1] % size or flat.numel() % (groups * size):
+        raise ValueError(f"{groups} moments of {size} inputs don't fit a weight of {list(flat.shape)}")
+    # Float32 is enough to compare errors; without the units, the squares of small weights would leave its range.
+    unit = float(flat.abs().max()) or 1.0
+    power, relative = (1.0, None) if moment is None else _relative(moment.reshape(groups, size, size))
+    step = max(1, LARGEST_CHANGE // (groups * size))
+    wide = flat.reshape(groups, -1, size)
+    errors = []
+    for level, scale in zip(levels, scales, strict=True):
+        each = scale[:, None].expand(-1, flat.shape[1] // size).reshape(groups, -1, 1)
+        parts = zip(*(x.split(step, 1) for x in (level.reshape(wide.shape), each, wide)), strict=True)
+        error = torch.cat([_squares((a * b - w) / unit, relative) for a, b, w in parts], 1)
+        errors.append(error.reshape(len(flat), -1).sum(1))
+    return torch.stack(errors) * (power * unit**2)
+
+
+def _relative(moment: Tensor) -> tuple[float, Tensor]:
+    """The largest element, which lies on the diagonal, and the moment in units of it, float32."""
+    power = float(moment.diagonal(dim1=1, dim2=2).max()) or 1.0
+    return power, (moment / power).float()
+
+
+def _squares(change: Tensor, moment: Tensor | None) -> Tensor:
+    """``d A d^T`` of each row ``d`` of ``[g, m, k]``, float64 ``[g, m]``."""
+    if moment is None:
+        return change.square().sum(2, dtype=torch.float64)
+    total = torch.zeros(change.shape[:2], dtype=torch.float64, device=change.device)
+    for start in range(0, change.shape[2], COLUMNS):
+        product = change[..., start : start + COLUMNS] @ moment[:, start : start + COLUMNS, start:]
+        product[..., COLUMNS:] *= 2  # stands for the blocks below the diagonal
+        total += product.mul_(change[..., start:]).sum(2, dtype=torch.float64)
+    return total.clamp_min(0)
 
 
 def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:

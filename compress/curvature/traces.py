@@ -1,0 +1,250 @@
+"""Traces of every layer's curvature block, with standard errors.
+
+``ggn_traces``: one backward pass of Σₙ fₙᵀ Lₙ rₙ, r random signs in output space, gives for *every* layer at once and
+every example a squared gradient norm whose mean is the trace of its generalized Gauss-Newton block. The probes of
+successive passes are orthogonal: with k classes the estimate is exact after k passes. On a trained network few examples
+hold most of the trace, and are known by their outputs: after two passes over all, further ones cover those alone.
+``hessian_traces``: Hutchinson's estimate vᵀHv on one layer's block of the exact Hessian (Hutchinson 1989; Dong et al.
+2020, HAWQ-V2, arXiv:1911.03852, section 3.1). Cost: a forward pass and one with per-sample gradients over the data for
+all layers, against one Hessian-vector product a layer and probe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..context import Progress
+from ..data import Data
+from ..errors import NumericsError, UsageError
+from ..task import Task
+from .loss_factor import Draw, loss_of, output_curvature, period
+from .network import PASS_BATCH, Network, batches, differentiable, record
+from .sample_gradients import draw_seed, layer_rows
+
+MIN_PASSES = 2  # a standard error needs two
+MIN_FREEDOM = 7  # probes beyond the first of each example: the spread of fewer is often small by chance
+HEAVY_SHARE = 0.99  # of the squared output-space traces
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEstimate:
+    """The trace of a layer's block of the mean loss's curvature, in loss per squared weight.
+
+    Attributes:
+        stderr: Of the probes; the examples are taken as given.
+        passes: Over the data, or Hessian probes of this layer.
+    """
+
+    mean: float
+    stderr: float
+    passes: int
+
+
+def ggn_traces(
+    network: Network,
+    task: Task,
+    data: Data,
+    *,
+    rtol: float,
+    max_passes: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> dict[str, TraceEstimate]:
+    """Traces of the Gauss-Newton block of every layer.
+
+    Args:
+        rtol: Passes are made until every layer's standard error is at most this share of its mean.
+        max_passes: The most passes; 2 or more.
+
+    Raises:
+        UsageError: The task's loss needs targets and there are none, or it has too many outputs.
+        NumericsError: An output or a gradient isn't finite; names the examples and the layer.
+    """
+    if not network.layers:
+        return {}
+    everything = torch.arange(len(data))
+    chosen, heavy = everything, everything
+    counts = torch.zeros(len(data), dtype=torch.float64)  # probes of each example
+    sums = torch.zeros(len(data), len(network.layers), dtype=torch.float64)
+    squares = torch.zeros_like(sums)
+    seed = draw_seed(generator)
+    found: dict[str, TraceEstimate] = {}
+    for passes in range(1, max(max_passes, MIN_PASSES) + 1):
+        progress("Gauss-Newton traces", passes - 1, max_passes)
+        norms, curvature, complete = _squared_norms(network, task, data, chosen, seed, int(counts[chosen[0]]))
+        counts[chosen] += 1
+        sums[chosen] += norms
+        squares[chosen] += norms.square()
+        if passes == 1:
+            heavy = everything if curvature is None else heaviest(curvature)
+        if passes < MIN_PASSES and passes != complete:
+            continue
+        found = _estimates(network, counts, sums, squares, complete=complete, passes=passes)
+        is_exact = bool(counts[heavy[0]] == complete)
+        is_known = is_exact or (counts[heavy[0]] - 1) * len(heavy) >= MIN_FREEDOM
+        if is_known and all(estimate.stderr <= rtol * estimate.mean for estimate in found.values()):
+            break
+        # The heavy ones may be exact before the others are close enough.
+        chosen = everything[counts < complete] if is_exact else heavy
+    progress("Gauss-Newton traces", max_passes, max_passes)
+    return found
+
+
+def heaviest(curvature: Tensor) -> Tensor:
+    """The smallest set of examples, in order, that holds 99 % of the sum of squares of ``curvature`` ``[n]``.
+
+    An example's variance grows with the square of its output-space trace, which doesn't depend on the probes: choosing
+    by it leaves the estimate unbiased.
+    """
+    squares, order = curvature.square().sort(descending=True, stable=True)
+    count = int((squares.cumsum(0) < HEAVY_SHARE * squares.sum()).sum()) + 1
+    return order[:count].sort().values
+
+
+def _squared_norms(
+    network: Network, task: Task, data: Data, chosen: Tensor, seed: int, probe: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Squared per-sample gradient norms ``[n, l]``, the output-space traces ``[n]``, and how many probes complete."""
+    targets = None if data.targets is None else data.targets[chosen]
+    part = Data(tuple(x[chosen] for x in data.inputs), targets, data.name)
+    norms, curvatures, complete = [], [], 0
+    for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, part), strict=True):
+        outputs, uses = record(network, batch.inputs)
+        complete, curvature = period(task, outputs), output_curvature(task, outputs)
+        draw = Draw(seed, numbers.tolist(), probe, data.name)
+        rows = layer_rows(network, task, batch, outputs, uses, draw, mode="ggn")
+        norms.append(
+            torch.stack([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64).square().cpu() for _, r in rows], 1)
+        )
+        curvatures += [] if curvature is None else [curvature.cpu()]
+    return torch.cat(norms), torch.cat(curvatures) if curvatures else None, complete
+
+
+def _estimates(
+    network: Network, counts: Tensor, sums: Tensor, squares: Tensor, *, complete: int, passes: int
+) -> dict[str, TraceEstimate]:
+    """Mean and standard error from each example's number of probes ``[n]`` and sums ``[n, l]``: every one a stratum.
+
+    Orthogonal probes are draws without replacement: after all of them an example's trace is exact.
+    """
+    n, times = len(counts), counts.unsqueeze(1)
+    means = (sums / times).sum(0) / n
+    variances = ((squares - sums.square() / times) / (times - 1).clamp(min=1)).clamp(min=0)
+    left = 1 - times / complete if complete else torch.ones_like(times)
+    errors = (variances / times * left).sum(0).sqrt() / n
+    return {
+        layer.tensor: TraceEstimate(float(mean), float(error), passes)
+        for layer, mean, error in zip(network.layers, means, errors, strict=True)
+    }
+
+
+def hessian_traces(
+    network: Network,
+    task: Task,
+    data: Data,
+    *,
+    rtol: float,
+    max_probes: int,
+    generator: torch.Generator,
+    progress: Progress,
+    batch: int = PASS_BATCH,
+) -> dict[str, TraceEstimate]:
+    """Hutchinson traces of the exact Hessian's diagonal blocks, one layer at a time.
+
+    Args:
+        data: Without targets, the loss is expected under the model's own predictions.
+        rtol: Probes are drawn for a layer until its standard error is at most this share of its magnitude.
+        max_probes: The most probes of a layer; 2 or more. Fewer than 8 are only made where this is below 8.
+
+    Raises:
+        UsageError: The loss needs targets and there are none, or an operator has no second derivative.
+        NumericsError: The loss or a product isn't finite; names the examples or the layer.
+    """
+    found = {}
+    for number, layer in enumerate(network.layers):
+        progress("Hessian traces", number, len(network.layers))
+        values: list[float] = []
+        limit = max(max_probes, MIN_PASSES)
+        while len(values) < limit:
+            signs = torch.randint(0, 2, layer.shape, generator=generator).mul(2).sub(1)
+            vector = {layer.tensor: signs.to(network.device, network.dtype)}
+            product = hessian_product(network, task, data, vector, batch=batch)
+            values.append(float((product[layer.tensor] * vector[layer.tensor]).double().sum()))
+            if len(values) >= min(MIN_FREEDOM + 1, limit) and standard_error(values) <= rtol * abs(
+                sum(values) / len(values)
+            ):
+                break
+        found[layer.tensor] = TraceEstimate(sum(values) / len(values), standard_error(values), len(values))
+    progress("Hessian traces", len(network.layers), len(network.layers))
+    return found
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of two or more independent values."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def hessian_product(
+    network: Network, task: Task, data: Data, vectors: Mapping[str, Tensor], *, batch: int = PASS_BATCH
+) -> dict[str, Tensor]:
+    """``H v`` of the mean loss over ``data``, H restricted to the tensors that ``vectors`` names.
+
+    Raises:
+        UsageError: The loss needs targets and there are none, or an operator has no second derivative.
+        NumericsError: The loss isn't finite; names the examples. The product isn't; names the layer.
+    """
+    names = list(vectors)
+    total = {name: torch.zeros_like(vectors[name]) for name in names}
+    with differentiable(network, names) as weights:
+        for number, part in enumerate(batches(network, data, batch)):
+            # Fused attention has no second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                loss = loss_of(task, network.module(*part.inputs), part.targets) * (len(part) / len(data))
+                if not torch.isfinite(loss):
+                    first = number * batch
+                    raise NumericsError(
+                        f"the loss is {loss.item():g} on examples {first}-{first + len(part) - 1} of {data.name}",
+                        hint="check these examples and their targets",
+                    )
+                products = _second_derivative(loss, weights, [vectors[name] for name in names])
+            for name, value in zip(names, products, strict=True):
+                if value is not None:
+                    total[name] += value.detach()
+    for name, value in total.items():
+        if not torch.isfinite(value).all():
+            raise NumericsError(
+                f"the Hessian of {name} isn't finite on {data.name}",
+                hint="check the checkpoint with hcompress inspect, or pass --trace ggn",
+            )
+    return total
+
+
+def _second_derivative(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """``H v`` by two backward passes; None where a weight doesn't reach the loss, or only linearly."""
+    nothing = [None] * len(weights)
+    if not loss.requires_grad:
+        return nothing
+    gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    terms = [
+        (gradient * vector).sum()
+        for gradient, vector in zip(gradients, vectors, strict=True)
+        if gradient is not None and gradient.requires_grad
+    ]
+    if not terms:
+        return nothing
+    try:
+        return torch.autograd.grad(torch.stack(terms).sum(), weights, allow_unused=True)
+    except RuntimeError as error:  # torch has no type of its own for an operator without a second derivative
+        if "is not implemented" not in str(error):
+            raise
+        raise UsageError(
+            f"the exact Hessian needs second derivatives, and torch lacks one ({error})",
+            hint="use what needs first derivatives only: --trace ggn, or the Fisher matrix",
+        ) from error

@@ -1,0 +1,46 @@
+"""The Hessian's diagonal by Hutchinson's method, averaged as in AdaHessian; a layer's entry is its mean.
+
+Source: Yao et al. 2021, AdaHessian (arXiv:2006.00719). Cost: one Hessian-vector product a probe, for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..context import Context
+from ..curvature.diagonal import hessian_diagonal
+from ..curvature.network import open_network
+from ..graph.trace import Graph
+from ..model import Source
+from ..sensitivity import Estimate, Sensitivity
+from ..task import Calibration
+
+BLOCK_SIZE = 32  # inputs of a linear layer that share an average
+
+
+def measure(
+    source: Source, graph: Graph, calibration: Calibration, options: Mapping[str, Any], context: Context
+) -> tuple[Sensitivity, dict[str, Tensor]]:
+    """The mean diagonal entry of every layer, and the diagonals themselves by tensor.
+
+    Args:
+        options: ``passes``: probes, each one pass over the calibration data.
+    """
+    network = open_network(graph, device=context.device)
+    found = hessian_diagonal(
+        network,
+        calibration.task,
+        calibration.data,
+        num_probes=int(options["passes"]),
+        block_size=BLOCK_SIZE,
+        generator=context.generator,
+        progress=context.progress,
+    )
+    entries = {(name, ""): Estimate(d.mean, d.stderr) for name, d in found.items()}
+    record = Sensitivity(
+        "hessian-diagonal", "loss per squared weight", source.sha256, calibration.sha256(), entries, dict(options)
+    )
+    return record, {name: d.entries.float() for name, d in found.items()}

@@ -1,0 +1,612 @@
+"""Static M-FAC: the inverse empirical Fisher of given gradients, and the exact joint update of Optimal Brain Surgeon.
+
+Source: Frantar, Kurtic, Alistarh 2021 (arXiv:2107.03356). Their row-by-row recursion is a Cholesky factorisation; here
+it is matrix products. With gradients ``G`` of shape ``[m, d]``, ``F = damping I + G^T G / m``, ``u = m damping`` and
+``L L^T = u I + G G^T``::
+
+    F^-1 x       = (x - G^T (u I + G G^T)^-1 G x) / damping
+    diag(F^-1)   = (1 - column norms^2 of L^-1 G) / damping
+    F^-1 G^T c   = m G^T (u I + G G^T)^-1 c
+
+and ``F^-1 = m (u I + G^T G)^-1`` directly for a block of ``B <= m`` parameters.
+
+Precision: m x m and B x B matrices are float64. Of float32 gradients, ``G G^T`` is summed from float32 products and
+``G^T G`` from float64 ones. The first line loses ``log10(||F|| / damping)`` digits where ``x`` lies in the span of the
+gradients: a solve in float64 is refined, with residuals in twice the gradients' precision. What is known to lie in the
+span (``ihvp_span``, the joint update) is never a difference. The diagonal and the elements lose two digits at most:
+where the second line would lose more, they come from refined solves.
+Cost: ``m^2 d / 2`` multiply-adds, and as many for the diagonal. Memory beside the gradients: ``n min(m, B)^2`` float64
+numbers for n blocks, and pieces of 16 MB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericsError
+
+DTYPES = (torch.float32, torch.float64)
+PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
+ROWS = 128  # rows of a triangular product computed at once; what is beyond the triangle is left out in such steps
+SMALL_GAP = 1e-2  # least 1 - q of the diagonal's formula that is used; m / 0.99 columns of a block can have less
+NUM_REFINEMENTS = 2  # the second matters for float32 gradients, and below damping 1e-6 ||F||
+
+Solve = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _System:
+    """``u I + G^T G`` of each of ``n`` blocks with columns ``[n, B]``.
+
+    ``solve_small`` solves it where ``B <= m``, else ``u I + G G^T``.
+    """
+
+    gradients: Tensor
+    columns: Tensor
+    u: float
+    solve_small: Solve
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Blocks:
+    """``n`` blocks of one size: columns ``[n, B]``; factor ``(u I + G^T G)^-1`` where ``B <= m``, else ``L^-1``."""
+
+    columns: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InverseFisher:
+    """``F^-1`` of ``F = damping I + G^T G / m``, block by block; made by ``inverse_fisher``.
+
+    ``damping`` is the one in force: larger than asked for, by a power of ten, where Cholesky failed.
+    """
+
+    gradients: Tensor
+    damping: float
+    blocks: tuple[_Blocks, ...]
+
+    def ihvp(self, x: Tensor) -> Tensor:
+        """``F^-1 x``, in the wider dtype of ``x`` and the gradients.
+
+        In float64 it is refined, and accurate also for ``x`` in the span of the gradients at small damping. In float32
+        it is plain and fast, and off by ``1e-7 ||F|| / damping`` of the part of ``x`` in the span: pass a float64
+        ``x`` where that matters, or the coefficients of what lies in the span to ``ihvp_span``.
+
+        Args:
+            x: ``[d]`` or ``[d, k]``.
+
+        Raises:
+            NumericsError: ``x`` is not finite.
+        """
+        m, d = self.gradients.shape
+        _check_finite("x", x, d, dims=(1, 2))
+        right = x.detach().to(torch.promote_types(x.dtype, self.gradients.dtype)).reshape(d, -1)
+        solve = _plain_solve if right.dtype == torch.float32 else _solve
+        result = torch.empty_like(right)
+        for system, _ in self._systems(right.shape[1]):
+            result[system.columns] = m * solve(system, right[system.columns])
+        return result.reshape(x.shape)
+
+    def ihvp_span(self, coefficients: Tensor) -> Tensor:
+        """``F^-1 G^T c``: the product with a combination of gradients, without a subtraction.
+
+        Args:
+            coefficients: ``c``, of shape ``[m]`` or ``[m, k]``.
+
+        Returns:
+            ``[d]`` or ``[d, k]``, float64.
+
+        Raises:
+            NumericsError: A coefficient is not finite.
+        """
+        m, d = self.gradients.shape
+        _check_finite("coefficients", coefficients, m, dims=(1, 2))
+        targets = coefficients.detach().to(torch.float64).reshape(m, -1)
+        result = targets.new_empty(d, targets.shape[1])
+        for system, _ in self._systems(targets.shape[1]):
+            right = _ridge_right(self.gradients, system.columns, targets.expand(len(system.columns), -1, -1))
+            result[system.columns] = m * _ridge(system, right)
+        return result.reshape(d, *coefficients.shape[1:])
+
+    def diagonal(self) -> Tensor:
+        """``diag(F^-1)``, ``[d]``, in the gradients' dtype; from ``1 / F_ii`` to ``1 / damping``."""
+        result = torch.empty_like(self.gradients[0])
+        for system, factor in self._systems():
+            result[system.columns] = (len(self.gradients) * _diagonal(system, factor)).to(result.dtype)
+        return result
+
+    def element(self, i: int, j: int) -> float:
+        """``(F^-1)_ij``."""
+        return float(self.submatrix([i], [j]))
+
+    def submatrix(self, rows: Sequence[int] | Tensor, columns: Sequence[int] | Tensor) -> Tensor:
+        """``F^-1`` at the given rows and columns, float64; zero between parameters of different blocks.
+
+        Raises:
+            IndexError: An index is not in ``0 .. d - 1``.
+        """
+        m, d = self.gradients.shape
+        row, column = (torch.as_tensor(i, dtype=torch.int64, device=self.gradients.device) for i in (rows, columns))
+        for index in torch.cat((row, column)).tolist():
+            if not 0 <= index < d:
+                raise IndexError(f"index {index} is not in 0 .. {d - 1}")
+        result = torch.zeros(len(row), len(column), dtype=torch.float64, device=self.gradients.device)
+        for group in self.blocks:
+            (row_block, row_at), (column_block, column_at) = _locate(group.columns, row), _locate(group.columns, column)
+            for block in sorted(set(row_block.tolist()) & set(column_block.tolist()) - {-1}):
+                here, there = torch.nonzero(row_block == block)[:, 0], torch.nonzero(column_block == block)[:, 0]
+                system, factor = self._system(group, slice(block, block + 1))
+                result[here[:, None], there] = m * _entries(system, factor, row_at[here], column_at[there])
+        return result
+
+    def _systems(self, width: int = 1) -> Iterator[tuple[_System, Tensor]]:
+        for group in self.blocks:
+            for part in _parts(group.columns, len(self.gradients), width):
+                yield self._system(group, part)
+
+    def _system(self, group: _Blocks, part: slice) -> tuple[_System, Tensor]:
+        factor, u = group.factor[part], len(self.gradients) * self.damping
+        return _inverse_system(self.gradients, group.columns[part], factor, u), factor
+
+
+def inverse_fisher(gradients: Tensor, damping: float, *, blocks: int | Sequence[int] | None = None) -> InverseFisher:
+    """Factorise ``F = damping I + G^T G / m`` for inverse products, the diagonal and elements.
+
+    Args:
+        gradients: ``G``, one gradient a row, ``[m, d]``, float32 or float64. Kept, not copied.
+        damping: Above 0. Raised tenfold, in all blocks, until every Cholesky factorisation succeeds.
+        blocks: None for the full matrix; ``B`` for consecutive blocks of B parameters, the last one what is left; or
+            the sizes, whose sum is d.
+
+    Raises:
+        NumericsError: ``damping`` is not a positive finite number; a gradient is not finite (names row and column), or
+            so large that products overflow.
+
+    Example:
+        >>> inverse_fisher(torch.tensor([[3.0, 0.0]]), 1.0).diagonal()
+        tensor([0.1000, 1.0000])
+    """
+    gradients = gradients.detach()
+    _check_gradients(gradients)
+    _check_damping(damping)
+    everything = torch.ones_like(gradients[0], dtype=torch.bool)
+    groups = [columns for columns, _ in _groups(_block_sizes(blocks, gradients.shape[1]), everything)]
+    while True:
+        asked, result = damping, []
+        for columns in groups:
+            factor, damping = _factorise(gradients, columns, damping)
+            result.append(_Blocks(columns, factor))
+        if damping == asked or (len(groups) == 1 and len(groups[0]) == 1):
+            return InverseFisher(gradients, damping, tuple(result))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _JointBlocks:
+    """``n`` blocks with as many kept columns, ``[n, B]``; the smaller Gram matrix and the right side of each."""
+
+    columns: Tensor
+    right: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointUpdate:
+    """The exact update for the removal of many weights at once, at any damping; made by ``joint_update``."""
+
+    gradients: Tensor
+    weights: Tensor
+    keep: Tensor
+    blocks: tuple[_JointBlocks, ...]
+
+    def solve(self, damping: float) -> Tensor:
+        """The update at one damping, ``[d]``, in the weights' dtype; ``-weights`` where ``keep`` is False.
+
+        Raises:
+            NumericsError: ``damping`` is not a positive finite number.
+        """
+        _check_damping(damping)
+        u = len(self.gradients) * damping
+        delta = torch.where(self.keep, 0, -self.weights)
+        for group in self.blocks:
+            for part in _parts(group.columns, len(self.gradients)):
+                values, vectors = group.eigenvalues[part], group.eigenvectors[part]
+                system = _eigen_system(self.gradients, group.columns[part], values, vectors, u)
+                delta[system.columns] = _ridge(system, group.right[:, part])[..., 0].to(delta.dtype)
+        return delta
+
+
+def joint_update(
+    gradients: Tensor,
+    weights: Tensor,
+    keep: Tensor,
+    *,
+    residuals: Tensor | None = None,
+    blocks: int | Sequence[int] | None = None,
+) -> JointUpdate:
+    """Prepare the Optimal Brain Surgeon update for removing all weights with ``keep`` False at once.
+
+    In each block ``delta`` minimises ``|G delta + residuals|^2 / m + damping |delta|^2`` subject to
+    ``delta = -weights`` where ``keep`` is False; without residuals that is ``delta^T F delta``. With
+    ``t = G_pruned w_pruned - residuals``::
+
+        delta_keep = G_keep^T (u I + G_keep G_keep^T)^-1 t = (u I + G_keep^T G_keep)^-1 G_keep^T t
+
+    The smaller of the two Gram matrices is decomposed here; each damping then costs a few products with ``G_keep``.
+
+    Args:
+        gradients: ``G``, ``[m, d]``, float32 or float64. Kept, not copied.
+        weights: ``[d]``.
+        keep: ``[d]``, bool.
+        residuals: ``[m]``, by default zeros. Every block fits all of them.
+        blocks: As for ``inverse_fisher``.
+
+    Raises:
+        NumericsError: A gradient (names row and column), weight or residual is not finite, or products of gradients
+            overflow.
+    """
+    gradients, weights = gradients.detach(), weights.detach()
+    _check_gradients(gradients)
+    m, d = gradients.shape
+    _check_finite("weights", weights, d)
+    if keep.dtype != torch.bool or keep.shape != (d,):
+        raise ValueError(f"keep must be [{d}] in bool, not {list(keep.shape)} in {keep.dtype}")
+    wanted = gradients.new_zeros(m) if residuals is None else -residuals.detach()
+    _check_finite("residuals", wanted, m)
+    result = []
+    for kept, pruned in _groups(_block_sizes(blocks, d), keep):
+        if not kept.shape[1] or (residuals is None and not pruned.shape[1]):
+            continue  # nothing to update, or nothing to make up for
+        parts = []
+        for part in _parts(kept, m):
+            targets = wanted.to(torch.float64).expand(len(kept[part]), -1)[..., None]
+            if pruned.shape[1]:
+                moved = weights[pruned[part]][..., None].to(torch.float64)
+                targets = targets + _forward(gradients, pruned[part], moved)[0]
+            values, vectors = torch.linalg.eigh(_gram(gradients, kept[part]))
+            parts.append((_ridge_right(gradients, kept[part], targets), values.clamp(min=0), vectors))
+        right, values, vectors = zip(*parts, strict=True)
+        result.append(_JointBlocks(kept, torch.cat(right, 1), torch.cat(values), torch.cat(vectors)))
+    return JointUpdate(gradients, weights, keep, tuple(result))
+
+
+def saliency(weights: Tensor, diagonal: Tensor) -> Tensor:
+    """Loss increase ``w^2 / (2 (F^-1)_ii)`` of removing each weight with the optimal update of all others."""
+    return weights.square() / (2 * diagonal)
+
+
+# Blocks and their columns.
+
+
+def _block_sizes(blocks: int | Sequence[int] | None, d: int) -> Tensor:
+    if blocks is None:
+        sizes = [d]
+    elif isinstance(blocks, int):
+        if blocks < 1:
+            raise ValueError(f"blocks is {blocks}; allowed are None, a size of 1 or more, or a list of sizes")
+        sizes = [blocks] * (d // blocks) + [d % blocks] * (d % blocks > 0)
+    else:
+        sizes = list(blocks)
+        if min(sizes, default=0) < 1 or sum(sizes) != d:
+            raise ValueError(f"block sizes must be 1 or more and sum to {d}, as the parameters do, not {sum(sizes)}")
+    return torch.tensor(sizes)
+
+
+def _groups(sizes: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Kept ``[n, B]`` and pruned ``[n, P]`` columns of all blocks that have B and P of them, for each such pair."""
+    kept = keep.cpu()
+    block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    num_kept = torch.bincount(block[kept], minlength=len(sizes))
+    keys, key = torch.unique(num_kept * (1 + int(sizes.max())) + sizes, return_inverse=True)
+    by_key = torch.argsort(key[block], stable=True)
+    for columns in torch.split(by_key, torch.bincount(key[block], minlength=len(keys)).tolist()):
+        n = len(columns) // int(sizes[block[columns[0]]])
+        inside = kept[columns]
+        yield columns[inside].reshape(n, -1).to(keep.device), columns[~inside].reshape(n, -1).to(keep.device)
+
+
+def _parts(columns: Tensor, m: int, width: int = 1) -> Iterator[slice]:
+    """Blocks to work on at once, so that ``G`` on them and ``[n, m, width]`` each fit in a piece."""
+    n, size = columns.shape
+    step = max(1, PIECE // (m * max(size, width)))
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def _strips(columns: Tensor, m: int) -> Iterator[slice]:
+    """Columns inside the blocks to work on at once: all, unless one block alone is more than a piece, and ``B > m``."""
+    step = max(m, PIECE // (m * len(columns)))
+    return (slice(start, start + step) for start in range(0, columns.shape[1], step))
+
+
+def _gather(gradients: Tensor, columns: Tensor) -> Tensor:
+    """``G`` of each block, ``[n, m, B]``; a view where the columns are consecutive."""
+    first, last = int(columns[0, 0]), int(columns[-1, -1])
+    if last - first + 1 == columns.numel():
+        flat = gradients[:, first : last + 1]
+    else:
+        flat = gradients.index_select(1, columns.flatten())
+    return flat.reshape(len(gradients), *columns.shape).movedim(1, 0)
+
+
+def _locate(columns: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Block and position inside it of each column index; block -1 where it is in none of these."""
+    block = (torch.searchsorted(columns[:, 0].contiguous(), index, right=True) - 1).clamp(min=0)
+    position = index - columns[block, 0]
+    inside = (position >= 0) & (position < columns.shape[1])
+    return torch.where(inside, block, -1), position
+
+
+# Factors.
+
+
+def _gram(gradients: Tensor, columns: Tensor) -> Tensor:
+    """Lower triangle of ``G G^T`` where ``B > m``, else of ``G^T G``, of each block: ``[n, r, r]``, float64."""
+    m, size = len(gradients), columns.shape[1]
+    r = min(m, size)
+    gram = torch.zeros(len(columns), r, r, dtype=torch.float64, device=gradients.device)
+    for strip in _strips(columns, m):
+        part = _gather(gradients, columns[:, strip])
+        if size <= m:
+            part = part.to(torch.float64).mT
+        for start in range(0, r, ROWS):
+            stop = start + ROWS
+            gram[:, start:stop, :stop] += part[:, start:stop] @ part[:, :stop].mT
+    if not math.isfinite(float(gram.sum())):
+        peaks = torch.linalg.vector_norm(gradients, math.inf, dim=1)
+        raise NumericsError(
+            f"products of gradients overflow: row {int(peaks.argmax())} of {m} reaches {float(peaks.max()):.3g}",
+            hint="the loss is far from normal; check the checkpoint and the scale of the loss",
+        )
+    return gram
+
+
+def _factorise(gradients: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The factors of ``_Blocks``, and the damping at which Cholesky succeeded; earlier blocks have the one before."""
+    m, (n, size) = len(gradients), columns.shape
+    result = torch.empty(n, min(m, size), min(m, size), dtype=torch.float64, device=gradients.device)
+    for part in _parts(columns, m):
+        gram = _gram(gradients, columns[part])
+        gram.diagonal(dim1=1, dim2=2).add_(m * damping)
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        while bool(failed.any()):
+            gram.diagonal(dim1=1, dim2=2).add_(9 * m * damping)
+            damping *= 10
+            lower, failed = torch.linalg.cholesky_ex(gram)
+        eye = torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device)
+        if size > m:
+            result[part] = torch.linalg.solve_triangular(lower, eye, upper=False)
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        if gradients.dtype == torch.float64:
+            # Adding u to the Gram matrix has rounded it off by eps ||G^T G||. Newton's step sees it apart.
+            product = _backward(gradients, columns[part], _forward(gradients, columns[part], inverse)[0])[0]
+            inverse = inverse + inverse @ (eye - m * damping * inverse - product)
+        result[part] = inverse
+    return result, damping
+
+
+# Solves with (u I + G^T G), of each block.
+
+
+def _inverse_system(gradients: Tensor, columns: Tensor, factor: Tensor, u: float) -> _System:
+    if columns.shape[1] > len(gradients):
+        return _System(gradients, columns, u, lambda x: factor.mT @ (factor @ x))
+    return _System(gradients, columns, u, lambda x: factor @ x)
+
+
+def _eigen_system(gradients: Tensor, columns: Tensor, values: Tensor, vectors: Tensor, u: float) -> _System:
+    return _System(gradients, columns, u, lambda x: vectors @ ((vectors.mT @ x) / (values + u)[..., None]))
+
+
+def _plain_solve(system: _System, x: Tensor) -> Tensor:
+    """``(u I + G^T G)^-1 x`` by the plain formulas; ``x`` is ``[n, B, k]``."""
+    gradients, columns = system.gradients, system.columns
+    if columns.shape[1] <= len(gradients):
+        return system.solve_small(x.to(torch.float64)).to(x.dtype)
+    z = system.solve_small(_forward(gradients, columns, x)[0].to(torch.float64)).to(x.dtype)
+    return (x - _backward(gradients, columns, z)[0]) / system.u
+
+
+def _solve(system: _System, x: Tensor) -> Tensor:
+    """``(u I + G^T G)^-1 x`` to rounding; ``x`` is ``[n, B, k]``, float64."""
+    if system.columns.shape[1] <= len(system.gradients):
+        return _solve_primal(system, x, torch.zeros_like(x))
+    return _solve_dual(system, x, x.new_zeros(()))
+
+
+def _ridge_right(gradients: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+    """What ``_ridge`` needs of ``t``, ``[n, m, k]``: itself, as ``[1, n, m, k]``, or ``G^T t``, in two parts."""
+    if columns.shape[1] > len(gradients):
+        return targets[None]
+    return torch.stack(_backward(gradients, columns, targets, _residual_product(gradients)))
+
+
+def _ridge(system: _System, right: Tensor) -> Tensor:
+    """``(u I + G^T G)^-1 G^T t`` to rounding, ``[n, B, k]``: it minimises ``|G y - t|^2 + u |y|^2``."""
+    if system.columns.shape[1] <= len(system.gradients):
+        return _solve_primal(system, right[0], right[1])
+    return _solve_dual(system, None, right[0])
+
+
+def _solve_primal(system: _System, high: Tensor, low: Tensor) -> Tensor:
+    """``y`` of ``(u I + G^T G) y = high + low``."""
+    gradients, columns, product = system.gradients, system.columns, _residual_product(system.gradients)
+    y = system.solve_small(high)
+    for _ in range(NUM_REFINEMENTS if gradients.dtype == torch.float64 else 0):
+        inner, inner_low = _forward(gradients, columns, y, product)
+        outer, outer_low = _backward(gradients, columns, inner, product)
+        rest = outer_low + _backward(gradients, columns, inner_low)[0]
+        y = y + system.solve_small(((high - outer) - system.u * y) - (rest - low))
+    return y
+
+
+def _solve_dual(system: _System, x: Tensor | None, targets: Tensor) -> Tensor:
+    """``y`` of ``(u I + G^T G) y = x + G^T t``; None for ``x = 0``.
+
+    As ``u y + G^T z = x`` and ``G y - z = t``: then ``(u I + G G^T) z = G x - u t``, and only ``x - G^T z`` cancels.
+    The error of ``z``, unlike that of ``y``, isn't divided by ``u``: float32's ``G G^T`` is good enough to refine it.
+    """
+    gradients, columns, product = system.gradients, system.columns, _residual_product(system.gradients)
+    start = 0 if x is None else _forward(gradients, columns, x)[0]
+    correction = system.solve_small(start - system.u * targets)
+    z = torch.zeros_like(correction)
+    for _ in range(NUM_REFINEMENTS):
+        z = z + correction
+        inner, inner_low = _backward(gradients, columns, z, product)
+        y = ((0 if x is None else x) - inner - inner_low) / system.u
+        outer = _forward(gradients, columns, y)[0]
+        correction = system.u * system.solve_small((outer - targets) - z)
+    # The last correction goes to y directly: in z, which can be far larger, it would be rounded off.
+    return y - _backward(gradients, columns, correction)[0] / system.u
+
+
+# Elements of (u I + G^T G)^-1.
+
+
+def _diagonal(system: _System, factor: Tensor) -> Tensor:
+    """Of each block, ``[n, B]``."""
+    gradients, columns = system.gradients, system.columns
+    m, size = len(gradients), columns.shape[1]
+    if size <= m:
+        return factor.diagonal(dim1=1, dim2=2)
+    root = factor.to(gradients.dtype)
+    norms = [_squared_norms(root, _gather(gradients, columns[:, strip])) for strip in _strips(columns, m)]
+    gap = 1 - torch.cat(norms, 1).to(torch.float64)
+    result = gap.clamp(max=1) / system.u
+    for block in torch.nonzero((gap < SMALL_GAP).any(1))[:, 0].tolist():
+        one = _inverse_system(gradients, columns[block, None], factor[block, None], system.u)
+        for at in torch.split(torch.nonzero(gap[block] < SMALL_GAP)[:, 0], max(1, PIECE // size)):
+            exact = _inverse_columns(one, at)[at, torch.arange(len(at))]
+            # A bound of every element: float32's G G^T may be too inexact for the damping.
+            norms_at = _gather(gradients, columns[block, at][None])[0].to(torch.float64).square().sum(0)
+            result[block, at] = torch.maximum(exact, 1 / (system.u + norms_at)).clamp(max=1 / system.u)
+    return result
+
+
+def _squared_norms(root: Tensor, part: Tensor) -> Tensor:
+    """Squared column norms of ``root @ part``, ``[n, B]``; ``root`` is lower triangular."""
+    result = torch.zeros_like(part[:, 0])
+    for start in range(0, part.shape[1], ROWS):
+        stop = start + ROWS
+        result += (root[:, start:stop, :stop] @ part[:, :stop]).square().sum(1)
+    return result
+
+
+def _inverse_columns(system: _System, at: Tensor) -> Tensor:
+    """Columns ``at`` of the inverse of the one block, ``[B, k]``."""
+    size, k = system.columns.shape[1], len(at)
+    unit = torch.zeros(1, size, k, dtype=torch.float64, device=at.device)
+    unit[0, at, torch.arange(k)] = 1
+    return _solve(system, unit)[0]
+
+
+def _entries(system: _System, factor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Entries of the inverse of the one block, at positions inside it."""
+    gradients = system.gradients
+    if system.columns.shape[1] <= len(gradients):
+        return factor[0, rows[:, None], columns]
+    left, right = (factor[0] @ gradients[:, system.columns[0, at]].to(torch.float64) for at in (rows, columns))
+    result = ((rows[:, None] == columns).to(torch.float64) - left.mT @ right) / system.u
+    small_rows, small_columns = (torch.nonzero(1 - a.square().sum(0) < SMALL_GAP)[:, 0] for a in (left, right))
+    if len(small_rows):
+        result[small_rows] = _inverse_columns(system, rows[small_rows])[columns].mT
+    if len(small_columns):
+        result[:, small_columns] = _inverse_columns(system, columns[small_columns])[rows]
+    return result
+
+
+# Products with G, in one or in two parts of a sum.
+
+
+def _forward(gradients: Tensor, columns: Tensor, x: Tensor, product: Product | None = None) -> tuple[Tensor, Tensor]:
+    """``G x`` of each block, ``[n, m, k]``, as a sum of two."""
+    product = product or _plain_product
+    high = x.new_zeros(len(x), len(gradients), x.shape[2])
+    low = torch.zeros_like(high)
+    for strip in _strips(columns, len(gradients)):
+        more, more_low = product(_gather(gradients, columns[:, strip]), x[:, strip])
+        high += more
+        low += more_low
+    return high, low
+
+
+def _backward(gradients: Tensor, columns: Tensor, y: Tensor, product: Product | None = None) -> tuple[Tensor, Tensor]:
+    """``G^T y`` of each block, ``[n, B, k]``, as a sum of two."""
+    product = product or _plain_product
+    strips = _strips(columns, len(gradients))
+    pairs = [product(_gather(gradients, columns[:, strip]).mT, y) for strip in strips]
+    high, low = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+    return high, low
+
+
+def _residual_product(gradients: Tensor) -> Product:
+    """Twice the gradients' precision: float64 is that already for float32 ones."""
+    return _doubled_product if gradients.dtype == torch.float64 else _plain_product
+
+
+def _plain_product(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    result = a.to(x.dtype) @ x
+    return result, torch.zeros_like(result)
+
+
+def _doubled_product(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``a @ x`` as a sum of two, in about twice float64's precision.
+
+    Both are cut into parts of so few bits that sums of products of the leading parts are exact (Ozaki et al. 2012).
+    """
+    bits = (53 - math.ceil(math.log2(a.shape[-1]))) // 2
+    a1, a2, a3 = _cut(a, bits, -1)
+    x1, x2, x3 = _cut(x, bits, -2)
+    return a1 @ x1, (a1 @ x2 + a2 @ x1) + (a1 @ x3 + a2 @ (x2 + x3) + a3 @ x)
+
+
+def _cut(a: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three parts with sum ``a``: the first two have ``bits`` bits, on a scale shared along ``dim``."""
+    peak = a.abs().amax(dim, keepdim=True)
+    scale = torch.where(peak > 0, peak / torch.frexp(peak).mantissa, 1)  # the power of two above the peak
+    # Adding 1.5 * 2**52 units rounds to whole units.
+    first = 1.5 * 2.0 ** (52 - bits) * scale
+    high = (a + first) - first
+    second = 2.0**-bits * first
+    middle = ((a - high) + second) - second
+    return high, middle, (a - high) - middle
+
+
+# Checks of what the caller passes.
+
+
+def _check_damping(damping: float) -> None:
+    if not (damping > 0 and math.isfinite(damping) and math.isfinite(1 / damping)):
+        raise NumericsError(f"damping is {damping}; it must be a positive number with a finite inverse")
+
+
+def _check_gradients(gradients: Tensor) -> None:
+    if gradients.dim() != 2 or not gradients.numel() or gradients.dtype not in DTYPES:
+        raise ValueError(
+            f"gradients must be [m, d] in float32 or float64, not {list(gradients.shape)} in {gradients.dtype}"
+        )
+    # Sums are far cheaper than isfinite of every element; one that merely overflows is no error.
+    for row in torch.nonzero(~torch.isfinite(gradients.sum(1)))[:, 0].tolist():
+        bad = torch.nonzero(~torch.isfinite(gradients[row]))
+        if len(bad):
+            raise NumericsError(
+                f"gradient row {row} of {len(gradients)} is {float(gradients[row, bad[0]])} at column {int(bad[0])}",
+                hint="a loss that is not finite, or a broken weight; check the checkpoint and the data",
+            )
+
+
+def _check_finite(name: str, vector: Tensor, length: int, *, dims: tuple[int, ...] = (1,)) -> None:
+    if vector.dim() not in dims or len(vector) != length or vector.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must have {length} rows in float32 or float64, not shape {list(vector.shape)} in {vector.dtype}"
+        )
+    bad = torch.nonzero(~torch.isfinite(vector))
+    if len(bad):
+        raise NumericsError(f"{name} is {float(vector[tuple(bad[0])])} at index {bad[0].tolist()}")
