@@ -78,6 +78,26 @@ def unpack_mask(packed: Tensor, decision: MaskWeights, shape: torch.Size) -> Ten
     return mask.reshape(shape)
 
 
+def values_key(tensor: str) -> str:
+    """Where a sidecar holds the new values of a tensor's survivors, ``[kept]`` in order."""
+    return f"{tensor}#values"
+
+
+def values_sha256(values: Tensor) -> str:
+    """The hash that a plan's decision carries."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights) -> Tensor:
+    values = sidecar.get(values_key(decision.tensor))
+    if values is None or values.numel() != decision.kept or values_sha256(values) != decision.values_sha256:
+        raise InputError(
+            f"plan: the new values of {decision.tensor} in the sidecar are missing or others",
+            hint="keep plan.safetensors as it was written beside plan.json",
+        )
+    return values
+
+
 def apply_plan(
     module: nn.Module, tied: tuple[tuple[str, ...], ...], plan: Plan, sidecar: Mapping[str, Tensor]
 ) -> Compressed:
@@ -105,6 +125,8 @@ def apply_plan(
         if name not in sidecar:
             raise InputError(f"plan: the mask of {name} is missing", hint="keep plan.safetensors beside plan.json")
         mask = unpack_mask(sidecar[name], decision, weight.shape)
+        if decision.values_sha256 is not None:
+            weight = weight.masked_scatter(mask, _values(sidecar, decision).to(weight.dtype))
         tensors[name] = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
     for name, choice in plan.quantized("weight").items():
         weight = tensors[name]

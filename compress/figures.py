@@ -111,7 +111,11 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: i
         kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
         if mask.pattern != "unstructured":
             return f"{kept}: the smallest of each group along the inputs, pattern {mask.pattern}"
-        if plan.options.get("scope") == "global":
+        shared = plan.options.get("scope") == "global"
+        if mask.values_sha256 is not None:
+            where = "all layers" if shared else "this layer"
+            return f"{kept}: the least salient of {where}; the others moved to make up for them"
+        if shared:
             return f"{kept}: those below the magnitude that all layers share"
         return f"{kept}: the smallest of this layer"
     choice = plan.quantized("weight")[tensor]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import canonical, figures, inspection, store
+from .apply import unpack_mask
 from .bench import measure_latency
 from .build import (
     ONNX,
@@ -34,7 +35,7 @@ from .build import (
 )
 from .context import Context, Progress
 from .data import Data
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .finish import DENSE, LATENCY_REPEATS, LATENCY_THREADS, Target, finish, publish_summary, raise_if_failed, read_run
 from .formats.checkpoint import read_checkpoint
 from .job import Job, check_shapes, device_of, gates_of, input_specs, method_options, open_job, out_folder, read_named
@@ -113,9 +114,9 @@ def _plan_and_finish(
         needs_data=plan is None and method.needs_data,
         inputs=() if given is None else given[0].inputs,
     )
-    if given is not None:
-        _note_other_source(opened, given[0])
     dense = dense_files(opened)
+    if given is not None:
+        given = _fitted(opened, given, planning_context(opened, dense, 0))
     sensitivities: dict[str, Sensitivity] = {}
     if plan is None:
         sensitivities = {
@@ -174,6 +175,29 @@ def take_measure(job: Job, name: str, context: Context) -> tuple[Sensitivity, di
     return taken
 
 
+def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan made on another checkpoint of the architecture: its decisions, with weights of this one."""
+    plan, sidecar = given
+    _note_other_source(job, plan)
+    if plan.source_sha256 == job.source.sha256 or not plan.has_values():
+        return given
+    if job.calibration is None:
+        raise UsageError(
+            "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
+            hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
+        )
+    state = job.source.module.state_dict()
+    unknown = [name for name in plan.masks() if name not in state]
+    if unknown:
+        raise InputError(
+            f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
+        )
+    masks = {name: unpack_mask(sidecar[name], d, state[name].shape) for name, d in plan.masks().items()}
+    method = find_method("prune", plan.method)
+    refitted, tensors = load_module(method).refit(plan, job.source, job.graph, masks, job.calibration, context)
+    return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
+
+
 def _note_other_source(job: Job, plan: Plan) -> None:
     """A plan may have been made on another checkpoint of the same architecture."""
     if plan.source_sha256 != job.source.sha256:
@@ -188,6 +212,11 @@ def apply_plan(
     with store.staged(out, force, [checkpoint, plan]) as stage:
         decided, sidecar = read_plan_files(plan)
         opened = open_job(checkpoint, settings, progress, needs_data=False, inputs=decided.inputs)
+        if decided.has_values() and decided.source_sha256 != opened.source.sha256:
+            raise InputError(
+                f"{plan}: the plan's weights are another checkpoint's",
+                hint="hcompress prune CHECKPOINT --plan PLAN --data DATA keeps its decisions and computes them anew",
+            )
         _note_other_source(opened, decided)
         dense = dense_files(opened)
         write_plan(stage, decided, sidecar)

@@ -28,6 +28,8 @@ class MaskWeights:
         tensor: State-dict key.
         pattern: ``unstructured`` or ``n:m`` (at most n of m consecutive weights along the input dimension).
         mask_sha256: Hash of the packed mask bits, which lie in the sidecar under the tensor's key.
+        values_sha256: Hash of the survivors' new values, which lie in the sidecar under the key and ``#values``; None
+            where they keep the checkpoint's.
     """
 
     tensor: str
@@ -35,6 +37,7 @@ class MaskWeights:
     total: int
     pattern: str
     mask_sha256: str
+    values_sha256: str | None = None
     kind: str = field(default="mask", init=False)
 
 
@@ -102,6 +105,10 @@ class Plan:
     def masks(self) -> dict[str, MaskWeights]:
         """The mask decisions by tensor."""
         return {d.tensor: d for d in self.decisions if isinstance(d, MaskWeights)}
+
+    def has_values(self) -> bool:
+        """Whether the plan holds new values of weights, which belong to the checkpoint that it was made on."""
+        return any(mask.values_sha256 is not None for mask in self.masks().values())
 
     def quantized(self, target: str) -> dict[str, Quantize]:
         """The quantization decisions for weights or activations, by tensor."""

@@ -50,6 +50,16 @@ METHODS = (
         needs_data=False,
     ),
     Method(
+        name="obs",
+        job="prune",
+        module="compress.prune.obs",
+        summary="zero the weights that the loss misses least, by M-FAC curvature, and move the others to make up",
+        source="Frantar et al. 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, OBS",
+        options=("sparsity", "scope", "exclude", "rounds", "fisher"),
+        budgets=("sparsity", "bytes"),
+        measures=("weight-error",),
+    ),
+    Method(
         name="uniform",
         job="quantize",
         module="compress.quantize.uniform",

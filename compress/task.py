@@ -165,6 +165,15 @@ def has_logits(task: Task) -> bool:
     return bool(getattr(task, "logits", isinstance(task, Classification | CausalLM)))
 
 
+def divergence(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> float:
+    """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values."""
+    if are_logits and reference.dim() >= 2 and reference.shape[-1] >= 2:
+        log_p = torch.log_softmax(reference.double(), -1)
+        log_q = torch.log_softmax(outputs.double(), -1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return float((reference.double() - outputs.double()).square().mean())
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """All that a planner sees of the user's data."""

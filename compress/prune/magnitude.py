@@ -64,14 +64,22 @@ def plan(
         masks = _unstructured(weights, total, budget, scope, context)
     else:
         masks = _patterned(layers, weights, pattern, budget, total, context)
-    return _record(
+    return mask_plan(
         source, graph, masks, budget, {"exclude": list(exclude), "pattern": pattern, "scope": scope}, pattern
     )
 
 
-def _record(
-    source: Source, graph: Graph, masks: Masks, budget: Budget | None, options: dict[str, Any], pattern: str
+def mask_plan(
+    source: Source,
+    graph: Graph,
+    masks: Masks,
+    budget: Budget | None,
+    options: dict[str, Any],
+    pattern: str,
+    *,
+    method: str = "magnitude",
 ) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan that zeroes what ``masks`` don't keep, and its sidecar of packed masks."""
     sidecar = {name: pack_mask(mask) for name, mask in masks.items()}
     decisions = tuple(
         MaskWeights(name, int(mask.sum()), mask.numel(), pattern, mask_sha256(sidecar[name]))
@@ -84,7 +92,7 @@ def _record(
         for layer in graph.layers
     )
     predicted = {"sparsity": zeros / total}
-    return Plan("magnitude", options, 0, source.sha256, None, budget, decisions, predicted), sidecar
+    return Plan(method, options, 0, source.sha256, None, budget, decisions, predicted), sidecar
 
 
 def _unstructured(
@@ -92,7 +100,6 @@ def _unstructured(
 ) -> Masks:
     budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
     available = sum(weight.numel() for weight in weights.values())
-    choose = _global_masks if scope == "global" else _layer_masks
     if budget.quantity == "sparsity":
         removed = round(budget.limit * total)
         if removed > available:
@@ -100,18 +107,17 @@ def _unstructured(
                 f"sparsity {budget.limit:g} is out of reach: --exclude leaves at most {available / total:.4f}",
                 hint="exclude less, or lower --sparsity",
             )
-        return choose(weights, removed / available)
-    return _smallest_cut(weights, available, budget, choose, context)
+        return _chooser(scope)(weights, removed / available)
+    return smallest_cut(weights, available, budget, scope, context)
 
 
-def _smallest_cut(
-    weights: Mapping[str, Tensor],
-    available: int,
-    budget: Budget,
-    choose: Callable[[Mapping[str, Tensor], float], Masks],
-    context: Context,
-) -> Masks:
+def _chooser(scope: str) -> Callable[[Mapping[str, Tensor], float], Masks]:
+    return _global_masks if scope == "global" else _layer_masks
+
+
+def smallest_cut(weights: Mapping[str, Tensor], available: int, budget: Budget, scope: str, context: Context) -> Masks:
     """Bisect for the least sparsity whose file fits; everything is cut where none does."""
+    choose = _chooser(scope)
 
     def size_at(removed: int) -> int:
         masks = choose(weights, removed / available)

@@ -58,12 +58,3 @@ def activation_ranges(
 def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """The module itself on the CPU, a copy on any other device: it may share tensors with the source."""
     return module if device.type == "cpu" else copy.deepcopy(module).to(device)
-
-
-def divergence(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> float:
-    """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values."""
-    if are_logits and reference.dim() >= 2 and reference.shape[-1] >= 2:
-        log_p = torch.log_softmax(reference.double(), -1)
-        log_q = torch.log_softmax(outputs.double(), -1)
-        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return float((reference.double() - outputs.double()).square().mean())

@@ -23,8 +23,8 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import Decision, Plan, Quantize
 from ..sensitivity import Sensitivity
-from ..task import Calibration, has_logits
-from .calibrate import BATCH, activation_ranges, divergence, on_device
+from ..task import Calibration, divergence, has_logits
+from .calibrate import BATCH, activation_ranges, on_device
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")

@@ -21,8 +21,8 @@ from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan, Quantize
 from compress.quantize import uniform
-from compress.quantize.calibrate import activation_ranges, divergence
-from compress.task import Calibration, Classification
+from compress.quantize.calibrate import activation_ranges
+from compress.task import Calibration, Classification, divergence
 
 NETWORK = named("plain_cnn")
 WEIGHTS = ("0.0.weight", "1.0.weight", "2.2.weight")
