@@ -55,7 +55,7 @@ METHODS = (
         module="compress.prune.obs",
         summary="zero the weights that the loss misses least, by M-FAC curvature, and move the others to make up",
         source="Frantar et al. 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, OBS",
-        options=("sparsity", "scope", "exclude", "rounds", "fisher"),
+        options=("sparsity", "scope", "pattern", "exclude", "rounds", "fisher"),
         budgets=("sparsity", "bytes"),
         measures=("weight-error",),
     ),

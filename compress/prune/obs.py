@@ -56,9 +56,13 @@ def plan(
 
     Raises:
         BudgetError: More is to be removed than ``exclude`` leaves.
-        UsageError: Nothing to prune.
+        UsageError: Nothing to prune, or a pattern.
         OutOfMemoryError: The gradients would not fit; names the way out.
     """
+    if str(options.get("pattern") or "unstructured") != "unstructured":
+        raise UsageError(
+            f"method obs has no pattern {options['pattern']}", hint="pass --method magnitude, or leave --pattern out"
+        )
     exclude = tuple(options.get("exclude") or ())
     layers = graph.without(exclude)
     if not layers:

@@ -13,7 +13,7 @@ from compress.apply import apply_plan
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
-from compress.errors import BudgetError, OutOfMemoryError
+from compress.errors import BudgetError, OutOfMemoryError, UsageError
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan
@@ -136,6 +136,11 @@ def test_what_is_excluded_stays_and_bounds_the_sparsity() -> None:
     assert "3.weight" not in plan.masks()
     with pytest.raises(BudgetError, match="--exclude leaves at most"):
         prune(network(), 0.9, exclude=("3.*",))
+
+
+def test_a_pattern_is_refused() -> None:
+    with pytest.raises(UsageError, match="has no pattern 2:4"):
+        prune(network(), 0.5, pattern="2:4")
 
 
 def test_gradients_beyond_memory_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
