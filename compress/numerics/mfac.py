@@ -44,12 +44,13 @@ Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class _System:
     """``u I + G^T G`` of each of ``n`` blocks with columns ``[n, B]``.
 
-    ``solve_small`` solves it where ``B <= m``, else ``u I + G G^T``.
+    ``solve_small`` solves it where ``B <= m``, else ``u I + G G^T``. A ``u`` of shape ``[k]`` has one for each of the k
+    columns of what is solved for.
     """
 
     gradients: Tensor
     columns: Tensor
-    u: float
+    u: float | Tensor
     solve_small: Solve
 
 
@@ -156,7 +157,24 @@ class InverseFisher:
         return _inverse_system(self.gradients, group.columns[part], factor, u), factor
 
 
-def inverse_fisher(gradients: Tensor, damping: float, *, blocks: int | Sequence[int] | None = None) -> InverseFisher:
+def gram_matrix(gradients: Tensor) -> Tensor:
+    """``G G^T``, lower triangle, ``[m, m]``, float64: computed once for ``inverse_fisher`` and ``joint_update``.
+
+    Raises:
+        NumericsError: A gradient is not finite (names row and column), or products of gradients overflow.
+    """
+    _check_gradients(gradients)
+    everything = torch.arange(gradients.shape[1], device=gradients.device)
+    return _gram(gradients.detach(), everything[None], is_dual=True)[0]
+
+
+def inverse_fisher(
+    gradients: Tensor,
+    damping: float,
+    *,
+    blocks: int | Sequence[int] | None = None,
+    gram: Tensor | None = None,
+) -> InverseFisher:
     """Factorise ``F = damping I + G^T G / m`` for inverse products, the diagonal and elements.
 
     Args:
@@ -164,6 +182,7 @@ def inverse_fisher(gradients: Tensor, damping: float, *, blocks: int | Sequence[
         damping: Above 0. Raised tenfold, in all blocks, until every Cholesky factorisation succeeds.
         blocks: None for the full matrix; ``B`` for consecutive blocks of B parameters, the last one what is left; or
             the sizes, whose sum is d.
+        gram: ``gram_matrix(gradients)``, for the full matrix.
 
     Raises:
         NumericsError: ``damping`` is not a positive finite number; a gradient is not finite (names row and column), or
@@ -181,7 +200,7 @@ def inverse_fisher(gradients: Tensor, damping: float, *, blocks: int | Sequence[
     while True:
         asked, result = damping, []
         for columns in groups:
-            factor, damping = _factorise(gradients, columns, damping)
+            factor, damping = _factorise(gradients, columns, damping, gram)
             result.append(_Blocks(columns, factor))
         if damping == asked or (len(groups) == 1 and len(groups[0]) == 1):
             return InverseFisher(gradients, damping, tuple(result))
@@ -212,14 +231,29 @@ class JointUpdate:
         Raises:
             NumericsError: ``damping`` is not a positive finite number.
         """
-        _check_damping(damping)
-        u = len(self.gradients) * damping
-        delta = torch.where(self.keep, 0, -self.weights)
+        return self.solve_each([damping])[0]
+
+    def solve_each(self, dampings: Sequence[float], *, refinements: int = NUM_REFINEMENTS) -> Tensor:
+        """The updates ``[k, d]`` at ``k`` dampings, which share the passes over the gradients.
+
+        Args:
+            refinements: 1 or more, two passes over the gradients each. One leaves float32's errors where the damping is
+                far below ``||F||``: enough to choose among dampings, and for the weights of a network.
+
+        Raises:
+            NumericsError: A damping is not a positive finite number.
+        """
+        for damping in dampings:
+            _check_damping(damping)
+        m, k = len(self.gradients), len(dampings)
+        u = m * torch.tensor(dampings, dtype=torch.float64, device=self.gradients.device)
+        delta = torch.where(self.keep, 0, -self.weights).repeat(k, 1)
         for group in self.blocks:
-            for part in _parts(group.columns, len(self.gradients)):
+            for part in _parts(group.columns, m, k):
                 values, vectors = group.eigenvalues[part], group.eigenvectors[part]
                 system = _eigen_system(self.gradients, group.columns[part], values, vectors, u)
-                delta[system.columns] = _ridge(system, group.right[:, part])[..., 0].to(delta.dtype)
+                update = _ridge(system, group.right[:, part].expand(-1, -1, -1, k), refinements)
+                delta[:, system.columns] = update.movedim(-1, 0).to(delta.dtype)
         return delta
 
 
@@ -230,6 +264,7 @@ def joint_update(
     *,
     residuals: Tensor | None = None,
     blocks: int | Sequence[int] | None = None,
+    gram: Tensor | None = None,
 ) -> JointUpdate:
     """Prepare the Optimal Brain Surgeon update for removing all weights with ``keep`` False at once.
 
@@ -247,6 +282,7 @@ def joint_update(
         keep: ``[d]``, bool.
         residuals: ``[m]``, by default zeros. Every block fits all of them.
         blocks: As for ``inverse_fisher``.
+        gram: ``gram_matrix(gradients)``, for the full matrix: only the products of the pruned columns are then computed.
 
     Raises:
         NumericsError: A gradient (names row and column), weight or residual is not finite, or products of gradients
@@ -270,7 +306,7 @@ def joint_update(
             if pruned.shape[1]:
                 moved = weights[pruned[part]][..., None].to(torch.float64)
                 targets = targets + _forward(gradients, pruned[part], moved)[0]
-            values, vectors = torch.linalg.eigh(_gram(gradients, kept[part]))
+            values, vectors = torch.linalg.eigh(_kept_gram(gradients, kept[part], pruned[part], gram))
             parts.append((_ridge_right(gradients, kept[part], targets), values.clamp(min=0), vectors))
         right, values, vectors = zip(*parts, strict=True)
         result.append(_JointBlocks(kept, torch.cat(right, 1), torch.cat(values), torch.cat(vectors)))
@@ -346,14 +382,24 @@ def _locate(columns: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 # Factors.
 
 
-def _gram(gradients: Tensor, columns: Tensor) -> Tensor:
-    """Lower triangle of ``G G^T`` where ``B > m``, else of ``G^T G``, of each block: ``[n, r, r]``, float64."""
+def _kept_gram(gradients: Tensor, kept: Tensor, pruned: Tensor, gram: Tensor | None) -> Tensor:
+    """The smaller Gram matrix of the kept columns; by difference where fewer are pruned."""
+    is_dual = kept.shape[1] > len(gradients)
+    if gram is None or not is_dual or pruned.shape[1] >= kept.shape[1]:
+        return _gram(gradients, kept, is_dual=is_dual)
+    if not pruned.shape[1]:
+        return gram[None]
+    return gram[None] - _gram(gradients, pruned, is_dual=True)
+
+
+def _gram(gradients: Tensor, columns: Tensor, *, is_dual: bool) -> Tensor:
+    """Lower triangle of ``G G^T`` if it ``is_dual``, else of ``G^T G``, of each block: ``[n, r, r]``, float64."""
     m, size = len(gradients), columns.shape[1]
-    r = min(m, size)
+    r = m if is_dual else size
     gram = torch.zeros(len(columns), r, r, dtype=torch.float64, device=gradients.device)
     for strip in _strips(columns, m):
         part = _gather(gradients, columns[:, strip])
-        if size <= m:
+        if not is_dual:
             part = part.to(torch.float64).mT
         for start in range(0, r, ROWS):
             stop = start + ROWS
@@ -367,12 +413,15 @@ def _gram(gradients: Tensor, columns: Tensor) -> Tensor:
     return gram
 
 
-def _factorise(gradients: Tensor, columns: Tensor, damping: float) -> tuple[Tensor, float]:
+def _factorise(gradients: Tensor, columns: Tensor, damping: float, known: Tensor | None) -> tuple[Tensor, float]:
     """The factors of ``_Blocks``, and the damping at which Cholesky succeeded; earlier blocks have the one before."""
     m, (n, size) = len(gradients), columns.shape
     result = torch.empty(n, min(m, size), min(m, size), dtype=torch.float64, device=gradients.device)
     for part in _parts(columns, m):
-        gram = _gram(gradients, columns[part])
+        if known is not None and size > m:
+            gram = known[None].clone()
+        else:
+            gram = _gram(gradients, columns[part], is_dual=size > m)
         gram.diagonal(dim1=1, dim2=2).add_(m * damping)
         lower, failed = torch.linalg.cholesky_ex(gram)
         while bool(failed.any()):
@@ -401,8 +450,8 @@ def _inverse_system(gradients: Tensor, columns: Tensor, factor: Tensor, u: float
     return _System(gradients, columns, u, lambda x: factor @ x)
 
 
-def _eigen_system(gradients: Tensor, columns: Tensor, values: Tensor, vectors: Tensor, u: float) -> _System:
-    return _System(gradients, columns, u, lambda x: vectors @ ((vectors.mT @ x) / (values + u)[..., None]))
+def _eigen_system(gradients: Tensor, columns: Tensor, values: Tensor, vectors: Tensor, u: Tensor) -> _System:
+    return _System(gradients, columns, u, lambda x: vectors @ ((vectors.mT @ x) / (values[..., None] + u)))
 
 
 def _plain_solve(system: _System, x: Tensor) -> Tensor:
@@ -428,18 +477,18 @@ def _ridge_right(gradients: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(_backward(gradients, columns, targets, _residual_product(gradients)))
 
 
-def _ridge(system: _System, right: Tensor) -> Tensor:
+def _ridge(system: _System, right: Tensor, refinements: int = NUM_REFINEMENTS) -> Tensor:
     """``(u I + G^T G)^-1 G^T t`` to rounding, ``[n, B, k]``: it minimises ``|G y - t|^2 + u |y|^2``."""
     if system.columns.shape[1] <= len(system.gradients):
-        return _solve_primal(system, right[0], right[1])
-    return _solve_dual(system, None, right[0])
+        return _solve_primal(system, right[0], right[1], refinements)
+    return _solve_dual(system, None, right[0], refinements)
 
 
-def _solve_primal(system: _System, high: Tensor, low: Tensor) -> Tensor:
+def _solve_primal(system: _System, high: Tensor, low: Tensor, refinements: int = NUM_REFINEMENTS) -> Tensor:
     """``y`` of ``(u I + G^T G) y = high + low``."""
     gradients, columns, product = system.gradients, system.columns, _residual_product(system.gradients)
     y = system.solve_small(high)
-    for _ in range(NUM_REFINEMENTS if gradients.dtype == torch.float64 else 0):
+    for _ in range(refinements if gradients.dtype == torch.float64 else 0):
         inner, inner_low = _forward(gradients, columns, y, product)
         outer, outer_low = _backward(gradients, columns, inner, product)
         rest = outer_low + _backward(gradients, columns, inner_low)[0]
@@ -447,7 +496,7 @@ def _solve_primal(system: _System, high: Tensor, low: Tensor) -> Tensor:
     return y
 
 
-def _solve_dual(system: _System, x: Tensor | None, targets: Tensor) -> Tensor:
+def _solve_dual(system: _System, x: Tensor | None, targets: Tensor, refinements: int = NUM_REFINEMENTS) -> Tensor:
     """``y`` of ``(u I + G^T G) y = x + G^T t``; None for ``x = 0``.
 
     As ``u y + G^T z = x`` and ``G y - z = t``: then ``(u I + G G^T) z = G x - u t``, and only ``x - G^T z`` cancels.
@@ -457,7 +506,7 @@ def _solve_dual(system: _System, x: Tensor | None, targets: Tensor) -> Tensor:
     start = 0 if x is None else _forward(gradients, columns, x)[0]
     correction = system.solve_small(start - system.u * targets)
     z = torch.zeros_like(correction)
-    for _ in range(NUM_REFINEMENTS):
+    for _ in range(refinements):
         z = z + correction
         inner, inner_low = _backward(gradients, columns, z, product)
         y = ((0 if x is None else x) - inner - inner_low) / system.u
@@ -481,7 +530,7 @@ def _diagonal(system: _System, factor: Tensor) -> Tensor:
     gap = 1 - torch.cat(norms, 1).to(torch.float64)
     result = gap.clamp(max=1) / system.u
     for block in torch.nonzero((gap < SMALL_GAP).any(1))[:, 0].tolist():
-        one = _inverse_system(gradients, columns[block, None], factor[block, None], system.u)
+        one = _inverse_system(gradients, columns[block, None], factor[block, None], float(system.u))
         for at in torch.split(torch.nonzero(gap[block] < SMALL_GAP)[:, 0], max(1, PIECE // size)):
             exact = _inverse_columns(one, at)[at, torch.arange(len(at))]
             # A bound of every element: float32's G G^T may be too inexact for the damping.

@@ -24,7 +24,7 @@ from ..curvature.sample_gradients import sample_gradients
 from ..errors import BudgetError, OutOfMemoryError, UsageError
 from ..graph.trace import Graph
 from ..model import Source
-from ..numerics.mfac import inverse_fisher, joint_update, saliency
+from ..numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
 from ..plan import MaskWeights, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
@@ -173,16 +173,17 @@ def _round(
     context.progress("saliencies and update", 0, None)
     weights = network.flat().cpu()
     alive = weights[keep]
-    scale = float(gradients.double().square().sum()) / gradients.numel()
+    gram = gram_matrix(gradients)
+    scale = float(gram.diagonal().sum()) / gradients.numel()
     scores = alive.double().square()
     if scale > 0:
-        inverse = inverse_fisher(gradients, SALIENCY_DAMPING * scale)
+        inverse = inverse_fisher(gradients, SALIENCY_DAMPING * scale, gram=gram)
         scores = saliency(alive, inverse.diagonal()).double()
     scores[protected[keep]] = float("inf")
     chosen = _survivors(network, keep, scores, removed, str(options["scope"]))
 
     best, least = torch.where(chosen, weights, 0.0), float("inf")
-    for candidate in _candidates(gradients, weights, keep, chosen, scale):
+    for candidate in _candidates(gradients, gram, weights, keep, chosen):
         network.set_flat(candidate)
         moved = divergence(dense, predict(network, calibration.data), are_logits=has_logits(calibration.task))
         if moved < least:
@@ -204,14 +205,14 @@ def _survivors(network: Network, keep: Tensor, scores: Tensor, removed: int, sco
     return torch.cat(masks)
 
 
-def _candidates(gradients: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor, scale: float) -> Iterator[Tensor]:
+def _candidates(gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor) -> Iterator[Tensor]:
     """The weights after the cut alone, then after the joint update at each damping."""
-    cut = torch.where(chosen, weights, 0.0)
-    yield cut
+    yield torch.where(chosen, weights, 0.0)
+    scale = float(gram.diagonal().sum()) / gradients.numel()
     if scale <= 0:
         return
-    update = joint_update(gradients, weights[keep], chosen[keep])
-    for damping in DAMPINGS:
+    update = joint_update(gradients, weights[keep], chosen[keep], gram=gram)
+    for change in update.solve_each([damping * scale for damping in DAMPINGS], refinements=1):
         moved = weights.clone()
-        moved[keep] += update.solve(damping * scale)
+        moved[keep] += change
         yield torch.where(chosen, moved, 0.0)

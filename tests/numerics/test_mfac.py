@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.errors import NumericsError
 from compress.numerics import mfac
-from compress.numerics.mfac import inverse_fisher, joint_update, saliency
+from compress.numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
 
 Array = NDArray[Any]
 Blocks = int | Sequence[int] | None
@@ -373,3 +373,21 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         joint_update(gradients, weights, torch.ones(3))
     with pytest.raises(IndexError, match=r"index -1 is not in 0 .. 2"):
         fisher.element(0, -1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gram_matrix_given_is_as_good_as_one_computed(kind: str) -> None:
+    gradients, weights, keep = gradients_of(kind, 16, 90), normal(7, 90), normal(9, 90) > -0.5
+    gram, damping = gram_matrix(gradients), 1e-6 * norm_of(gradients)
+    found, expected = (inverse_fisher(gradients, damping, gram=g).diagonal() for g in (gram, None))
+    assert torch.equal(found, expected)
+    delta, expected = (joint_update(gradients, weights, keep, gram=g).solve(damping) for g in (gram, None))
+    torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("blocks", [None, 9])
+def test_many_dampings_at_once_are_as_one_by_one(blocks: Blocks) -> None:
+    gradients, weights, keep = gradients_of("common mean", 16, 90), normal(7, 90), normal(9, 90) > 0
+    update, dampings = joint_update(gradients, weights, keep, blocks=blocks), [1e-6, 1e-3, 1.0]
+    for found, damping in zip(update.solve_each(dampings), dampings, strict=True):
+        torch.testing.assert_close(found, update.solve(damping), rtol=1e-11, atol=1e-13)
