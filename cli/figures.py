@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import canonical
-from ..errors import InputError
+from ..errors import InputError, escape
 from ..plan import Decision, MaskWeights
 from ..verdict import Check
 from .output import print_line, print_table
@@ -36,7 +36,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def print_report(report: dict[str, Any]) -> None:
     """Before and after, the proofs, the checks and the notes of one run."""
     print_table(("", "dense", "compressed", "change"), comparison_rows(report))
-    for line in proof_lines(report):
+    for line in (*prediction_lines(report), *proof_lines(report)):
         print_line(line)
 
 
@@ -95,6 +95,17 @@ def latency_cells(dense_ms: float, compressed_ms: float) -> tuple[str, str, str]
     return f"{dense_ms:.3g} ms", f"{compressed_ms:.3g} ms", change
 
 
+def prediction_lines(report: dict[str, Any]) -> list[str]:
+    """The chosen point of the frontier, and its loss as predicted and as measured; none of a run without them."""
+    frontier, loss = report.get("frontier"), report.get("loss")
+    if not frontier and not loss:
+        return []
+    from ..report import frontier_text, loss_text
+
+    lines = [f"frontier: {frontier_text(frontier)}"] if frontier else []
+    return lines + ([f"loss: {loss_text(loss)}"] if loss else [])
+
+
 def proof_lines(report: dict[str, Any]) -> list[str]:
     """Parity, checks, cost and notes, a line each."""
     lines = [parity_line(report["parity"])] if report["parity"] else []
@@ -141,5 +152,7 @@ def decision_text(decision: Decision) -> str:
     if isinstance(decision, MaskWeights):
         return f"keeps {decision.kept:,} of {decision.total:,}, {decision.pattern}"
     per = "one scale" if decision.axis is None else f"a scale for each index of dimension {decision.axis}"
-    found = decision.range if isinstance(decision.range, str) else "{:.4g} to {:.4g}".format(*decision.range)
+    # A range for each channel is as long as the layer is wide.
+    given = decision.range
+    found = escape(given, limit=40) if isinstance(given, str) else "{:.4g} to {:.4g}".format(*given)
     return f"{decision.bits} bits, {decision.scheme}, {per}, range {found}"

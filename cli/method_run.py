@@ -36,6 +36,7 @@ def run_job(
     *,
     preset: str | None,
     plan: Path | None,
+    pick: str | None = None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -62,6 +63,7 @@ def run_job(
             force=force,
             dry_run=dry_run,
             plan=plan,
+            pick=pick,
             command=options.command_line(),
             progress=progress,
         )

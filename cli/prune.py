@@ -10,17 +10,17 @@ from . import method_run
 from .options import checkpoint_argument, command, force_option, setting_options
 
 EXAMPLES = """\
-hcompress prune model.pt --model net.py:make --data calib.npz --eval test.npz --method obs --sparsity 0.6 --out small
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5 --out pruned
-hcompress prune model.pt --model net.py:make --eval test.npz --pattern 2:4 --out pruned
-hcompress prune model.pt --model net.py:make --eval test.npz --budget 25% --for safetensors --max-drop 1
-hcompress prune model.pt --model net.py:make --sparsity 0.9 --dry-run
-hcompress prune nightly.pt --model net.py:make --eval test.npz --plan pruned/plan.json --out nightly"""
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --max-drop 0.5 --out small
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --pattern 2:4 --out pruned
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --budget 25% --for safetensors
+hcompress prune model.pt --model net.py:make --input-shape 3,32,32 --method magnitude --sparsity 0.9 --dry-run
+hcompress prune nightly.pt --model net.py:make --data calibration.npz --eval test.npz --plan pruned --out nightly"""
 
 
 @command("prune", examples=EXAMPLES)
 @checkpoint_argument
-@setting_options("method", "budget", "sparsity", "scope", "pattern", "exclude", "rounds", "fisher", "for")
+@setting_options("method", "budget", "sparsity", "scope", "pattern", "exclude", "rounds", "fisher", "for", "cache")
 @setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
 @click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")

@@ -15,6 +15,7 @@ from .output import print_json, print_line, print_table
 from .progress import Progress
 
 BAR = 24  # characters of the longest bar
+LINEAR_RATIO = 100.0  # of the largest to the smallest value that bars of one linear scale can show
 EXAMPLES = """\
 hcompress sensitivity model.pt --model net.py:make --data calibration.npz
 hcompress sensitivity model.pt --model net.py:make --data calibration.npz --rtol 0.02 --out traces
@@ -33,7 +34,7 @@ hcompress sensitivity model.pt --model net.py:make --measure weight-error --inpu
 )
 @setting_options("trace", "fisher", "rtol", "passes")
 @setting_options("model", "model_args", "input_shape", "data", "num_calibration", "mean", "std", "layout", "task")
-@setting_options("seed", "threads", "device", "out")
+@setting_options("seed", "threads", "device", "cache", "out")
 @force_option
 def sensitivity(checkpoint: Path, measure: str, force: bool, as_json: bool, quiet: bool) -> None:
     """Measure how the loss of CHECKPOINT reacts to a change of each layer's weights, with standard errors.
@@ -43,11 +44,15 @@ def sensitivity(checkpoint: Path, measure: str, force: bool, as_json: bool, quie
     settings = options.resolve()
     registry.find_measure(measure)
     preflight.check_inputs(checkpoint, settings)
+    if settings["out"].value is not None:
+        preflight.check_out(Path(settings["out"].value), force=force)
 
     from ..pipeline import measure_sensitivity
 
     with Progress(quiet=quiet) as progress:
-        record = measure_sensitivity(checkpoint, settings, measure, force=force, progress=progress)
+        record = measure_sensitivity(
+            checkpoint, settings, measure, force=force, command=options.command_line(), progress=progress
+        )
     if as_json:
         print_json(record)
     else:
@@ -58,7 +63,7 @@ def sensitivity(checkpoint: Path, measure: str, force: bool, as_json: bool, quie
 
 def _print(record: dict[str, Any]) -> None:
     entries = sorted(record["entries"], key=lambda entry: -entry["value"])
-    largest = max((abs(entry["value"]) for entry in entries), default=0.0) or 1.0
+    lengths, scale = _bars([entry["value"] for entry in entries])
     rows = [
         (
             entry["layer"],
@@ -66,12 +71,26 @@ def _print(record: dict[str, Any]) -> None:
             f"{entry['value']:.4g} +- {entry['stderr']:.2g}" if entry["stderr"] else f"{entry['value']:.4g}",
             count(record["elements"][entry["layer"]]),
             f"{entry['value'] / record['elements'][entry['layer']]:.3g}",
-            "#" * round(BAR * abs(entry["value"]) / largest),
+            "#" * length,
         )
-        for entry in entries
+        for entry, length in zip(entries, lengths, strict=True)
     ]
     by_option = any(entry["option"] for entry in entries)
-    print_line(f"{record['method']}, {record['unit']}; {record['num_examples']} calibration examples")
+    origin = ", from the cache" if record["cached"] else ""
+    print_line(f"{record['method']}, {record['unit']}; {record['num_examples']} calibration examples{origin}{scale}")
     print_table(("layer", *(("option",) if by_option else ()), "value", "weights", "per weight", ""), rows)
     for note in record["notes"]:
         print_line(f"note: {note}")
+
+
+def _bars(values: list[float]) -> tuple[list[int], str]:
+    """The length of each value's bar, and what the header says where their scale is logarithmic."""
+    from ..plot import decades, share
+
+    positive = [value for value in values if value > 0]
+    axis = decades(positive)
+    if axis is None or max(positive) <= LINEAR_RATIO * min(positive):
+        largest = max(map(abs, values), default=0.0) or 1.0
+        return [round(BAR * abs(value) / largest) for value in values], ""
+    lengths = [round(BAR * share(value, axis)) if value > 0 else 0 for value in values]
+    return lengths, f"; bars on a logarithmic scale, 1e{axis[0]} to 1e{axis[1]}"

@@ -24,7 +24,7 @@ from .graph.rewrite import (
 )
 from .graph.trace import Graph
 from .numerics.rounding import activation_grid, round_weight
-from .plan import BY_CHANNEL, MaskWeights, Plan
+from .plan import BY_CHANNEL, MaskWeights, Plan, grid_bits
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -141,7 +141,7 @@ def apply_plan(
                 f"plan: {name} has ranges for {len(search) - len(BY_CHANNEL)} channels, the checkpoint's has {scales}",
                 hint="the plan is for another architecture, or was edited: one letter for each channel",
             )
-        levels, scale = round_weight(weight, choice.bits, axis=choice.axis, search=search)
+        levels, scale = round_weight(weight, grid_bits(choice.bits, choice.scheme), axis=choice.axis, search=search)
         tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
     for names in tied:
         for alias in names[1:]:

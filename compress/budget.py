@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ UNITS = {
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
     "sparsity": {"": 1.0},
 }
+SLACK = 1e-9  # of the last digit: what is lost to floats
 EXAMPLES = "0.3MB, 25%, 4bit, sparsity=0.5, macs=50%, latency=2ms"
 
 
@@ -51,6 +53,12 @@ class Budget:
         return self.limit * dense if self.of == "dense" else self.limit
 
 
+def rounded_up(amount: float) -> float:
+    """The amount at four digits, and no less: a minimum that is printed is one that can be asked for."""
+    step = 10.0 ** (math.floor(math.log10(amount)) - 3) if amount > 0 else 1.0
+    return float(f"{math.ceil(amount / step - SLACK) * step:.4g}")
+
+
 def format_bytes(size: float) -> str:
     """Decimal bytes as people read them: ``283.0 kB`` is written ``283.0KB``; 1 MB = 10^6 bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
@@ -71,7 +79,7 @@ def parse_budget(text: str) -> Budget:
         >>> parse_budget("macs=50%")
         Budget(quantity='macs', limit=0.5, of='dense')
     """
-    match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z%]*)", text.strip().lower())
+    match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z%]*)", text.strip().lower())
     if match is None:
         raise UsageError(f"budget {text!r} is not understood", hint=f"examples: {EXAMPLES}")
     name, number, unit = match.group(1), float(match.group(2)), match.group(3)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from .frontier import FrontierRecord
+from .sensitivity import CostTable
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -28,6 +31,8 @@ class Context:
         progress: Called with stage, done and total (None where unknown).
         model_bytes: Bytes of the delivered file if the weights named were stored so, and all others as they are.
         notes: What the user should know about the plan; a method appends sentences.
+        costs: Measured tables by quantity, such as ``latency``.
+        frontiers: The frontier that the plan is a point of; a method that has one appends it.
     """
 
     generator: torch.Generator
@@ -35,3 +40,5 @@ class Context:
     progress: Progress
     model_bytes: Callable[[Mapping[str, Storage]], int]
     notes: list[str]
+    costs: Mapping[str, CostTable] = field(default_factory=dict)
+    frontiers: list[FrontierRecord] = field(default_factory=list)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,15 +16,21 @@ from .apply import Tensors
 from .budget import Budget, format_bytes
 from .data import Data
 from .formats.packed import QuantizedTensor
+from .frontier import FLOAT_BITS, FrontierRecord
 from .graph.trace import Graph
 from .model import Source
-from .plan import Plan
+from .plan import BY_CHANNEL, Plan
+from .sensitivity import Sensitivity
 from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
 
 REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
+LATENCY_SLACK = 1.1
+MAX_POINTS = 200  # of a frontier in the report
+FRONTIER_UNITS = {"bits": "average bits", "bytes": "bytes", "bops": "bit operations", "latency": "ms"}
+COST_UNITS = {**FRONTIER_UNITS, "bits": "bits"}
 
 
 def parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
@@ -56,20 +63,105 @@ def metric_record(task: Task, dense: float, compressed: float, data: Data) -> di
     }
 
 
-def budget_checks(budget: Budget | None, size: int, dense_size: int, figures: Mapping[str, float]) -> list[Check]:
+def budget_checks(
+    budget: Budget | None,
+    reached: Mapping[str, float],
+    dense: Mapping[str, float],
+    frontier: FrontierRecord | None,
+) -> list[Check]:
+    """The check of a budget against what came out.
+
+    Args:
+        reached: ``average_bits``, ``sparsity``, ``bytes`` and ``latency`` in milliseconds.
+        dense: ``bytes`` and ``latency`` of the dense network, for relative budgets.
+        frontier: Of the plan; bit operations are known from it.
+    """
     if budget is None:
         return []
     if budget.quantity == "bytes":
-        return limit_check("budget", size, budget.absolute(dense_size), "bytes")
+        return limit_check("budget", reached["bytes"], budget.absolute(dense["bytes"]), "bytes")
     if budget.quantity == "bits":
-        return limit_check("budget", figures["average_bits"], budget.limit + 1e-9, "bits")
-    reached = figures["sparsity"]
-    return [Check("budget", reached, budget.limit, "sparsity", reached >= budget.limit - SPARSITY_SLACK)]
+        return limit_check("budget", reached["average_bits"], budget.limit + 1e-9, "bits")
+    if budget.quantity == "latency":
+        limit = budget.absolute(dense["latency"])
+        # Two measurements of one network differ by some percent.
+        return [Check("budget", reached["latency"], limit, "ms", reached["latency"] <= LATENCY_SLACK * limit)]
+    if budget.quantity == "bops":
+        # A frontier is cut at the budget: what the point costs is what was asked for, or less.
+        return [] if frontier is None else _bops_check(budget, frontier)
+    sparsity = reached["sparsity"]
+    return [Check("budget", sparsity, budget.limit, "sparsity", sparsity >= budget.limit - SPARSITY_SLACK)]
 
 
-def layer_records(source: Source, graph: Graph, tensors: Tensors, plan: Plan | None) -> list[dict[str, Any]]:
-    """One entry a weight: what was decided, why, and what it did to the weight."""
+def _bops_check(budget: Budget, frontier: FrontierRecord) -> list[Check]:
+    amount = frontier.amount(frontier.costs[frontier.index])
+    limit = budget.limit if budget.of == "absolute" else budget.limit * frontier.dense_amount
+    return limit_check("budget", amount, limit, "bops")
+
+
+def frontier_figures(frontier: FrontierRecord) -> dict[str, Any]:
+    """The frontier as the report draws it: the point of the plan, its rivals, and a thinned curve."""
+    step = -(-len(frontier.costs) // MAX_POINTS)
+    shown = sorted({*range(0, len(frontier.costs), step), len(frontier.costs) - 1, frontier.index})
+    return {
+        "quantity": frontier.quantity,
+        "unit": FRONTIER_UNITS[frontier.quantity],
+        "loss_unit": frontier.loss_unit,
+        "num_points": len(frontier.costs),
+        "index": frontier.index,
+        "cost": frontier.amount(frontier.costs[frontier.index]),
+        "loss": frontier.losses[frontier.index],
+        "points": [[frontier.amount(frontier.costs[i]), frontier.losses[i]] for i in shown],
+        "rivals": [
+            {"name": name, "cost": frontier.amount(cost), "loss": loss}
+            for name, (cost, loss) in frontier.rivals().items()
+        ],
+    }
+
+
+def _alternatives(frontier: FrontierRecord | None) -> dict[str, list[dict[str, Any]]]:
+    """By tensor: what each option of its item costs and is expected to lose."""
+    if frontier is None:
+        return {}
+    unit = COST_UNITS[frontier.quantity]
+    scale = 1.0 if frontier.quantity == "bits" else frontier.scale
+    found: dict[str, list[dict[str, Any]]] = {}
+    for item, chosen in zip(frontier.items, frontier.chosen, strict=True):
+        options = [
+            {
+                "option": "float" if choice.bits == FLOAT_BITS else f"{choice.bits} bits",
+                "cost": scale * choice.cost,
+                "unit": unit,
+                "loss": choice.loss,
+                "chosen": number == chosen,
+            }
+            for number, choice in enumerate(item.choices)
+        ]
+        found |= dict.fromkeys(item.tensors, options)
+    return found
+
+
+def _sensitivities(records: Mapping[str, Sensitivity]) -> dict[str, dict[str, Any]]:
+    """By tensor: the measure of the layer itself, with its error; none where a measure has a value for each option."""
+    return {
+        layer: {"measure": record.method, "value": e.value, "stderr": e.stderr, "unit": record.unit}
+        for record in records.values()
+        for (layer, option), e in record.entries.items()
+        if not option
+    }
+
+
+def layer_records(
+    source: Source,
+    graph: Graph,
+    tensors: Tensors,
+    plan: Plan | None,
+    frontier: FrontierRecord | None = None,
+    sensitivities: Mapping[str, Sensitivity] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """One entry a weight: what was decided, why, what else there was, and what it did to the weight."""
     state = source.module.state_dict()
+    alternatives, measured = _alternatives(frontier), _sensitivities(sensitivities)
     masks = {} if plan is None else plan.masks()
     quantized = {} if plan is None else plan.quantized("weight")
     entries = []
@@ -96,6 +188,8 @@ def layer_records(source: Source, graph: Graph, tensors: Tensors, plan: Plan | N
                 "decision": decision,
                 "relative_error": error,
                 "why": _why(plan, layer.tensor, decision, sparsity, bits, error),
+                "sensitivity": measured.get(layer.tensor),
+                "alternatives": alternatives.get(layer.tensor, []),
             }
         )
     return entries
@@ -119,7 +213,9 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: i
             return f"{kept}: those below the magnitude that all layers share"
         return f"{kept}: the smallest of this layer"
     choice = plan.quantized("weight")[tensor]
-    return f"{plan.method} chose {bits} bits with {choice.range} ranges: the weights move by {100 * error:.2g} %"
+    search = str(choice.range)
+    ranges = "a range for each channel" if search.startswith(BY_CHANNEL) else f"{search} ranges"
+    return f"{plan.method} chose {bits} bits with {ranges}: the weights move by {100 * error:.2g} %"
 
 
 def totals(layers: list[dict[str, Any]]) -> dict[str, float]:

@@ -7,15 +7,18 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import canonical, figures, report, store, summary
+from .apply import float_module
 from .bench import measure_latency
 from .budget import Budget
 from .build import (
@@ -24,17 +27,19 @@ from .build import (
     Dense,
     delivered_name,
 )
-from .data import check_forward
+from .data import Data, check_forward
 from .errors import DiskError, GateError, InputError, UsageError
 from .formats.checkpoint import read_checkpoint
 from .formats.packed import QuantizedTensor, decode
+from .frontier import FrontierRecord
 from .job import Job, check_shapes, read_named
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, check_files, describe_files, read_manifest
 from .model import WEIGHTS
 from .plan import Plan
+from .sensitivity import Sensitivity
 from .settings import Settings
-from .task import load_task
+from .task import Task, divergence, has_logits, load_task
 from .verdict import Check, Gates, Verdict, limit_check, metric_checks
 from .verify import (
     evaluate,
@@ -46,19 +51,22 @@ from .verify import (
 DENSE = "dense.onnx"
 LATENCY_REPEATS = 150
 LATENCY_TIME_S = 4.0
+LOSS_BATCH = 32
 LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a run goes and what it has to pass."""
+    """Where a run goes and what it has to pass; ``out`` is None where nothing is published."""
 
     stage: Path
-    out: Path
+    out: Path | None
     job: str
     gates: Gates
     command: list[str]
     budget: Budget | None
+    frontier: FrontierRecord | None = None
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
 
 
 def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Target) -> dict[str, Any]:
@@ -67,7 +75,8 @@ def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Targ
     Raises:
         GateError: A check failed: the report goes to ``OUT.rejected``, the models are thrown away.
     """
-    stage, settings = target.stage, job.settings
+    stage, settings, out = target.stage, job.settings, target.out
+    assert out is not None
     _reread_weights(built, stage)
     if plan is not None:
         store.write_file(stage / DENSE, dense.onnx)
@@ -75,11 +84,11 @@ def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Targ
     verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
     _write_report(stage, record)
     if not verdict.ok:
-        _reject(target, record, settings)
-    _write_manifest(job, stage, target)
+        _reject(target, out, record, settings)
+    write_manifest(job, stage, target.command)
     check_files(stage, read_manifest(stage))
     job.progress("publish", 0, None)
-    store.publish(stage, target.out)
+    store.publish(stage, out)
     publish_summary(record, settings)
     return record
 
@@ -108,13 +117,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     dense_session = session if plan is None else open_session(dense.onnx, threads)
     data = None
     if settings["eval"].value is not None:
-        progress("read evaluation data", 0, None)
-        data = read_named(settings, "eval")
-        if settings["task"].value is None and job.calibration is None:
-            task = load_task(None, data)
-        data = task.prepare(data)
-        check_forward(job.source.module, data, "--eval")
-        check_shapes(data, job.graph.example_inputs)
+        data, task = read_evaluation(job)
     examples = data.first(8).inputs if data is not None else _examples(job)
     integer = plan is not None and bool(plan.quantized("activation"))
     parity = measure_parity(built.module, session, examples)
@@ -144,11 +147,16 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         max_time_s=LATENCY_TIME_S,
     )
     delivered = delivered_name(settings)
-    layers = figures.layer_records(job.source, job.graph, built.compressed.tensors, plan)
+    layers = figures.layer_records(
+        job.source, job.graph, built.compressed.tensors, plan, target.frontier, target.sensitivities
+    )
     totals = figures.totals(layers)
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
-    checks += figures.budget_checks(target.budget, built.sizes[delivered], len(dense.onnx), totals)
+    milliseconds = {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")}
+    reached = {**totals, "bytes": built.sizes[delivered], "latency": milliseconds["compressed"]}
+    whole = {"bytes": len(dense.onnx), "latency": milliseconds["dense"]}
+    checks += figures.budget_checks(target.budget, reached, whole, target.frontier)
     origin = figures.origin(job.source.path)
     if origin is not None:
         job.notes.append(f"'dense' is {job.source.path.name}, itself a run; {figures.describe_origin(origin)}")
@@ -170,16 +178,53 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "sparsity": totals["sparsity"],
         "params": {"dense": parameters, "compressed": parameters},
         "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
-        "latency_ms": {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")},
+        "latency_ms": milliseconds,
         "latency_threads": threads or LATENCY_THREADS,
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
+        "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
+        "loss": None if plan is None else _loss(job, built, plan),
         "notes": job.notes,
         "versions": figures.versions(),
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
+    """What the compressed network loses on the calibration data, and what the method expected."""
+    if job.calibration is None:
+        return None
+    data, are_logits = job.calibration.data, has_logits(job.task)
+    dense = float_module(job.graph)
+    total = 0.0
+    with torch.no_grad():
+        for done, batch in enumerate(data.batches(LOSS_BATCH)):
+            job.progress("loss on calibration data", done * LOSS_BATCH, len(data))
+            reference, outputs = (tree_leaves(module(*batch.inputs))[0] for module in (dense, built.module))
+            total += len(batch) * divergence(reference, outputs, are_logits=are_logits)
+    job.progress("loss on calibration data", len(data), len(data))
+    what = "KL divergence from" if are_logits else "mean squared difference from"
+    return {
+        "predicted": plan.predicted.get("loss"),
+        "measured": total / len(data),
+        "unit": "nats" if are_logits else "squared output",
+        "what": f"{what} the dense network, calibration data",
+        "num_examples": len(data),
+    }
+
+
+def read_evaluation(job: Job) -> tuple[Data, Task]:
+    """The evaluation data, checked against the network, and the task that scores them."""
+    job.progress("read evaluation data", 0, None)
+    data, task = read_named(job.settings, "eval"), job.task
+    if job.settings["task"].value is None and job.calibration is None:
+        task = load_task(None, data)
+    data = task.prepare(data)
+    check_forward(job.source.module, data, "--eval")
+    check_shapes(data, job.graph.example_inputs)
+    return data, task
 
 
 def _examples(job: Job) -> tuple[Tensor, ...]:
@@ -192,12 +237,13 @@ def _write_report(stage: Path, record: dict[str, Any]) -> None:
     store.write_file(stage / "report.html", report.render_html(record))
 
 
-def _write_manifest(job: Job, stage: Path, target: Target) -> None:
+def write_manifest(job: Job, stage: Path, command: list[str]) -> None:
+    """The last file of a run folder."""
     manifest = Manifest(
         files=describe_files(stage),
         parents={"source": job.source.sha256, **job.source.parents},
         versions=figures.versions(),
-        command=target.command,
+        command=command,
         seed=int(job.value("seed")),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         host={
@@ -210,9 +256,9 @@ def _write_manifest(job: Job, stage: Path, target: Target) -> None:
     store.write_file(stage / MANIFEST, canonical.dumps(manifest))
 
 
-def _reject(target: Target, record: dict[str, Any], settings: Settings) -> None:
+def _reject(target: Target, out: Path, record: dict[str, Any], settings: Settings) -> None:
     """Publish the report without the models, then fail."""
-    rejected = target.out.with_name(f"{target.out.name}.rejected")
+    rejected = out.with_name(f"{out.name}.rejected")
     for path in list(target.stage.iterdir()):
         if path.name not in store.REJECTED_FILES:
             path.unlink()

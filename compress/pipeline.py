@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -13,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import canonical, figures, inspection, store
+from . import canonical, figures, inspection, measuring, planning, store
 from .apply import unpack_mask
 from .bench import measure_latency
 from .build import (
     ONNX,
     PLAN,
     Dense,
-    absolute_budget,
     build,
     dense_files,
     dry_run_record,
-    infeasible,
-    overhead_of,
     planning_context,
     read_plan_files,
     sealed,
@@ -36,12 +34,22 @@ from .build import (
 from .context import Context, Progress
 from .data import Data
 from .errors import InputError, UsageError
-from .finish import DENSE, LATENCY_REPEATS, LATENCY_THREADS, Target, finish, publish_summary, raise_if_failed, read_run
+from .finish import (
+    DENSE,
+    LATENCY_REPEATS,
+    LATENCY_THREADS,
+    Target,
+    finish,
+    publish_summary,
+    raise_if_failed,
+    read_run,
+    write_manifest,
+)
 from .formats.checkpoint import read_checkpoint
-from .job import Job, check_shapes, device_of, gates_of, input_specs, method_options, open_job, out_folder, read_named
+from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
-from .registry import TASKS, find_measure, find_method, load_module, methods_for
+from .registry import TASKS, Method, find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
 from .task import Task, load_task
@@ -62,10 +70,15 @@ def run_method(
     force: bool,
     dry_run: bool,
     plan: Path | None,
+    pick: str | None = None,
     command: list[str],
     progress: Progress,
 ) -> dict[str, Any]:
     """``hcompress prune`` and ``hcompress quantize``: plan, apply, verify and publish a run folder.
+
+    Args:
+        plan: A run folder or plan.json whose decisions are kept.
+        pick: Another point of that run's frontier: its number, or a budget.
 
     Returns:
         The report record; with ``dry_run``, what would be decided.
@@ -78,7 +91,7 @@ def run_method(
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
-    if not dry_run and settings["eval"].value is None:
+    if settings["eval"].value is None and (not dry_run or (plan is None and budget is None and method.searches)):
         raise UsageError(
             "no evaluation data", hint="pass --eval FILE.npz, FILE.safetensors or FILE.py:fn(args), or set [data] eval"
         )
@@ -86,26 +99,27 @@ def run_method(
         raise UsageError(
             f"method {method.name} has no {budget.quantity} budget", hint=f"it takes {', '.join(method.budgets)}"
         )
+    if pick is not None and plan is None:
+        raise UsageError("--pick needs the run whose frontier it means", hint="pass --plan RUN as well")
     if out is None:
         with tempfile.TemporaryDirectory() as nowhere:
-            return _plan_and_finish(job, checkpoint, settings, plan, command, progress, (Path(nowhere), None))
+            target = Target(Path(nowhere), None, job, gates_of(settings), command, budget)
+            return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
     with store.staged(out, force, [checkpoint]) as stage:
-        return _plan_and_finish(job, checkpoint, settings, plan, command, progress, (stage, out))
+        target = Target(stage, out, job, gates_of(settings), command, budget)
+        return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
 
 
 def _plan_and_finish(
-    job: str,
+    method: Method,
     checkpoint: Path,
     settings: Settings,
     plan: Path | None,
-    command: list[str],
+    pick: str | None,
+    target: Target,
     progress: Progress,
-    target: tuple[Path, Path | None],
 ) -> dict[str, Any]:
-    """Plan into the stage ``target[0]`` and finish it as ``target[1]``; stop at the plan where that is None."""
-    stage, out = target
-    method = find_method(job, settings["method"].value or methods_for(job)[0].name)
-    budget, gates = chosen_budget(settings), gates_of(settings)
+    """Plan into the stage and finish it; stop at the plan where there is no folder to publish."""
     given = None if plan is None else read_plan_files(plan)
     opened = open_job(
         checkpoint,
@@ -115,64 +129,25 @@ def _plan_and_finish(
         inputs=() if given is None else given[0].inputs,
     )
     dense = dense_files(opened)
-    if given is not None:
-        given = _fitted(opened, given, planning_context(opened, dense, 0))
     sensitivities: dict[str, Sensitivity] = {}
-    if plan is None:
-        sensitivities = {
-            name: take_measure(opened, name, planning_context(opened, dense, 0))[0] for name in method.measures
-        }
-
-    def decide(overhead: int) -> tuple[Plan, dict[str, Tensor]]:
-        if given is not None:
-            return given
-        progress("plan", 0, None)
-        context = planning_context(opened, dense, overhead)
-        chosen, tensors = load_module(method).plan(
-            opened.source,
-            opened.graph,
-            sensitivities,
-            opened.calibration,
-            absolute_budget(budget, dense),
-            method_options(opened, method.options),
-            context,
-        )
-        opened.notes.extend(note for note in context.notes if note not in opened.notes)
-        inputs = input_specs(opened.graph.example_inputs)
-        return sealed(replace(chosen, budget=budget, seed=int(settings["seed"].value), inputs=inputs), tensors)
-
-    decided, sidecar = decide(0)
-    write_plan(stage, decided, sidecar)
-    built = build(opened, decided, sidecar, stage)
-    while plan is None and (overhead := overhead_of(opened, built, decided, budget, dense)) is not None:
-        before = decided.decisions
-        decided, sidecar = decide(overhead)
-        if decided.decisions == before:
-            raise infeasible(opened, built, budget)
-        write_plan(stage, decided, sidecar)
-        built = build(opened, decided, sidecar, stage)
-    if out is None:
-        return dry_run_record(opened, decided, built)
-    write_sensitivities(stage, sensitivities)
-    return finish(opened, built, decided, dense, Target(stage, out, job, gates, command, budget))
-
-
-def take_measure(job: Job, name: str, context: Context) -> tuple[Sensitivity, dict[str, Tensor]]:
-    """A measure by its registered name, with its sidecar tensors.
-
-    Raises:
-        UsageError: It needs calibration data, and there are none.
-    """
-    measure = find_measure(name)
-    if measure.needs_data and job.calibration is None:
-        raise UsageError(
-            f"measure {name} needs calibration data", hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)"
-        )
-    taken: tuple[Sensitivity, dict[str, Tensor]] = load_module(measure).measure(
-        job.source, job.graph, job.calibration, method_options(job, measure.options), context
-    )
-    job.notes.extend(note for note in context.notes if note not in job.notes)
-    return taken
+    if given is None or plan is None:
+        gates = planning.search_gates(method, target.budget, target.gates, opened.task)
+        target = replace(target, gates=gates)
+        goal = planning.Goal(method, target.budget, gates, dense, target.stage)
+        decided, built, sensitivities = planning.make_plan(opened, goal)
+    else:
+        if pick is not None:
+            _note_other_source(opened, given[0])
+            decided = planning.pick(opened, given[0], plan if plan.is_dir() else plan.parent, pick, dense)
+        else:
+            fitted = _fitted(opened, given, planning_context(opened, dense, 0))
+            decided = planning.Decided(*fitted)
+        decided, built = planning.publish(opened, decided, target.stage)
+    if target.out is None:
+        return dry_run_record(opened, decided.plan, built)
+    write_sensitivities(target.stage, sensitivities)
+    target = replace(target, frontier=decided.frontier, sensitivities=sensitivities)
+    return finish(opened, built, decided.plan, dense, target)
 
 
 def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -> tuple[Plan, dict[str, Tensor]]:
@@ -239,32 +214,31 @@ def export_dense(
 
 
 def measure_sensitivity(
-    checkpoint: Path, settings: Settings, name: str, *, force: bool, progress: Progress
+    checkpoint: Path, settings: Settings, name: str, *, force: bool, command: list[str], progress: Progress
 ) -> dict[str, Any]:
-    """``hcompress sensitivity``: one measure of every layer; ``out`` takes the record and what it holds per weight.
+    """``hcompress sensitivity``: one measure of every layer; ``out`` takes the record, its tensors and a plot.
 
     Raises:
         UsageError: An unknown measure, missing data, or an output folder that exists.
     """
     measure = find_measure(name)
-    out = settings["out"].value
-    if out is not None and not force and Path(str(out)).exists():
-        raise UsageError(f"{out} exists", hint="pass --force to write into it, or another --out")
-    opened = open_job(checkpoint, settings, progress, needs_data=measure.needs_data)
-    generator = torch.Generator().manual_seed(int(settings["seed"].value))
-    context = Context(generator, device_of(settings), progress, lambda choices: 0, [])
-    taken, tensors = take_measure(opened, name, context)
-    if out is not None:
-        folder = Path(str(out))
-        folder.mkdir(parents=True, exist_ok=True)
-        store.write_file(folder / "sensitivity.json", canonical.dumps(taken.to_json()))
-        if tensors:
-            store.write_file(folder / "sensitivity.safetensors", sidecar_bytes(tensors))
-    elements = {layer.tensor: layer.elements for layer in opened.graph.layers}
+    out = None if settings["out"].value is None else out_folder(settings)
+    with nullcontext() if out is None else store.staged(out, force, [checkpoint]) as stage:
+        opened = open_job(checkpoint, settings, progress, needs_data=measure.needs_data)
+        taken = measuring.take(opened, name, measuring.measure_context(opened))
+        if stage is not None and out is not None:
+            store.write_file(stage / "sensitivity.json", canonical.dumps(taken.record.to_json()))
+            if taken.tensors:
+                store.write_file(stage / "sensitivity.safetensors", sidecar_bytes(taken.tensors))
+            plot = measuring.sensitivity_svg(taken.record, checkpoint.absolute().name)
+            store.write_file(stage / "sensitivity.svg", plot)
+            write_manifest(opened, stage, command)
+            store.publish(stage, out)
     return {
-        **taken.to_json(),
-        "elements": elements,
+        **taken.record.to_json(),
+        "elements": {layer.tensor: layer.elements for layer in opened.graph.layers},
         "num_examples": 0 if opened.calibration is None else len(opened.calibration.data),
+        "cached": taken.is_cached,
         "notes": opened.notes,
         "time_s": time.monotonic() - opened.started,
     }
@@ -404,7 +378,7 @@ def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], 
     pruned = run_method(
         "prune",
         checkpoint,
-        with_out("pruned", method="magnitude", sparsity=0.5, budget=None),
+        with_out("pruned", method="obs", rounds=4, sparsity=0.5, budget=None),
         force=force,
         dry_run=False,
         plan=None,
@@ -414,7 +388,7 @@ def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], 
     quantized = run_method(
         "quantize",
         out / "pruned",
-        with_out("quantized", method="uniform", budget="8bit", sparsity=None),
+        with_out("quantized", method="hawq", budget="8bit", sparsity=None),
         force=force,
         dry_run=False,
         plan=None,

@@ -15,9 +15,14 @@ from .budget import Budget, budget_from_json
 from .errors import InputError, escape
 
 SCHEMA = "hcompress.plan/1"
-# How a weight's range is found, and the letter of each in a range that differs by channel.
-RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d"}
+# How a weight's range is found, and the letter of each in a range that differs by channel: ``clip0.20`` (A) to
+# ``clip1.20`` (Z) cover that share of the largest magnitude.
+CLIPS = {f"clip{0.2 + 0.04 * step:.2f}": chr(ord("A") + step) for step in range(26)}
+RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d", **CLIPS}
+RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04"
 BY_CHANNEL = "channels:"
+WIDEST = 8
+SYMMETRIC, REDUCED, ASYMMETRIC = SCHEMES = ("symmetric", "symmetric_reduced", "asymmetric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class Quantize:
         tensor: State-dict key of a weight, or the name of an activation in the traced graph.
         target: ``weight`` or ``activation``.
         bits: 2 to 8.
-        scheme: ``symmetric`` (zero point 0) or ``asymmetric`` (uint, zero point within the range).
+        scheme: ``symmetric`` (zero point 0), ``symmetric_reduced`` (the levels of one bit less, so that no integer
+            kernel overflows) or ``asymmetric`` (uint, zero point within the range).
         axis: Dimension that has one scale per index; None for one scale per tensor.
         range: How a weight's range is found: one of ``RANGES``, or ``channels:`` and a letter of theirs for each scale;
             or an activation's ``(low, high)``.
@@ -115,6 +121,20 @@ class Plan:
         return {d.tensor: d for d in self.decisions if isinstance(d, Quantize) and d.target == target}
 
 
+def weight_scheme(bits: int, *, with_integers: bool) -> str:
+    """The scheme of a weight that is multiplied ``with_integers`` (8-bit activations) or with floats.
+
+    The int8 kernels of x86 processors without VNNI add two products of an 8-bit activation and a weight in 16 bits:
+    ``2 x 255 x 64`` fits, ``2 x 255 x 127`` doesn't. Source: ONNX Runtime's documentation of quantization, on U8S8.
+    """
+    return REDUCED if with_integers and bits == WIDEST else SYMMETRIC
+
+
+def grid_bits(bits: int, scheme: str) -> int:
+    """Bits of the levels in use, where each is stored in ``bits``."""
+    return bits - 1 if scheme == REDUCED else bits
+
+
 def read_plan(path: Path) -> Plan:
     """Read and check plan.json.
 
@@ -176,10 +196,16 @@ def _check(path: Path, decision: Decision) -> None:
         raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")
     if decision.target not in ("weight", "activation"):
         raise InputError(f"{path}: {name} has target {escape(str(decision.target))}", hint="weight or activation")
+    schemes = (ASYMMETRIC,) if decision.target == "activation" else (SYMMETRIC, REDUCED)
+    if decision.scheme not in schemes or grid_bits(decision.bits, decision.scheme) < 2:
+        raise InputError(
+            f"{path}: {name} has scheme {escape(str(decision.scheme))} with {decision.bits} bits",
+            hint=f"{' or '.join(schemes)} for a{'n' * (decision.target == 'activation')} {decision.target}",
+        )
     if isinstance(decision.range, tuple) != (decision.target == "activation"):
         raise InputError(
             f"{path}: {name} has range {decision.range!r}",
-            hint=f"{', '.join(RANGES)} for a weight; [low, high] for an activation",
+            hint=f"{RANGE_NAMES} for a weight; [low, high] for an activation",
         )
     if not isinstance(decision.range, tuple):
         _check_range(path, name, str(decision.range))
@@ -192,11 +218,11 @@ def _check_range(path: Path, name: str, found: str) -> None:
     if letters in ("", found):
         raise InputError(
             f"{path}: {name} has range {found!r}",
-            hint=f"{', '.join(RANGES)}, or {BY_CHANNEL} and a letter for each channel",
+            hint=f"{RANGE_NAMES}, or {BY_CHANNEL} and a letter for each channel",
         )
     for channel, letter in enumerate(letters):
         if letter not in RANGES.values():
             raise InputError(
                 f"{path}: {name} has the range letter {letter!r} for channel {channel}",
-                hint=f"known letters: {', '.join(f'{code} ({known})' for known, code in RANGES.items())}",
+                hint="known letters: m (minmax), s (mse), a to d (p99.9 to p98), A to Z (clip0.20 to clip1.20)",
             )

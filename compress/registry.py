@@ -24,6 +24,8 @@ class Method:
         budgets: Quantities that it can meet.
         measures: Sensitivities that it needs.
         needs_data: Whether it decides on calibration data.
+        searches: Whether it finds the smallest model that passes the gates where no budget is given: by the points of
+            its frontier (``at_point``), or by ever smaller ``candidates``.
     """
 
     name: str
@@ -35,9 +37,21 @@ class Method:
     budgets: tuple[str, ...]
     measures: tuple[str, ...] = ()
     needs_data: bool = True
+    searches: bool = False
 
 
 METHODS = (
+    Method(
+        name="obs",
+        job="prune",
+        module="compress.prune.obs",
+        summary="zero the weights that the loss misses least, by M-FAC curvature, and move the others to make up",
+        source="Frantar et al. 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, OBS",
+        options=("sparsity", "scope", "pattern", "exclude", "rounds", "fisher"),
+        budgets=("sparsity", "bytes"),
+        measures=("weight-error",),
+        searches=True,
+    ),
     Method(
         name="magnitude",
         job="prune",
@@ -50,14 +64,15 @@ METHODS = (
         needs_data=False,
     ),
     Method(
-        name="obs",
-        job="prune",
-        module="compress.prune.obs",
-        summary="zero the weights that the loss misses least, by M-FAC curvature, and move the others to make up",
-        source="Frantar et al. 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, OBS",
-        options=("sparsity", "scope", "pattern", "exclude", "rounds", "fisher"),
-        budgets=("sparsity", "bytes"),
-        measures=("weight-error",),
+        name="hawq",
+        job="quantize",
+        module="compress.quantize.hawq",
+        summary="a bit width for each weight, on the exact Pareto frontier of cost and expected loss",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852)",
+        options=("activations", "range", "exclude", "keep", "tie"),
+        budgets=("bits", "bytes", "bops", "latency"),
+        measures=("hessian-trace",),
+        searches=True,
     ),
     Method(
         name="uniform",

@@ -11,19 +11,29 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .budget import format_bytes
 from .errors import escape
 from .verdict import Check, Verdict
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Row = TypeVar("Row")
+
 NOT_MEASURED = "not measured"
-NUM_WORST = 10  # Layers in the Markdown table of the largest relative errors.
+NUM_WORST = 10  # Layers in the Markdown tables of the largest relative errors and of the largest sensitivities.
 NUM_TICKS = 8  # Labels under a plot that still fit on a telephone.
 MIN_SLOTS = 12  # A network of two layers gets bars, not walls.
+MAX_POINTS = 200  # Of a frontier, drawn.
+SAME_COST = 0.01  # Two costs this close, relative to the larger, are one budget.
+LOG_COSTS = 6  # Costs that span a larger factor get a logarithmic axis,
+LOG_LOSSES = 100  # and so do losses.
+NEGLIGIBLE = 1e-6  # A loss below this share of the largest is drawn as none.
+MAX_WORD = 60  # Characters of a longer word are cut from its middle.
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -66,6 +76,71 @@ def headline(report: dict[str, Any]) -> str:
         for row in _comparisons(report)
         if row.dense is not None and row.compressed is not None
     )
+
+
+def frontier_text(frontier: dict[str, Any]) -> str:
+    """The chosen point in a line, and what the best plan of one width everywhere loses for the same budget."""
+    where = f"point {frontier['index']:,} of {frontier['num_points']:,}"
+    if frontier["num_points"] == 1:
+        where = "the only point"
+    cost, loss = amount_text(frontier["cost"], frontier["unit"]), loss_amount(frontier["loss"], frontier["loss_unit"])
+    text = f"{where}: {cost}, expected to lose {loss}"
+    rival = _rival(frontier)
+    if rival is None:
+        return text
+    name = f"{escape(rival['name'])} everywhere"
+    less = times_text(rival["loss"], frontier["loss"]) or loss_amount(rival["loss"], frontier["loss_unit"])
+    if math.isclose(rival["cost"], frontier["cost"], rel_tol=SAME_COST):
+        return f"{text}; the same budget spent as {name} is expected to lose {less}"
+    return f"{text}; {name}, {amount_text(rival['cost'], frontier['unit'])}, is expected to lose {less}"
+
+
+def loss_text(loss: dict[str, Any]) -> str:
+    """Predicted against measured loss in a line, with what was measured and on how many examples."""
+    unit, predicted, measured = loss["unit"], loss["predicted"], loss["measured"]
+    about = f"({escape(loss['what'])}; {loss['num_examples']:,} examples)"
+    if predicted is None:
+        return f"measured {loss_amount(measured, unit)} {about}"
+    times = times_text(measured, predicted)
+    words = f"predicted {loss_amount(predicted, unit)}, measured {loss_amount(measured, unit)}"
+    return f"{words}{f', {times}' if times else ''} {about}"
+
+
+def amount_text(value: float, unit: str) -> str:
+    """A cost in its unit: ``3.998 average bits``, ``147.5 KB``, ``1.31 ms``."""
+    if unit == "bytes":
+        return re.sub(r"(?=[KMG]?B$)", " ", format_bytes(value), count=1)
+    number = f"{value:.4g}" if abs(value) < 1e3 else _scaled(value)
+    return f"{number} {escape(unit)}"
+
+
+def cost_label(cost: float, unit: str) -> str:
+    """A cost where an axis or a column already says the unit."""
+    return amount_text(cost, unit).removesuffix(f" {escape(unit)}")
+
+
+def loss_amount(value: float, unit: str) -> str:
+    """A loss to three digits, in its unit; a unit that isn't known is left out."""
+    return f"{value:.3g} {escape(unit)}".rstrip()
+
+
+def times_text(loss: float, base: float) -> str:
+    """How many times ``base`` a loss is; empty where a ratio says nothing, as one of them is negligible or a gain."""
+    if loss <= 0 or base <= loss * NEGLIGIBLE:
+        return ""
+    ratio = f"{loss / base:.3g}"
+    return "as much" if ratio == "1" else f"{ratio} times as much"
+
+
+def sensitivity_text(sensitivity: dict[str, Any]) -> str:
+    """A sensitivity with its standard error, as ``12.4 +- 0.3``; exact ones stand alone."""
+    value, stderr = f"{sensitivity['value']:.3g}", sensitivity["stderr"]
+    return f"{value} +- {stderr:.2g}" if stderr else value
+
+
+def brief(text: str) -> str:
+    """A sentence with the middle of overlong words cut, such as the range of each of a thousand channels."""
+    return re.sub(rf"\S{{{MAX_WORD + 1},}}", lambda found: escape(found[0], limit=MAX_WORD // 2), text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +204,47 @@ class Plot:
     line: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A point of the frontier's plot that has a name.
+
+    Attributes:
+        x: In percent of the plot, from the left.
+        y: In percent, from the bottom.
+        kind: ``chosen`` or ``rival``.
+        side: Of its label: ``right``, ``left`` or ``below``, which is to the left and lower.
+        title: The text on hover.
+    """
+
+    x: float
+    y: float
+    kind: str
+    side: str
+    name: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPlot:
+    """The best expected loss for each cost, as a falling staircase, and the plans that stand above it.
+
+    Attributes:
+        points: Position in percent of each point, from the left and the bottom, and its text on hover.
+    """
+
+    title: str
+    points: tuple[tuple[float, float, str], ...]
+    spots: tuple[Spot, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x_title: str
+    y_title: str
+
+
 def _environment(finalize: Callable[[object], Markup]) -> Environment:
+    # 60 ms, and the sentences above do without.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("compress", ""),
         autoescape=True,
@@ -140,14 +255,19 @@ def _environment(finalize: Callable[[object], Markup]) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "alternative": lambda entry: f"{entry['option']} {_loss(entry['loss']).text}",
         "bits": _bits,
+        "brief": brief,
         "code": _markdown_code,
+        "cost": lambda entry: amount_text(entry["cost"], entry["unit"]),
         "count": _count,
         "duration": _duration,
         "error": _error,
         "exact": _exact,
         "fenced": lambda text: Markup(escape(text, limit=1000)),
+        "loss": _loss,
         "percent": _percent,
+        "sensitivity": lambda record: Figure(record["value"], sensitivity_text(record)),
         "size": _size,
         "small": _small,
         "whole": lambda value: Figure(value, f"{value:,}"),
@@ -189,6 +309,8 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
     layers = _with_shares(report["layers"])
     worst = sorted((layer for layer in layers if layer["relative_error"]), key=lambda layer: -layer["relative_error"])
     plots = _plots(layers) if layers else ()
+    frontier, loss = report.get("frontier"), report.get("loss")
+    explained = _explained(layers)
     return {
         "report": report,
         "verdict": verdict,
@@ -202,6 +324,14 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
         "failures": [check_text(check) for check in verdict.failures()],
         "drawn": [plot for plot in plots if not plot.constant],
         "reproduce": _reproduce(report),
+        "frontier_text": frontier_text(frontier) if frontier else "",
+        "frontier_plot": _frontier_plot(frontier) if frontier else None,
+        "loss_text": loss_text(loss) if loss else "",
+        "options": _options(explained),
+        "explained": explained,
+        "most_sensitive": _most_sensitive(explained)[:NUM_WORST],
+        "measures": _measures(explained),
+        "loss_unit": frontier["loss_unit"] if frontier else "",
     }
 
 
@@ -373,6 +503,158 @@ def _ceiling(value: float) -> float:
     return next(step * scale for step in (1, 2, 4, 6, 8, 10) if value <= step * scale * (1 + 1e-9))
 
 
+def _rival(frontier: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan of one width everywhere that costs the most within the chosen point's cost."""
+    limit = frontier["cost"] * (1 + SAME_COST)
+    within = [rival for rival in frontier["rivals"] if rival["cost"] <= limit]
+    return max(within, key=lambda rival: (rival["cost"], -rival["loss"]), default=None)
+
+
+def _frontier_plot(frontier: dict[str, Any]) -> FrontierPlot:
+    unit, rivals = frontier["unit"], frontier["rivals"]
+    chosen = (frontier["cost"], frontier["loss"])
+    # The chosen point may have been thinned out, and must lie on the line.
+    points = sorted({*((cost, loss) for cost, loss in thinned(frontier["points"], MAX_POINTS)), chosen})
+    known = [*points, *((rival["cost"], rival["loss"]) for rival in rivals)]
+    x, x_ticks, x_scale = _cost_axis([cost for cost, _ in known], unit)
+    y, y_ticks, y_scale = _loss_axis([loss for _, loss in known])
+
+    def words(cost: float, loss: float) -> str:
+        return f"{amount_text(cost, unit)}, expected loss {loss_amount(loss, frontier['loss_unit'])}"
+
+    def spot(kind: str, name: str, cost: float, loss: float) -> Spot:
+        across, up = x(cost), y(loss)
+        beside = "right" if across < 88 else "left"
+        # Nothing lies below the frontier, so that the label of its point has room there.
+        side = "below" if kind == "chosen" and across > 25 and up > 12 else beside
+        return Spot(across, up, kind, side, escape(name, limit=40), f"{escape(name)}: {words(cost, loss)}")
+
+    return FrontierPlot(
+        title=f"Expected loss against {escape(unit)}, {len(points)} points; {frontier_text(frontier)}",
+        points=tuple((x(cost), y(loss), words(cost, loss)) for cost, loss in points),
+        spots=(
+            *(spot("rival", rival["name"], rival["cost"], rival["loss"]) for rival in rivals),
+            spot("chosen", f"chosen: {cost_label(frontier['cost'], unit)}", *chosen),
+        ),
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        x_title=f"{unit}{x_scale}",
+        y_title=f"{frontier['loss_unit']}{y_scale}",
+    )
+
+
+def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
+    """At most ``limit`` rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= limit:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (limit - 1))] for place in range(limit)]
+
+
+def _cost_axis(costs: Sequence[float], unit: str) -> tuple[Callable[[float], float], tuple[Tick, ...], str]:
+    """Position of a cost in percent, ticks, and the words of a scale that isn't linear."""
+    low, high = min(costs), max(costs)
+
+    if low == high:
+        return lambda cost: 50.0, (Tick(50.0, cost_label(low, unit)),), ""
+    is_log = low > 0 and high / low > LOG_COSTS
+    scale: Callable[[float], float] = math.log if is_log else float
+    start, span = scale(low), scale(high) - scale(low)
+
+    def at(cost: float) -> float:
+        return round(3 + 94 * (scale(cost) - start) / span, 2)
+
+    values = _powers(low, high, binary=unit == "average bits") if is_log else _multiples(low, high)
+    ticks = tuple(Tick(at(value), cost_label(value, unit)) for value in values)
+    return at, ticks, ", logarithmic" if is_log else ""
+
+
+def _powers(low: float, high: float, *, binary: bool) -> list[float]:
+    """Round numbers between two, about evenly spaced on a logarithmic axis."""
+    if binary:
+        found = [2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    else:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [n * 10.0**k for k in decades for n in (1, 2, 5) if low <= n * 10.0**k <= high]
+    return found[:: math.ceil(len(found) / NUM_TICKS)]
+
+
+def _multiples(low: float, high: float) -> list[float]:
+    """The multiples of a round step between two numbers."""
+    scale = 10.0 ** math.floor(math.log10((high - low) / NUM_TICKS))
+    step = next(n * scale for n in (1, 2, 5, 10, 20) if (high - low) / (n * scale) <= NUM_TICKS)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _loss_axis(losses: Sequence[float]) -> tuple[Callable[[float], float], tuple[Tick, ...], str]:
+    """Position of a loss in percent, ticks, and the words of a scale that isn't linear.
+
+    A gain, no loss and a negligible one lie on the floor.
+    """
+    top = max(losses)
+    lowest = min((loss for loss in losses if loss > max(top, 0) * NEGLIGIBLE), default=0.0)
+    if top <= LOG_LOSSES * lowest or top <= 0:
+        ceiling = _ceiling(top)
+        ticks = (0, ceiling / 2, ceiling) if top > 0 else (0,)
+        return (
+            lambda loss: round(100 * max(loss, 0) / ceiling, 2),
+            tuple(Tick(100 * value / ceiling, f"{value:.3g}") for value in ticks),
+            "",
+        )
+    bottom, height = math.floor(math.log10(lowest)), math.ceil(math.log10(top)) - math.floor(math.log10(lowest))
+    floor = 10.0**bottom
+    below = "\u2264 " if min(losses) < floor else ""
+    powers = range(bottom, bottom + height + 1, math.ceil(height / 5))
+    return (
+        lambda loss: round(100 * (math.log10(max(loss, floor)) - bottom) / height, 2),
+        tuple(
+            Tick(round(100 * (k - bottom) / height, 2), f"{below if k == bottom else ''}{10.0**k:.3g}") for k in powers
+        ),
+        ", logarithmic",
+    )
+
+
+def _explained(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers whose record says why, with a sensitivity, alternatives or both; the latter also by option."""
+    found = []
+    for layer in layers:
+        sensitivity, alternatives = layer.get("sensitivity"), layer.get("alternatives") or []
+        if sensitivity or alternatives:
+            by_option = {entry["option"]: entry for entry in alternatives}
+            chosen = next((entry for entry in alternatives if entry["chosen"]), None)
+            found.append(
+                {**layer, "sensitivity": sensitivity, "alternatives": alternatives}
+                | {"by_option": by_option, "chosen": chosen}
+            )
+    return found
+
+
+def _options(layers: list[dict[str, Any]]) -> list[str]:
+    """Every option of any layer: those that start with a number by it, then the others as they come."""
+    found = dict.fromkeys(entry["option"] for layer in layers for entry in layer["alternatives"])
+
+    def number(option: str) -> float:
+        leading = re.match(r"\d+(\.\d+)?", option)
+        return float(leading[0]) if leading else math.inf
+
+    return sorted(found, key=number)
+
+
+def _most_sensitive(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers by falling sensitivity, then by the largest loss that an option of theirs is expected to bring."""
+
+    def key(layer: dict[str, Any]) -> tuple[float, float]:
+        value = layer["sensitivity"]["value"] if layer["sensitivity"] else -math.inf
+        return -value, -max((entry["loss"] for entry in layer["alternatives"]), default=-math.inf)
+
+    return sorted(layers, key=key)
+
+
+def _measures(layers: list[dict[str, Any]]) -> str:
+    """The measures of the sensitivities, each with its unit."""
+    found = [layer["sensitivity"] for layer in layers if layer["sensitivity"]]
+    return "; ".join(dict.fromkeys(f"{entry['measure']}, in {entry['unit']}" for entry in found))
+
+
 def _reproduce(report: dict[str, Any]) -> str:
     """The command line without the user's own settings, which manifest.json has."""
     words = ["hcompress", report["command"], report["source"]["name"]]
@@ -385,16 +667,18 @@ def _reproduce(report: dict[str, Any]) -> str:
 
 
 def _size(value: float | None) -> Figure | None:
-    return None if value is None else Figure(value, re.sub(r"(?=[KMG]?B$)", " ", format_bytes(value), count=1))
+    return None if value is None else Figure(value, amount_text(value, "bytes"))
 
 
 def _count(value: float | None) -> Figure | None:
-    if value is None:
-        return None
+    return None if value is None else Figure(value, _scaled(value))
+
+
+def _scaled(value: float) -> str:
     for unit, scale in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= scale:
-            return Figure(value, f"{value / scale:.4g} {unit}")
-    return Figure(value, f"{value:g}")
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:g}"
 
 
 def _milliseconds(value: float | None) -> Figure | None:
@@ -411,6 +695,10 @@ def _bits(value: float) -> Figure:
 
 def _small(value: float) -> Figure:
     return Figure(value, f"{value:.2g}")
+
+
+def _loss(value: float) -> Figure:
+    return Figure(value, loss_amount(value, ""))
 
 
 def _error(value: float) -> Figure:

@@ -87,19 +87,19 @@ class CostTable:
         return {
             "schema": COST_SCHEMA,
             "quantity": self.quantity,
+            "fixed": self.fixed,
             "entries": [
                 {"layer": layer, "option": option, "value": value} for (layer, option), value in self.entries.items()
             ],
         }
 
 
-def read_sensitivity(path: Path) -> Sensitivity:
-    """Read sensitivity.json.
+def sensitivity_from(record: Mapping[str, Any], where: str) -> Sensitivity:
+    """The record that ``to_json`` made plain.
 
     Raises:
-        InputError: Not a sensitivity record; names the file and the key.
+        InputError: A key is missing or wrong; names ``where`` and the key.
     """
-    record = canonical.read_record(path, SENSITIVITY_SCHEMA)
     try:
         entries = {
             (str(e["layer"]), str(e["option"])): Estimate(float(e["value"]), float(e["stderr"]))
@@ -114,4 +114,26 @@ def read_sensitivity(path: Path) -> Sensitivity:
             dict(record["options"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: bad entry ({error})", hint="make the run again") from None
+        raise InputError(f"{where}: bad entry ({error})", hint="make the run again") from None
+
+
+def cost_table_from(record: Mapping[str, Any], where: str) -> CostTable:
+    """The table that ``to_json`` made plain.
+
+    Raises:
+        InputError: A key is missing or wrong; names ``where`` and the key.
+    """
+    try:
+        entries = {(str(e["layer"]), str(e["option"])): float(e["value"]) for e in record["entries"]}
+        return CostTable(str(record["quantity"]), entries, float(record["fixed"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: bad entry ({error})", hint="make the run again") from None
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Read sensitivity.json.
+
+    Raises:
+        InputError: Not a sensitivity record; names the file and the key.
+    """
+    return sensitivity_from(canonical.read_record(path, SENSITIVITY_SCHEMA), str(path))

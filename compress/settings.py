@@ -87,6 +87,18 @@ SETTINGS = (
     Setting("pattern", "run.pattern", "str", "unstructured, or n:m along inputs.", "unstructured", in_preset=True),
     Setting("rounds", "run.rounds", "int", "Recomputations of the curvature.", 8, in_preset=True, minimum=1),
     Setting("exclude", "run.exclude", "words", "Weights left alone, by glob.", (), in_preset=True, metavar="GLOB,..."),
+    Setting(
+        "keep",
+        "run.keep",
+        "words",
+        "Widths that are fixed: conv1*=8,fc*=float.",
+        (),
+        in_preset=True,
+        metavar="GLOB=BITS,...",
+    ),
+    Setting(
+        "tie", "run.tie", "words", "Weights that a glob matches get one width.", (), in_preset=True, metavar="GLOB,..."
+    ),
     Setting("activations", "run.activations", "str", "Activation bits.", None, ("8", "float"), in_preset=True),
     Setting(
         "range", "run.range", "str", "Range of a weight channel.", "auto", ("auto", "minmax", "mse"), in_preset=True
@@ -123,6 +135,7 @@ SETTINGS = (
     Setting("seed", "run.seed", "int", "Seed of everything random.", 0, in_preset=True, minimum=0),
     Setting("threads", "run.threads", "int", "Threads of torch and of the runtime.", None, minimum=1),
     Setting("device", "run.device", "str", "Where gradients and calibration run.", "cpu"),
+    Setting("cache", "run.cache", "str", "Whether measures on data are kept and read again.", "on", ("on", "off")),
     Setting("out", "output.out", "path", "Run folder to write.", metavar="DIR"),
     Setting("summary", "output.summary", "path", "Append a Markdown job summary to this file.", metavar="FILE"),
     Setting("junit", "output.junit", "path", "Write the checks as JUnit XML.", metavar="FILE"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +38,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``network`` runs on every network of the zoo."""
     if "network" in metafunc.fixturenames:
         metafunc.parametrize("network", zoo.NETWORKS, ids=lambda network: network.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Neither the tests nor the processes that they start touch the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def quick_exports() -> Iterator[None]:
+    """torch.onnx reads its table of operators once, and a dense network is exported once: half of a small run."""
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    pipeline = importlib.import_module("compress.pipeline")
+    real, kept = pipeline.dense_files, {}
+
+    def dense_files(job: Any) -> Any:
+        key = (job.source.sha256, tuple(x.shape for x in job.graph.example_inputs))
+        kept[key] = kept[key] if key in kept else real(job)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        patch.setattr(pipeline, "dense_files", dense_files)
+        yield
 
 
 @pytest.fixture(scope="session")

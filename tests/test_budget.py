@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.budget import EXAMPLES, UNITS, Budget, budget_from_json, format_bytes, parse_budget
+from compress.budget import EXAMPLES, UNITS, Budget, budget_from_json, format_bytes, parse_budget, rounded_up
 from compress.canonical import plain
 from compress.errors import UsageError
 
@@ -27,6 +27,9 @@ from compress.errors import UsageError
         ("params=1e5", Budget("params", 1e5)),
         ("latency=2ms", Budget("latency", 2.0)),
         ("latency=500us", Budget("latency", 0.5)),
+        ("bops=1.5G", Budget("bops", 1.5e9)),
+        ("bops=1.5e+09", Budget("bops", 1.5e9)),
+        ("bops=10%", Budget("bops", 0.1, "dense")),
     ],
 )
 def test_a_budget_reads_as_it_is_written(text: str, expected: Budget) -> None:
@@ -79,3 +82,19 @@ def test_a_share_is_of_the_dense_figure() -> None:
 )
 def test_bytes_are_decimal(size: float, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@given(quantity=st.sampled_from(["bytes", "bits", "bops", "latency"]), amount=st.floats(1, 1e11))
+def test_a_minimum_as_it_is_printed_can_be_asked_for(quantity: str, amount: float) -> None:
+    least = parse_budget(str(Budget(quantity, rounded_up(amount)))).limit
+    assert amount * (1 - 1e-12) <= least <= amount * 1.001
+
+
+def test_a_minimum_of_four_digits_is_not_raised() -> None:
+    assert [rounded_up(amount) for amount in (0.0, 4.0, 42_740.0, 42_741.0, 0.1234)] == [
+        0.0,
+        4.0,
+        42_740.0,
+        42_750.0,
+        0.1234,
+    ]

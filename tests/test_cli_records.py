@@ -26,6 +26,7 @@ from compress.cli.show import find_layer
 
 from compress import __version__, canonical, errors
 from compress.budget import Budget
+from compress.frontier import Choice, FrontierRecord, Item
 from compress.plan import MaskWeights, Plan, Quantize
 from compress.settings import SETTINGS
 
@@ -133,6 +134,14 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
             ],
             "tied": [["a", "b"]],
             "blockers": [{"layer": "lstm", "reason": "recurrent\x1b[31m"}],
+        },
+        "measure_sensitivity": {
+            **{"schema": "hcompress.sensitivity/1", "method": "fisher", "unit": "loss", "num_examples": 8},
+            **{"cached": True, "notes": [], "elements": {"conv.weight": 10, "fc.weight": 1, "zero": 1}},
+            "entries": [
+                {"layer": layer, "option": "", "value": value, "stderr": stderr}
+                for layer, value, stderr in (("zero", 0.0, 0.0), ("fc.weight", 0.5, 0.0), ("conv.weight", 100.0, 1.0))
+            ],
         },
         "run_demo": {
             **{"schema": "hcompress.demo/1", "metric_name": "accuracy", "time_s": 3.0, "runs": {"int8": "demo/int8"}},
@@ -262,13 +271,13 @@ WRONG = [
     ("prune model.pt --scope all", 2, "'all' is not one of 'global', 'layer'", "hcompress prune --help"),
     ("bench run --batch 0", 2, "0 is not in the range x>=1", "hcompress bench --help"),
     ("completion tcsh", 2, "'tcsh' is not one of 'bash', 'zsh', 'fish'", "hcompress completion --help"),
-    ("prune model.pt --method nope --plan here", 2, "method 'nope' is unknown", "choices: magnitude"),
-    ("prune model.pt --method nope", 2, "method 'nope' is unknown", "choices: magnitude"),
+    ("prune model.pt --method nope --plan here", 2, "method 'nope' is unknown", "choices: obs, magnitude"),
+    ("prune model.pt --method nope", 2, "method 'nope' is unknown", "choices: obs, magnitude"),
     (
         "prune model.pt --preset edge-int8",
         2,
-        "method 'uniform' is a method of hcompress quantize",
-        "choices: magnitude",
+        "method 'hawq' is a method of hcompress quantize",
+        "choices: obs, magnitude",
     ),
     ("prune model.pt --budget zonk", 2, "budget 'zonk' is not understood", "examples: 0.3MB"),
     ("prune model.pt --sparsity 1.5", 2, "budget 'sparsity=1.5' is out of range", "between 0 and 1"),
@@ -279,12 +288,16 @@ WRONG = [
         "method uniform has no macs budget",
         "it takes bits, bytes",
     ),
+    ("quantize model.pt --budget macs=50%", 2, "hcompress quantize has no macs budget", "bits, bops, bytes, latency"),
     (
         "prune model.pt --budget 25% --sparsity 0.5",
         2,
         "--budget 25% and --sparsity 0.5 contradict each other",
         "give one",
     ),
+    ("sensitivity model.pt --measure hesian", 2, "measure 'hesian' is unknown", "choices: hessian-trace, "),
+    ("sensitivity model.pt --cache maybe", 2, "'maybe' is not one of 'on', 'off'", "sensitivity --help shows"),
+    ("sensitivity model.pt --out here", 2, "here already exists", "choose another --out, or pass --force"),
     ("quantize model.pt --seed x", 2, "--seed (from flag): 'x' is not a whole number", "Seed of everything random."),
     ("quantize model.pt --preset none", 2, "preset 'none' is unknown", "choices: ci-gate"),
     ("quantize absent.pt", 3, "absent.pt: no such file", "pass a checkpoint"),
@@ -307,6 +320,8 @@ WRONG = [
     ("bench model.pt", 3, "model.pt: is a file, not a run folder", "pass the --out folder"),
     ("show failed", 3, "failed: the run failed a gate", "hcompress show failed.rejected prints its figures"),
     ("show here", 3, "report.json: no such file", "pass a run folder that hcompress wrote"),
+    ("show here --frontier", 3, "here: the run has no frontier.json", "only a method that weighs each layer's options"),
+    ("show here --frontier --why a", 2, "--why and --frontier are two questions", "one at a time"),
     ("diff here here", 3, "plan.json: no such file", "pass a run folder that hcompress wrote"),
     ("presets nope", 2, "preset 'nope' is unknown", "choices: ci-gate, edge-int8, smallest-file"),
     ("settings --preset nope", 2, "preset 'nope' is unknown", "choices: ci-gate"),
@@ -561,6 +576,15 @@ def test_a_run_hands_over_everything_and_prints_before_and_after(run: Capture, p
             "compressed takes 0.5 of the dense time\nbatch 2, 5 repeats, threads 1\n",
         ),
         ("inspect model.pt", "inspect_checkpoint", "64 parameters, MACs unknown; tensors: 1 float32"),
+        (
+            "sensitivity model.pt",
+            "measure_sensitivity",
+            "fisher, loss; 8 calibration examples, from the cache; bars on a logarithmic scale, 1e-1 to 1e2\n"
+            "layer        value     weights  per weight\n"
+            "conv.weight  100 +- 1  10       10          ########################\n"
+            "fc.weight    0.5       1        0.5         ######\n"
+            "zero         0         1        0\n",
+        ),
         ("demo", "run_demo", "int8   90        100 KB  1,000,000  0.5 ms   0 %       8\nint8: demo/int8\ntook 3.0 s"),
     ],
 )
@@ -728,6 +752,137 @@ def test_a_report_without_its_model_says_what_was_measured(run: Capture, tmp_pat
     assert "model.onnx                  1.08 MB     -\n" in run.out
 
 
+def option(bits: int, loss: float, *, chosen: bool = False) -> dict[str, Any]:
+    return {"option": f"{bits} bits", "cost": 1000.0 * bits, "unit": "bytes", "loss": loss, "chosen": chosen}
+
+
+def test_why_says_the_sensitivity_and_what_each_alternative_would_cost_and_lose(run: Capture, tmp_path: Path) -> None:
+    measured = {"measure": "hessian-trace", "value": 12.4, "stderr": 0.3, "unit": "loss per squared weight"}
+    layers = [
+        layer("a", "quantize", 0.1) | {"sensitivity": measured | {"value": value}, "alternatives": []}
+        for value in (20.0, 12.4, 3.0)
+    ]
+    layers[1] |= {"tensor": "b", "alternatives": [option(2, 0.0084), option(4, 0.0021, chosen=True), option(8, 0.0)]}
+    layers[2] |= {"tensor": "c", "why": f"channels:{'mms' * 1000}", "alternatives": [option(2, 0.5)]}
+    layers.append(layer("d", "keep", 0.1))
+    write_run(tmp_path / "small", layers=layers, frontier={"loss_unit": "nats"})
+    assert run("show small --why b") == 0
+    assert run.out.splitlines()[4:8] == [
+        "Its sensitivity is 12.4 +- 0.3 loss per squared weight (hessian-trace): 1 of 3 layers have a larger one.",
+        "Chosen: 4 bits costs 4 KB; if no other layer changed, the loss would rise by 0.0021 nats.",
+        "2 bits would cost 2 KB and lose 0.0084 nats, 4 times as much.",
+        "8 bits would cost 8 KB and lose 0 nats.",
+    ]
+    assert run("show small --why c") == 0
+    assert "2 bits would cost 2 KB and lose 0.5 nats.\n" in run.out and "Chosen" not in run.out
+    assert max(map(len, run.out.splitlines())) < 120
+    assert run("show small --why d") == 0
+    assert "sensitivity" not in run.out and "cost" not in run.out
+
+
+PREDICTION = """\
+frontier: point 3 of 9: 4 average bits, expected to lose 0.0021 nats
+loss: measured 0.003 nats (KL divergence\\x1b; 512 examples)
+"""
+
+
+def test_show_prints_the_point_of_the_frontier_and_the_measured_loss(run: Capture, tmp_path: Path) -> None:
+    frontier = {"unit": "average bits", "loss_unit": "nats", "num_points": 9, "index": 3, "cost": 4.0, "loss": 0.0021}
+    loss = {"predicted": None, "measured": 0.003, "unit": "nats", "what": "KL divergence\x1b", "num_examples": 512}
+    table, proofs = REPORT_TEXT.split("parity")
+    write_run(tmp_path / "small", frontier=frontier | {"points": [], "rivals": []}, loss=loss)
+    assert run("show small") == 0
+    assert run.out.startswith(f"small: uniform, seed 0\n{table}{PREDICTION}parity{proofs}")
+    write_run(tmp_path / "old", frontier=None, loss=None)
+    assert run("show old") == 0
+    assert run.out.startswith(f"old: uniform, seed 0\n{REPORT_TEXT}")
+
+
+def write_frontier(folder: Path, **changes: Any) -> FrontierRecord:
+    """Three items of two widths: the four points that assign 2 or 4 bits by cost, and 2 bits and 4 bits everywhere."""
+    choices = (Choice(2, 200, 0.3, ("mse",)), Choice(4, 400, 0.0, ("mse",)))
+    values: dict[str, Any] = {
+        **{"method": "hawq", "quantity": "bytes", "scale": 10.0, "fixed": 50, "loss_unit": "nats"},
+        **{"dense_amount": 100_000.0, "activations": {}},
+        **{"items": tuple(Item((name,), choices) for name in "abc"), "index": 1, "chosen": (1, 0, 0)},
+        **{"costs": (600, 800, 1000, 1100), "losses": (0.5, 0.2, 0.1, 0.0)},
+    }
+    record = FrontierRecord(**values | changes)
+    (folder / "frontier.json").write_text(canonical.dumps(record))
+    return record
+
+
+def test_show_prints_a_frontier_with_the_chosen_point_and_its_rivals(run: Capture, tmp_path: Path) -> None:
+    record = write_frontier(write_run(tmp_path / "a b"))
+    assert run("show 'a b' --frontier") == 0
+    assert run.out == (
+        "a b: hawq, point 1 of 4, counted from 0\n"
+        "point  bytes    loss (nats)\n"
+        "0      6.5 KB   0.5\n"
+        "-      6.5 KB   0.9          2 bits everywhere\n"
+        "1      8.5 KB   0.2          chosen\n"
+        "2      10.5 KB  0.1\n"
+        "3      11.5 KB  0\n"
+        "-      12.5 KB  0            4 bits everywhere\n"
+        "another point: hcompress quantize CHECKPOINT --plan 'a b' --pick N --out DIR\n"
+    )
+    assert run("show 'a b' --frontier --json") == 0
+    assert run.document() == canonical.plain(record)
+
+
+def test_a_width_everywhere_may_be_a_point_of_the_frontier(run: Capture, tmp_path: Path) -> None:
+    write_frontier(write_run(tmp_path / "small"), costs=(600, 1200), losses=(0.9, 0.0), quantity="bits", scale=0.01)
+    assert run("show small --frontier") == 0
+    assert run.out.splitlines()[1:4] == [
+        "point  average bits  loss (nats)",
+        "0      6.5           0.9          2 bits everywhere",
+        "1      12.5          0            chosen, 4 bits everywhere",
+    ]
+
+
+@pytest.mark.parametrize(("num_points", "num_rows"), [(1, 1), (20, 20), (5321, 21)])
+def test_a_long_frontier_is_thinned_to_a_page(num_points: int, num_rows: int, run: Capture, tmp_path: Path) -> None:
+    costs, losses = tuple(range(num_points)), tuple(1 / (n + 1) for n in range(num_points))
+    changes = {"items": (), "costs": costs, "losses": losses, "index": num_points // 3, "chosen": ()}
+    write_frontier(write_run(tmp_path / "small"), **changes)
+    assert run("show small --frontier") == 0
+    rows = run.out.splitlines()[2:-1]
+    assert len(rows) == num_rows
+    assert rows[0].startswith("0 ") and rows[-1].startswith(f"{num_points - 1} ")
+    (chosen,) = [row for row in rows if row.endswith("chosen")]
+    assert chosen.startswith(f"{num_points // 3} ")
+
+
+@pytest.mark.parametrize("changes", [{"index": 4}, {"index": -1}, {"losses": (0.5, 0.2)}, {"costs": (), "losses": ()}])
+def test_a_frontier_that_is_not_whole_is_refused(changes: dict[str, Any], run: Capture, tmp_path: Path) -> None:
+    write_frontier(write_run(tmp_path / "small"), **changes)
+    assert run("show small --frontier") == 3
+    assert "frontier.json" in run.err and "hint: make the run again" in run.err
+
+
+def test_names_of_a_frontier_are_escaped(run: Capture, tmp_path: Path) -> None:
+    hostile = "a\u202e\n\x07"
+    write_frontier(write_run(tmp_path / "small"), method=hostile, quantity=hostile, loss_unit=hostile)
+    assert run("show small --frontier") == 0
+    assert "\u202e" not in run.out and "\x07" not in run.out
+    assert len(run.out.splitlines()) == 9
+
+
+def test_a_range_for_each_channel_does_not_flood_a_diff(run: Capture, tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    wide = Quantize("wide", "weight", 4, "symmetric", 0, f"channels:{'ms' * 1000}")
+    write_run(tmp_path / "b", make_plan(decisions=(wide,)))
+    assert run("diff a b") == 0
+    assert "wide: only in B: 4 bits, symmetric, a scale for each index of dimension 0, range channels:" in run.out
+    assert max(map(len, run.out.splitlines())) < 200
+
+
+def test_show_needs_no_torch(tmp_path: Path) -> None:
+    write_frontier(write_run(tmp_path / "small", frontier=None, loss=None))
+    lines = ["show small", "show small --why conv1", "show small --frontier"]
+    assert not modules_loaded_by(lines, tmp_path) & {*HEAVY, "jinja2"}
+
+
 def test_diff_shows_settings_decisions_and_figures(run: Capture, tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     decisions = (Quantize("conv1.weight", "weight", 4, "symmetric", 0, "mse"),)
@@ -769,7 +924,7 @@ def test_methods_lists_the_registry(run: Capture) -> None:
     assert run("methods") == 0
     assert "magnitude  hcompress prune " in run.out
     assert run("methods --json") == 0
-    assert {entry["name"] for entry in run.document()["methods"]} >= {"magnitude", "uniform"}
+    assert {entry["name"] for entry in run.document()["methods"]} == {"obs", "magnitude", "hawq", "uniform"}
 
 
 def test_presets_lists_them_or_prints_one(run: Capture) -> None:

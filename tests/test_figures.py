@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from compress import __version__, figures, inspection
 from compress.apply import Tensors, mask_sha256, pack_mask
 from compress.budget import Budget
 from compress.data import Data
+from compress.figures import LATENCY_SLACK, MAX_POINTS
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor
+from compress.frontier import FLOAT_BITS, Choice, FrontierRecord, Item
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import MaskWeights, Plan, Quantize
+from compress.sensitivity import Estimate, Sensitivity
 from compress.task import Classification
 from compress.verify import INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
 
@@ -39,6 +43,21 @@ def traced(module: nn.Module, x: torch.Tensor) -> tuple[Source, Graph]:
     module.eval().requires_grad_(False)
     source = Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
     return source, trace_graph(module, (x,))
+
+
+def make_frontier(**changes: Any) -> FrontierRecord:
+    """Two items of the network below, 4 bits or floats, at the second of its four points: 4 bits in the first layer."""
+    choices = (
+        (Choice(4, 10, 0.5, ("mse",)), Choice(FLOAT_BITS, 80, 0.0, ())),
+        (Choice(4, 5, 0.25, ("mse",)), Choice(FLOAT_BITS, 40, 0.0, ())),
+    )
+    values: dict[str, Any] = {
+        **{"method": "hawq", "quantity": "bytes", "scale": 10.0, "fixed": 10, "dense_amount": 10_000.0},
+        **{"items": tuple(Item((f"{n}.weight",), c) for n, c in zip("02", choices, strict=True)), "loss_unit": "nats"},
+        **{"costs": (15, 50, 85, 120), "losses": (0.75, 0.5, 0.25, 0.0), "index": 1, "chosen": (0, 1)},
+        **{"activations": {}},
+    }
+    return FrontierRecord(**values | changes)
 
 
 @pytest.fixture
@@ -84,6 +103,72 @@ def test_totals_weigh_layers_by_their_elements(dense: tuple[Source, Graph]) -> N
     assert totals["sparsity"] == pytest.approx((1 + 12) / 48)
 
 
+def test_a_layer_has_its_own_sensitivity_and_what_else_there_was(dense: tuple[Source, Graph]) -> None:
+    source, graph = dense
+    whole = {("0.weight", ""): Estimate(2.0, 0.5)}
+    by_width = {(f"{n}.weight", "4"): Estimate(1.0) for n in (0, 2)}
+    records = {
+        "hessian-trace": Sensitivity("hessian-trace", "loss per squared weight", source.sha256, None, whole),
+        "weight-error": Sensitivity("weight-error", "squared weight", source.sha256, None, by_width),
+    }
+    state = dict(source.module.state_dict())
+    first, second = figures.layer_records(source, graph, state, None, make_frontier(), records)
+    assert first["sensitivity"] == {
+        "measure": "hessian-trace", "value": 2.0, "stderr": 0.5, "unit": "loss per squared weight",
+    }  # fmt: skip
+    assert second["sensitivity"] is None, "a measure of every width has no value of the layer"
+    assert first["alternatives"] == [
+        {"option": "4 bits", "cost": 100.0, "unit": "bytes", "loss": 0.5, "chosen": True},
+        {"option": "float", "cost": 800.0, "unit": "bytes", "loss": 0.0, "chosen": False},
+    ]
+    assert [entry["chosen"] for entry in second["alternatives"]] == [False, True]
+    alone, _ = figures.layer_records(source, graph, state, None)
+    assert alone["sensitivity"] is None and alone["alternatives"] == []
+
+
+def test_tied_tensors_share_their_alternatives_and_bits_are_not_scaled(dense: tuple[Source, Graph]) -> None:
+    source, graph = dense
+    item = Item(("0.weight", "2.weight"), (Choice(3, 3, 0.5, ("mse", "mse")), Choice(8, 8, 0.0, ("mse", "mse"))))
+    frontier = make_frontier(quantity="bits", scale=0.02, items=(item,), chosen=(1,))
+    layers = figures.layer_records(source, graph, dict(source.module.state_dict()), None, frontier)
+    expected = [
+        {"option": "3 bits", "cost": 3.0, "unit": "bits", "loss": 0.5, "chosen": False},
+        {"option": "8 bits", "cost": 8.0, "unit": "bits", "loss": 0.0, "chosen": True},
+    ]
+    assert [layer["alternatives"] for layer in layers] == [expected, expected]
+
+
+def test_the_frontier_of_a_report_has_its_point_its_curve_and_one_width_everywhere() -> None:
+    assert figures.frontier_figures(make_frontier()) == {
+        **{"quantity": "bytes", "unit": "bytes", "loss_unit": "nats", "num_points": 4, "index": 1},
+        **{"cost": 600.0, "loss": 0.5},
+        "points": [[250.0, 0.75], [600.0, 0.5], [950.0, 0.25], [1300.0, 0.0]],
+        "rivals": [{"name": "4 bits", "cost": 250.0, "loss": 0.75}, {"name": "float", "cost": 1300.0, "loss": 0.0}],
+    }
+
+
+@pytest.mark.parametrize("num_points", [MAX_POINTS, MAX_POINTS + 1, 5321])
+def test_a_long_frontier_is_thinned_but_keeps_its_ends_and_its_point(num_points: int) -> None:
+    costs, losses = tuple(range(num_points)), tuple(1 / (n + 1) for n in range(num_points))
+    index = num_points // 3 + 1
+    record = figures.frontier_figures(make_frontier(costs=costs, losses=losses, index=index))
+    assert record["num_points"] == num_points and len(record["points"]) <= MAX_POINTS + 2
+    shown = [cost for cost, _ in record["points"]]
+    assert shown == sorted(shown)
+    assert {100.0, 10.0 * (10 + index), 10.0 * (num_points + 9)} <= set(shown)
+
+
+def test_a_range_for_each_channel_is_not_spelled_out_in_a_reason(dense: tuple[Source, Graph]) -> None:
+    source, graph = dense
+    tensors: Tensors = dict(source.module.state_dict())
+    levels = torch.ones(8, 4, dtype=torch.int8)
+    tensors["0.weight"] = QuantizedTensor(levels, 4, torch.full((8,), 0.1), 0)
+    decisions = (Quantize("0.weight", "weight", 4, "symmetric", 0, "channels:mmmsssss"),)
+    plan = Plan("hawq", {}, 0, source.sha256, None, None, decisions, {})
+    layers = figures.layer_records(source, graph, tensors, plan)
+    assert layers[0]["why"].startswith("hawq chose 4 bits with a range for each channel: the weights move by ")
+
+
 def test_a_network_without_layers_has_no_division_by_zero() -> None:
     assert figures.totals([]) == {"average_bits": 32.0, "sparsity": 0.0}
 
@@ -118,12 +203,28 @@ def test_parity_checks_say_which_figure_failed() -> None:
         (Budget("bits", 3.9), False),
         (Budget("sparsity", 0.5), True),
         (Budget("sparsity", 0.51), False),
+        (Budget("bytes", 0.25, of="dense"), True),
+        (Budget("bytes", 0.24, of="dense"), False),
+        (Budget("latency", 2.0), True),
+        (Budget("latency", 2.0 / LATENCY_SLACK - 0.01), False),
+        (Budget("latency", 0.5, of="dense"), True),
+        (Budget("latency", 0.25, of="dense"), False),
+        (Budget("bops", 600.0), True),
+        (Budget("bops", 599.0), False),
+        (Budget("bops", 0.06, of="dense"), True),
+        (Budget("bops", 0.05, of="dense"), False),
     ],
 )
 def test_budget_checks(budget: Budget, ok: bool) -> None:
-    (check,) = figures.budget_checks(budget, 100, 400, {"average_bits": 4.0, "sparsity": 0.5})
+    reached = {"bytes": 100, "average_bits": 4.0, "sparsity": 0.5, "latency": 2.0}
+    dense = {"bytes": 400, "latency": 4.0}
+    (check,) = figures.budget_checks(budget, reached, dense, make_frontier(quantity="bops"))
     assert check.name == "budget" and check.ok is ok
-    assert figures.budget_checks(None, 100, 400, {}) == []
+    assert figures.budget_checks(None, reached, dense, None) == []
+
+
+def test_bit_operations_are_not_checked_without_their_frontier() -> None:
+    assert figures.budget_checks(Budget("bops", 1.0), {}, {}, None) == []
 
 
 def test_the_metric_record_names_the_runtime_and_the_data() -> None:

@@ -63,8 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "quantize", CHECKPOINT, *IMAGES, "--method", "uniform", "--budget", "8bit", "--out", "int8", folder=folder
     )
     hcompress(
-        "quantize", CHECKPOINT, *IMAGES, "--budget", "4bit", "--activations", "float", "--out", "int4", folder=folder
-    )
+        "quantize", CHECKPOINT, *IMAGES, "--method", "uniform", "--budget", "4bit", "--activations", "float",
+        "--out", "int4", folder=folder,
+    )  # fmt: skip
     return folder
 
 
@@ -140,7 +141,7 @@ def test_apply_repeats_a_run_from_its_plan(runs: Path) -> None:
 
 
 def test_a_run_is_a_checkpoint_like_any_other(runs: Path) -> None:
-    hcompress("quantize", "pruned", *IMAGES, "--budget", "8bit", "--out", "both", folder=runs)
+    hcompress("quantize", "pruned", *IMAGES, "--method", "uniform", "--budget", "8bit", "--out", "both", folder=runs)
     both = report(runs / "both")
     assert both["sparsity"] >= 0.5  # type: ignore[operator]
     assert (runs / "both" / "model.safetensors").stat().st_size < 200_000
@@ -159,8 +160,8 @@ def test_language_model_at_eight_bits(tmp_path: Path) -> None:
     llama = DATA / "babyllama.py"
     hcompress(
         "quantize", DATA / "babyllama" / "babyllama.safetensors", "--model", f"{llama}:babyllama",
-        "--data", f'{llama}:windows("calib")', "--eval", f'{llama}:windows("eval")', "--budget", "8bit",
-        "--activations", "float", "--out", "run", folder=tmp_path,
+        "--data", f'{llama}:windows("calib")', "--eval", f'{llama}:windows("eval")',
+        "--method", "uniform", "--budget", "8bit", "--activations", "float", "--out", "run", folder=tmp_path,
     )  # fmt: skip
     metric = report(tmp_path / "run")["metric"]
     assert metric["dense"] == pytest.approx(0.84103, abs=1e-4)  # type: ignore[index]

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = (
     ("errors", "canonical"),
-    ("budget", "plan", "sensitivity", "verdict", "manifest", "registry", "settings"),
+    ("budget", "plan", "frontier", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
     ("context", "data", "task", "model", "train"),
     ("apply", "reconstruct", "curvature"),
@@ -27,14 +27,17 @@ RANKS = (
         "joint",
         "report",
         "summary",
+        "plot",
         "store",
+        "cache",
         "export",
         "verify",
         "bench",
+        "latency",
         "figures",
         "inspection",
     ),
-    ("job", "build", "finish", "pipeline"),
+    ("job", "build", "finish", "measuring", "planning", "pipeline"),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.

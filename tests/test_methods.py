@@ -4,8 +4,9 @@ applied without data, within its budget, and blind to the evaluation data.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from compress import pipeline
 from compress.budget import parse_budget
 from compress.data import load_object
 from compress.errors import BudgetError, GateError, UsageError
-from compress.plan import read_plan
+from compress.frontier import read_frontier
 from compress.registry import METHODS, Method
 from compress.settings import Value, resolve
 
@@ -35,14 +36,20 @@ def make():
     body += [nn.Conv2d(24, 64, 3, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 """
-GOALS = {"bytes": ("60%", "25KB"), "bits": ("5.5bit",), "sparsity": ("sparsity=0.75",)}
+GOALS = {
+    "bytes": ("60%", "25KB"),
+    "bits": ("5.5bit",),
+    "bops": ("bops=10%",),
+    "latency": ("latency=500ms",),  # any network meets it
+    "sparsity": ("sparsity=0.75",),
+}
 CASES = [
-    (method, goal, file)
+    (method, goal, "safetensors" if goal == "25KB" else "onnx")
     for method in METHODS
     for quantity in method.budgets
     for goal in GOALS[quantity]
-    for file in (("onnx", "safetensors") if quantity == "bytes" else ("onnx",))
 ]
+pytestmark = pytest.mark.usefixtures("quick_exports")
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:
@@ -87,47 +94,75 @@ def settings(data: Data, out: Path, **given: Any) -> Mapping[str, Value]:
         "mean": "0.286",
         "std": "0.353",
         "task": "classification",
+        "cache": "off",
+        "num_calibration": 64,
+        "passes": 2,
+        "rounds": 2,
         "out": str(out),
         **given,
     }
     return resolve(flags, environment={}, folder=None)
 
 
-def run(method: Method, data: Data, out: Path, **given: Any) -> dict[str, Any]:
+def run(method: Method, data: Data, out: Path, *, is_dry: bool = False, **given: Any) -> dict[str, Any]:
     return pipeline.run_method(
         method.job,
         data.checkpoint,
         settings(data, out, method=method.name, **given),
         force=False,
-        dry_run=False,
+        dry_run=is_dry,
         plan=None,
         command=["hcompress", method.job],
         progress=quiet,
     )
 
 
+Finished = Callable[[Method, str, str], tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def finished(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run's folder and report by method, budget and delivered file; made once."""
+
+    @functools.cache
+    def made(method: Method, goal: str, file: str) -> tuple[Path, dict[str, Any]]:
+        out = tmp_path_factory.mktemp("finished") / "run"
+        return out, run(method, data, out, budget=goal, **{"for": file})
+
+    return made
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name} {case[1]} {case[2]}")
-def test_budget_is_met_by_the_written_file(case: tuple[Method, str, str], data: Data, tmp_path: Path) -> None:
+def test_budget_is_met_by_the_written_file(
+    case: tuple[Method, str, str], finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method, goal, file = case
+    monkeypatch.setattr("compress.latency.NUM_MIXTURES", 1)
     budget = parse_budget(goal)
-    report = run(method, data, tmp_path / "run", budget=goal, **{"for": file})
+    folder, report = finished(method, goal, file)
     if budget.quantity == "bytes":
-        size = (tmp_path / "run" / f"model.{file}").stat().st_size
+        size = (folder / f"model.{file}").stat().st_size
         limit = budget.absolute(report["dense_bytes"])
         assert size <= limit
         assert method.name != "magnitude" or size > 0.97 * limit, "prunes more than the budget asks"
     elif budget.quantity == "bits":
         assert report["average_bits"] <= budget.limit
+    elif budget.quantity == "latency":
+        assert report["latency_ms"]["compressed"] <= budget.limit
+    elif budget.quantity == "bops":
+        frontier = read_frontier(folder / "frontier.json")
+        assert frontier.amount(frontier.costs[frontier.index]) <= budget.absolute(frontier.dense_amount)
     else:
         assert report["sparsity"] == pytest.approx(budget.limit, abs=1e-4)
     assert all(check["ok"] for check in report["checks"])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(method: Method, data: Data, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(method, data, first)
-    run(method, data, second, eval=str(data.noise))
+def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(
+    method: Method, data: Data, finished: Finished, tmp_path: Path
+) -> None:
+    (first, _), second = finished(method, "60%", "onnx"), tmp_path / "second"
+    run(method, data, second, budget="60%", eval=str(data.noise))
     for name in ("plan.json", "model.safetensors", "model.onnx"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), f"{name} depends on the evaluation labels"
     applied = tmp_path / "applied"
@@ -139,6 +174,18 @@ def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(method: Method, 
         assert (first / name).read_bytes() == (applied / name).read_bytes(), f"apply changed {name}"
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m.searches], ids=lambda m: m.name)
+def test_without_a_budget_the_result_passes_the_gates(
+    method: Method, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.prune.obs.MOST_REMOVED", 0.4)  # two sparsities
+    monkeypatch.setattr("compress.planning.RESOLUTION", 0.1)
+    report = run(method, data, tmp_path / "run", max_drop=100.0)
+    assert report["files"]["model.onnx"] < report["dense_bytes"]
+    assert all(check["ok"] for check in report["checks"])
+    assert any("no budget was given" in note for note in report["notes"])
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_an_infeasible_byte_budget_gives_the_minimum_that_is_feasible(
     method: Method, data: Data, tmp_path: Path
@@ -147,28 +194,22 @@ def test_an_infeasible_byte_budget_gives_the_minimum_that_is_feasible(
         run(method, data, tmp_path / "none", budget="1KB")
     assert not (tmp_path / "none").exists()
     minimum = next(word.strip(",") for word in caught.value.hint.split() if word[0].isdigit())
-    report = run(method, data, tmp_path / "minimum", budget=minimum)
-    assert report["files"]["model.onnx"] == int(minimum.removesuffix("B"))
+    predicted = run(method, data, tmp_path / "minimum", is_dry=True, budget=minimum)["predicted"]
+    assert predicted["model.onnx_bytes"] == int(minimum.removesuffix("B"))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_a_dry_run_builds_what_it_predicts_and_writes_nothing(method: Method, data: Data, tmp_path: Path) -> None:
-    def dry(budget: str) -> dict[str, Any]:
-        chosen = settings(data, tmp_path / "run", method=method.name, budget=budget)
-        return pipeline.run_method(
-            method.job, data.checkpoint, chosen, force=False, dry_run=True, plan=None, command=[], progress=quiet
-        )
-
-    with pytest.raises(BudgetError, match="out of reach"):
-        dry("1KB")
-    predicted = dry("25KB")["predicted"]
+@pytest.mark.parametrize("method", {m.job: m for m in METHODS}.values(), ids=lambda m: m.name)
+def test_a_dry_run_builds_what_it_predicts_and_writes_nothing(
+    method: Method, data: Data, finished: Finished, tmp_path: Path
+) -> None:
+    predicted = run(method, data, tmp_path / "run", is_dry=True, budget="60%")["predicted"]
     assert not list(tmp_path.iterdir())
-    report = run(method, data, tmp_path / "run", budget="25KB")
+    _, report = finished(method, "60%", "onnx")
     assert predicted["model.onnx_bytes"] == report["files"]["model.onnx"]
 
 
 def test_without_data_the_shape_of_an_input_is_asked_for(data: Data, tmp_path: Path) -> None:
-    nothing = {"data": Value(None, ""), "out": Value(str(tmp_path / "run"), "")}
+    nothing = {"method": Value("magnitude", ""), "data": Value(None, ""), "out": Value(str(tmp_path / "run"), "")}
     with pytest.raises(UsageError, match="the shape of the network's inputs isn't known") as caught:
         pipeline.run_method(
             "prune",
@@ -185,11 +226,10 @@ def test_without_data_the_shape_of_an_input_is_asked_for(data: Data, tmp_path: P
 
 def test_seed_changes_the_calibration_sample_and_nothing_else(data: Data, tmp_path: Path) -> None:
     method = next(m for m in METHODS if m.name == "uniform")
-    run(method, data, tmp_path / "a", num_calibration=64, seed=0)
-    run(method, data, tmp_path / "b", num_calibration=64, seed=1)
-    a, b = (read_plan(tmp_path / name / "plan.json") for name in ("a", "b"))
-    assert [d.tensor for d in a.decisions] == [d.tensor for d in b.decisions]
-    assert a.quantized("activation") != b.quantized("activation")
+    a, b = (run(method, data, tmp_path / "run", is_dry=True, seed=seed)["decisions"] for seed in (0, 1))
+    assert [d["tensor"] for d in a] == [d["tensor"] for d in b]
+    ranges = [[d["range"] for d in found if d["target"] == "activation"] for found in (a, b)]
+    assert ranges[0] != ranges[1]
 
 
 def test_a_failed_gate_publishes_the_report_and_no_model(data: Data, tmp_path: Path) -> None:

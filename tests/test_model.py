@@ -338,6 +338,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval": str(folder / "evaluation.npz"),
         "mean": (0.286,),
         "std": (0.353,),
+        "method": "uniform",
         "budget": "8bit",
         "out": str(folder / "out"),
         "threads": 1,

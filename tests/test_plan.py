@@ -34,13 +34,14 @@ def masks(draw: st.DrawFn) -> MaskWeights:
 
 @st.composite
 def roundings(draw: st.DrawFn) -> Quantize:
-    bits, scheme = draw(st.integers(2, 8)), draw(st.sampled_from(["symmetric", "asymmetric"]))
+    bits = draw(st.integers(2, 8))
     if draw(st.booleans()):
         letters = st.text(st.sampled_from(list(RANGES.values())), min_size=1, max_size=20)
         found = draw(st.sampled_from(list(RANGES)) | letters.map(BY_CHANNEL.__add__))
+        scheme = draw(st.sampled_from(["symmetric", "symmetric_reduced"] if bits > 2 else ["symmetric"]))
         return Quantize(draw(NAMES), "weight", bits, scheme, draw(st.none() | st.integers(0, 3)), found)
     ends = st.floats(allow_nan=False, allow_infinity=False)
-    return Quantize(draw(NAMES), "activation", bits, scheme, None, (draw(ends), draw(ends)))
+    return Quantize(draw(NAMES), "activation", bits, "asymmetric", None, (draw(ends), draw(ends)))
 
 
 def make_plan(*decisions: Decision) -> Plan:
@@ -88,13 +89,16 @@ def decision(**changes: Any) -> dict[str, Any]:
         (decision(bits=9), "w has 9 bits"),
         (decision(bits=1), "w has 1 bits"),
         (decision(target="bias"), "w has target bias"),
+        (decision(scheme="asymmetric"), "w has scheme asymmetric with 4 bits"),
+        (decision(scheme="symmetric_reduced", bits=2), "w has scheme symmetric_reduced with 2 bits"),
+        (decision(target="activation", range=[0, 1]), "w has scheme symmetric with 4 bits"),
         (decision(range="wide"), "w has range 'wide'"),
         (decision(range=5), "w has range '5'"),
         (decision(range="p42"), "w has range 'p42'"),
         (decision(range="channels:"), "w has range 'channels:'"),
         (decision(range="channels:msam?s"), "w has the range letter '?' for channel 4"),
         (decision(range=[0, 1]), "w has range (0.0, 1.0)"),
-        (decision(target="activation"), "w has range 'mse'"),
+        (decision(target="activation", scheme="asymmetric"), "w has range 'mse'"),
         (decision(range=[0, 1, 2]), "bad value ("),
         (decision(colour="red"), "bad value ("),
         ({"kind": "mask", "tensor": "w"}, "bad value ("),

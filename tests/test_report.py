@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
-from compress.report import headline, render_html, render_markdown, verdict_of, verdict_text
+from compress.report import (
+    MAX_POINTS,
+    amount_text,
+    brief,
+    frontier_text,
+    headline,
+    loss_text,
+    render_html,
+    render_markdown,
+    sensitivity_text,
+    thinned,
+    verdict_of,
+    verdict_text,
+)
 
 VOID = {"meta", "link", "rect", "line", "path", "circle", "br"}
 EVIL = '<script>alert(1)</script>|`"\x1b[31m\u202e'
@@ -70,6 +84,34 @@ def make_report(num_layers: int = 20, **changes: Any) -> dict[str, Any]:
         "versions": {"hcompress": "0.1.0", "torch": "2.13.0"},
     }
     return report | changes
+
+
+def make_frontier(num_points: int = 61, **changes: Any) -> dict[str, Any]:
+    """From 2 to 8 average bits; the loss falls by e with each bit, and one width everywhere loses 4.95 times that."""
+    costs = [2 + 6 * n / max(num_points - 1, 1) for n in range(num_points)]
+    index = 20 * num_points // 61
+    frontier = {
+        **{"quantity": "bits", "unit": "average bits", "loss_unit": "nats"},
+        **{"num_points": num_points, "index": index, "cost": costs[index], "loss": math.exp(-costs[index])},
+        "points": [[cost, math.exp(-cost)] for cost in costs],
+        "rivals": [{"name": f"{n} bits", "cost": float(n), "loss": 4.95 * math.exp(-n)} for n in range(2, 9)],
+    }
+    return frontier | changes
+
+
+def alternatives(chosen: int) -> list[dict[str, Any]]:
+    return [
+        {"option": f"{n} bits", "cost": 36864.0 * n, "unit": "bytes", "loss": 0.02 * 4.0**-n, "chosen": n == chosen}
+        for n in (2, 4, 8, 16)
+    ]
+
+
+def explained_layer(number: int, **changes: Any) -> dict[str, Any]:
+    measured = {"measure": "hessian-trace", "value": 10.0 + number, "stderr": 0.25, "unit": "loss per squared weight"}
+    return make_layer(number, sensitivity=measured, alternatives=alternatives(2 ** (1 + number % 3)), **changes)
+
+
+LOSS = {"predicted": 0.0021, "measured": 0.0030, "unit": "nats", "what": "KL divergence", "num_examples": 512}
 
 
 class Page(HTMLParser):
@@ -137,6 +179,19 @@ CASES = {
     "two layers": make_report(2),
     "300 layers": make_report(300),
     "no layers": make_report(0),
+    "explained": make_report(
+        layers=[explained_layer(n) for n in range(1, 21)], frontier=make_frontier(), loss=dict(LOSS)
+    ),
+    "keys of null": make_report(
+        layers=[make_layer(1, sensitivity=None, alternatives=[])], frontier=None, loss=LOSS | {"predicted": None}
+    ),
+    "thousands of points": make_report(frontier=make_frontier(5321)),
+    "one point": make_report(frontier=make_frontier(1, rivals=[])),
+    "no losses": make_report(
+        layers=[explained_layer(1) | {"alternatives": [entry | {"loss": 0.0} for entry in alternatives(4)]}],
+        frontier=make_frontier(2, loss=0.0, points=[[2.0, 0.0], [8.0, 0.0]], rivals=[]),
+        loss=LOSS | {"predicted": 0.0, "measured": 0.0},
+    ),
     "nothing measured": make_report(
         metric=None, latency_ms=None, macs={"dense": None, "compressed": None}, parity=[], files={"plan.json": 5}
     ),
@@ -171,8 +226,8 @@ def numbers_of(value: Any) -> set[float]:
     return {float(value)} if isinstance(value, int | float) else set()
 
 
-def test_every_figure_shown_is_the_records() -> None:
-    report = make_report()
+@pytest.mark.parametrize("report", [make_report(), CASES["explained"]], ids=["plain", "explained"])
+def test_every_figure_shown_is_the_records(report: dict[str, Any]) -> None:
     total = sum(layer["elements"] * layer["bits"] for layer in report["layers"])
     known = numbers_of(report) | {layer["elements"] * layer["bits"] / total for layer in report["layers"]}
     figures = Page(render_html(report)).figures
@@ -362,3 +417,220 @@ def test_headline_names_each_measured_pair() -> None:
         "latency 2.41 ms -> 1.31 ms (1.84x faster, 54.4 % of dense), "
         "params 272.5 K -> 270 K (1.01x smaller, 99.1 % of dense)"
     )
+
+
+# Why
+
+
+def test_the_frontier_is_compared_with_one_width_for_the_same_budget() -> None:
+    chosen = make_frontier(num_points=5321, index=2207, cost=3.998, loss=0.0021)
+    assert frontier_text(chosen | {"rivals": [{"name": "4 bits", "cost": 4.0, "loss": 0.0104}]}) == (
+        "point 2,207 of 5,321: 3.998 average bits, expected to lose 0.0021 nats; "
+        "the same budget spent as 4 bits everywhere is expected to lose 4.95 times as much"
+    )
+    rivals = [{"name": f"{n} bits", "cost": float(n), "loss": 0.1 / n} for n in (2, 3, 8)]
+    assert frontier_text(chosen | {"rivals": rivals}).endswith(
+        "0.0021 nats; 3 bits everywhere, 3 average bits, is expected to lose 15.9 times as much"
+    )
+    assert frontier_text(chosen | {"rivals": rivals[2:]}).endswith("expected to lose 0.0021 nats")
+
+
+@pytest.mark.parametrize(
+    ("loss", "rival", "words"),
+    [
+        (0.0, 0.5, "is expected to lose 0.5 nats"),
+        (1e-300, 0.5, "is expected to lose 0.5 nats"),
+        (0.0, 0.0, "is expected to lose 0 nats"),
+        (-0.1, 0.2, "is expected to lose 0.2 nats"),
+        (0.2, 0.2, "is expected to lose as much"),
+    ],
+)
+def test_no_ratio_to_a_loss_of_nothing(loss: float, rival: float, words: str) -> None:
+    frontier = make_frontier(cost=4.0, loss=loss, rivals=[{"name": "4 bits", "cost": 4.0, "loss": rival}])
+    assert frontier_text(frontier).endswith(words)
+    render_html(make_report(frontier=frontier))
+
+
+def test_predicted_stands_against_measured_loss() -> None:
+    assert (
+        loss_text(LOSS)
+        == "predicted 0.0021 nats, measured 0.003 nats, 1.43 times as much (KL divergence; 512 examples)"
+    )
+    assert loss_text(LOSS | {"predicted": None}) == "measured 0.003 nats (KL divergence; 512 examples)"
+    for render in (render_html, render_markdown):
+        assert loss_text(LOSS) in render(make_report(loss=dict(LOSS)))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3.9981, "average bits", "3.998 average bits"),
+        (147456.0, "bytes", "147.5 KB"),
+        (147456.0, "bits", "147.5 K bits"),
+        (1.2e9, "bit operations", "1.2 G bit operations"),
+        (1.3112, "ms", "1.311 ms"),
+        (0.0, "ms", "0 ms"),
+    ],
+)
+def test_a_cost_has_its_unit(value: float, unit: str, text: str) -> None:
+    assert amount_text(value, unit) == text
+
+
+def test_a_sensitivity_has_its_error_unless_it_is_exact() -> None:
+    assert sensitivity_text({"value": 12.41, "stderr": 0.304}) == "12.4 +- 0.3"
+    assert sensitivity_text({"value": 12.41, "stderr": 0.0}) == "12.4"
+
+
+def spots(html: str) -> dict[str, tuple[float, float]]:
+    """The named points of the plot, in percent from the left and the bottom."""
+    found = re.findall(r'<span class="at [a-z ]+" style="left: ([\d.]+)%; bottom: ([\d.]+)%">([^<]*)</span>', html)
+    return {name: (float(x), float(y)) for x, y, name in found}
+
+
+def test_the_chosen_point_and_its_rivals_are_marked_where_the_axes_say() -> None:
+    html = render_html(make_report(frontier=make_frontier()))
+    found = spots(html)
+    assert list(found) == [*(f"{n} bits" for n in range(2, 9)), "chosen: 4"]
+    assert len(re.findall('class="spot rival"', html)) == 7 and len(re.findall('class="spot chosen"', html)) == 1
+    assert "(nats, logarithmic)" in html and "average bits, logarithmic" not in html
+    assert [found[f"{n} bits"][0] for n in (2, 5, 8)] == [3.0, 50.0, 97.0]
+    # From 0.0001, the decade below exp(-8), to 1, that above 4.95 exp(-2).
+    assert found["chosen: 4"][1] == pytest.approx(25 * (4 - 4 / math.log(10)), abs=0.01)
+    assert found["8 bits"][1] == pytest.approx(25 * (4 + math.log10(4.95) - 8 / math.log(10)), abs=0.01)
+    assert '<title id="frontier-title">Expected loss against average bits, 61 points; point 20 of 61' in html
+    assert "<title>4 bits: 4 average bits, expected loss 0.0907 nats</title>" in html
+
+
+def test_the_line_is_a_staircase_that_never_rises() -> None:
+    html = render_html(make_report(frontier=make_frontier(5321)))
+    (path,) = re.findall(r'<path class="frontier" d="([^"]+)"', html)
+    across = [float(x) for x in re.findall(r"[MH]([\d.]+)", path)]
+    down = [float(y) for y in re.findall(r"(?:V|M[\d.]+ )([\d.]+)", path)]
+    assert len(across) == len(down) in (MAX_POINTS, MAX_POINTS + 1)
+    assert across == sorted(across) and down == sorted(down)
+    assert (across[0], across[-1]) == (3.0, 97.0)
+    chosen_x, chosen_y = spots(html)["chosen: 3.967"]
+    assert (chosen_x, round(100 - chosen_y, 2)) in zip(across, down, strict=True)
+    assert len(html) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("losses", "ticks"),
+    [
+        ((0.4, 0.1), ["0", "0.2", "0.4"]),
+        ((0.4, 0.1, 0.0), ["0", "0.2", "0.4"]),
+        ((0.4, 1e-3), ["0.001", "0.01", "0.1", "1"]),
+        ((0.4, 1e-3, 0.0), ["\u2264 0.001", "0.01", "0.1", "1"]),
+        ((0.4, 1e-3, 1e-12, -1e-3), ["\u2264 0.001", "0.01", "0.1", "1"]),
+        ((0.0, 0.0), ["0"]),
+        ((-0.1, -0.2), ["0"]),
+    ],
+)
+def test_the_loss_axis_holds_every_loss(losses: tuple[float, ...], ticks: list[str]) -> None:
+    points = [[float(n), loss] for n, loss in enumerate(losses, start=1)]
+    html = render_html(make_report(frontier=make_frontier(cost=1.0, loss=losses[0], points=points, rivals=[])))
+    plot = html.split('<section id="frontier">')[1].split("</section>")[0]
+    assert re.findall(r'class="y" style="[^"]+">([^<]+)<', plot) == ticks
+    assert all(0 <= float(y) <= 100 for y in re.findall(r' ([\d.-]+)h0"', plot))
+    if min(losses) <= 0:
+        assert ' 100.0h0"' in plot
+
+
+@pytest.mark.parametrize(
+    ("unit", "costs", "ticks"),
+    [
+        ("average bits", (2.0, 32.0), ["2", "4", "8", "16", "32"]),
+        ("average bits", (2.0, 8.0), ["2", "3", "4", "5", "6", "7", "8"]),
+        ("bytes", (1e5, 1.2e6), ["100 KB", "200 KB", "500 KB", "1 MB"]),
+        ("bit operations", (1e9, 1.4e9), ["1 G", "1.05 G", "1.1 G", "1.15 G", "1.2 G", "1.25 G", "1.3 G", "1.35 G"]),
+        ("ms", (0.0, 3.0), ["0", "0.5", "1", "1.5", "2", "2.5", "3"]),
+        ("ms", (1.3, 1.3), ["1.3"]),
+    ],
+)
+def test_the_cost_axis_has_round_ticks(unit: str, costs: tuple[float, float], ticks: list[str]) -> None:
+    frontier = make_frontier(unit=unit, cost=costs[0], loss=0.2, points=[[costs[0], 0.2], [costs[1], 0.1]], rivals=[])
+    plot = render_html(make_report(frontier=frontier)).split('<section id="frontier">')[1].split("</section>")[0]
+    assert re.findall(r'<span style="left: [\d.]+%">([^<]+)<', plot)[: len(ticks)] == ticks
+
+
+def test_alternatives_have_a_row_a_layer_and_a_column_an_option() -> None:
+    layers = [explained_layer(n) for n in range(1, 4)] + [make_layer(4)]
+    layers[1]["sensitivity"] = None
+    layers[2]["alternatives"] = [
+        {"option": "float", "cost": 4.0, "unit": "bits", "loss": 0.0, "chosen": True},
+        {"option": "3 bits", "cost": 2.0, "unit": "bits", "loss": 0.5, "chosen": False},
+    ]
+    html = render_html(make_report(layers=layers, frontier=make_frontier()))
+    head = ["#", "tensor", "sensitivity", "2 bits", "3 bits", "4 bits", "8 bits", "16 bits", "float"]
+    assert Page(html).rows["alternatives"] == [
+        [*head, "cost of the chosen"],
+        ["1", "layer1.conv.weight", "11 +- 0.25", "0.00125", "-", "7.81e-05", "3.05e-07", "4.66e-12", "-", "147.5 KB"],
+        ["2", "layer2.conv.weight", "-", "0.00125", "-", "7.81e-05", "3.05e-07", "4.66e-12", "-", "294.9 KB"],
+        ["3", "layer3.conv.weight", "13 +- 0.25", "-", "0.5", "-", "-", "-", "0", "4 bits"],
+    ]
+    assert len(re.findall(r"<td[^>]*><strong><data", html)) == 3
+    assert '<td class="num" title="73.73 KB">' in html
+    assert "in nats, if this layer alone" in html and "hessian-trace, in loss per squared weight" in html
+
+
+def test_markdown_names_the_ten_most_sensitive_layers() -> None:
+    markdown = render_markdown(CASES["explained"])
+    why = markdown.split("## Why this plan")[1].split("\n## ")[0]
+    assert "The plan is point 20 of 61: 4 average bits" in why and "is expected to lose 4.95 times as much." in why
+    assert re.findall(r"^\| `layer(\d+)", why, re.MULTILINE) == [str(n) for n in range(20, 10, -1)]
+    assert (
+        "| `layer20.conv.weight` | 30 +- 0.25 | 8 bits, 294.9 KB | 3.05e-07 | "
+        "2 bits 0.00125, 4 bits 7.81e-05, 16 bits 4.66e-12 |"
+    ) in why
+
+
+def test_layers_without_a_sensitivity_are_ordered_by_their_largest_loss() -> None:
+    losses = {1: 0.1, 2: 0.3, 3: 0.2}
+    layers = [make_layer(n, alternatives=[alternatives(2)[0] | {"loss": loss}]) for n, loss in losses.items()]
+    markdown = render_markdown(make_report(layers=layers))
+    assert re.findall(r"^\| `layer(\d).* \| - \| 2 bits", markdown, re.MULTILINE) == ["2", "3", "1"]
+
+
+@pytest.mark.parametrize("name", ["one layer", "keys of null"])
+def test_an_old_report_has_no_empty_sections(name: str) -> None:
+    page, markdown = Page(render_html(CASES[name])), render_markdown(CASES[name])
+    assert "Alternatives" not in page.text and "alternatives" not in page.rows
+    assert "frontier-title" not in render_html(CASES[name]) and "The plan is" not in markdown
+    assert ("Why this plan" in page.text) == ("Why this plan" in markdown) == (name == "keys of null")
+
+
+def test_a_name_cannot_leave_its_place_beside_the_frontier() -> None:
+    entry = {"option": EVIL, "cost": 1.0, "unit": EVIL, "loss": 0.1, "chosen": True}
+    measured = {"measure": EVIL, "value": 1.0, "stderr": 0.1, "unit": EVIL}
+    rivals = [{"name": EVIL, "cost": 4.0, "loss": 0.1}]
+    report = make_report(
+        layers=[make_layer(1, tensor=EVIL, sensitivity=measured, alternatives=[entry, entry | {"chosen": False}])],
+        frontier=make_frontier(unit=EVIL, loss_unit=EVIL, rivals=rivals),
+        loss=LOSS | {"unit": EVIL, "what": EVIL + "\n# heading"},
+    )
+    html, markdown = render_html(report), render_markdown(report)
+    assert Page(html).open == []
+    for text in (html, markdown):
+        assert "<script" not in text and "\x1b" not in text and "\u202e" not in text
+    assert Page(html).rows["alternatives"][1][1] == '<script>alert(1)</script>|`"\\x1b[31m\\u202e'
+    assert "\n# heading" not in markdown
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| <code>") and "+-" in line]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6
+
+
+def test_an_endless_word_does_not_flood_a_page() -> None:
+    why = f"chose 4 bits with channels:{'mms' * 1000} ranges: the weights move by 3 %"
+    assert re.fullmatch(r"chose 4 bits with channels:[ms]+\.\.\.[ms]+ ranges: the weights move by 3 %", brief(why))
+    assert len(brief(why)) < 90
+    report = make_report(layers=[make_layer(1, why=why)])
+    assert Page(render_html(report)).rows["layers"][1][-1] == brief(why)
+    assert brief(why) in render_markdown(report)
+    assert brief("reason 1") == "reason 1"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 20, 21, 5321])
+def test_thinned_rows_keep_both_ends(length: int) -> None:
+    rows = list(range(length))
+    kept = thinned(rows, 20)
+    assert len(kept) == min(length, 20) and kept == sorted(set(kept))
+    assert kept[:1] + kept[-1:] == rows[:1] + rows[-1:]

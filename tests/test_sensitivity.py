@@ -7,11 +7,16 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from compress.cli.main import cli
 from safetensors.torch import load_file
+from torch import nn
 
 from compress.errors import UsageError
+from compress.graph.trace import Graph, trace_graph
+from compress.manifest import check_files, read_manifest
+from compress.measuring import network_sha256
 from compress.registry import MEASURES
 from compress.sensitivity import read_sensitivity
 
@@ -21,7 +26,8 @@ DATA = ["--data", str(DEMO / "calibration.npz"), "--num-calibration", "24", "--m
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["sensitivity", *NETWORK, *arguments])
+    line = ["sensitivity", *NETWORK, *arguments]
+    return CliRunner().invoke(cli, line, obj=line)
 
 
 @pytest.mark.parametrize("name", [measure.name for measure in MEASURES])
@@ -49,8 +55,72 @@ def test_the_table_is_sorted_and_has_error_bars() -> None:
 
 
 def test_one_seed_gives_one_record() -> None:
-    first, second = (json.loads(run(*DATA, "--passes", "2", "--json", "--quiet").stdout) for _ in range(2))
+    line = (*DATA, "--passes", "2", "--cache", "off", "--json", "--quiet")
+    first, second = (json.loads(run(*line).stdout) for _ in range(2))
     assert first["entries"] == second["entries"]
+    assert not first["cached"] and not second["cached"]
+
+
+@pytest.mark.parametrize("name", ["hessian-trace", "fisher"])
+def test_a_measure_that_was_taken_before_is_read_from_the_cache(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    line = (*DATA, "--measure", name, "--passes", "2", "--rtol", "0.0001", "--json")
+    results = [run(*line, "--out", str(tmp_path / out)) for out in ("first", "second")]
+    fresh, cached = (json.loads(result.stdout) for result in results)
+    assert (fresh.pop("cached"), cached.pop("cached")) == (False, True)
+    assert f"{name} from the cache: done in" in results[1].stderr
+    del fresh["time_s"], cached["time_s"]
+    assert cached == fresh
+    assert any("--passes" in note for note in cached["notes"]) == (name == "hessian-trace")
+    for path in (tmp_path / "first").iterdir():
+        if path.name != "manifest.json":
+            assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
+    assert not json.loads(run(*line, "--seed", "1").stdout)["cached"]
+
+
+def test_a_damaged_cache_is_said_so_and_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = (*DATA, "--measure", "fisher", "--json", "--quiet")
+    fresh = json.loads(run(*line).stdout)
+    (path,) = (tmp_path / "hcompress").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    again = json.loads(run(*line).stdout)
+    assert not again["cached"] and again["entries"] == fresh["entries"]
+    assert any(str(path) in note and "measured again" in note for note in again["notes"])
+    assert json.loads(run(*line).stdout)["cached"]
+
+
+def test_the_loss_of_the_users_own_code_is_not_cached(tmp_path: Path) -> None:
+    task = tmp_path / "task.py"
+    task.write_text("from compress.task import Classification\n\nclass Mine(Classification):\n    pass\n")
+    line = (*DATA, "--measure", "fisher", "--task", f"{task}:Mine", "--json", "--quiet")
+    assert not any(json.loads(run(*line).stdout)["cached"] for _ in range(2))
+
+
+def trace(*modules: nn.Module) -> Graph:
+    torch.manual_seed(0)
+    return trace_graph(nn.Sequential(nn.Linear(3, 3), *modules).eval(), (torch.ones(2, 3),))
+
+
+class Scale(nn.Module):
+    """A factor that no state dict holds."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor: torch.Tensor
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_another_network_with_the_same_weights_has_another_key() -> None:
+    networks = [(nn.ReLU(),), (nn.GELU(),), (), (Scale(1.0),), (Scale(2.0),), (nn.Softplus(1.0),), (nn.Softplus(2.0),)]
+    hashes = [network_sha256(trace(*modules)) for modules in networks]
+    assert len(set(hashes)) == len(hashes)
+    assert network_sha256(trace(nn.ReLU())) == hashes[0]
 
 
 def test_traces_that_are_not_close_enough_are_said_so() -> None:
@@ -79,4 +149,41 @@ def test_missing_data_are_a_usage_error() -> None:
 
 def test_an_output_folder_is_not_written_into_without_force(tmp_path: Path) -> None:
     assert "--force" in str(refused(*DATA, "--passes", "2", "--out", str(tmp_path)).hint)
+    assert not list(tmp_path.iterdir())
+
+
+WEIGHT_ERROR = ("--measure", "weight-error", "--input-shape", "1,28,28", "--quiet")
+
+
+def test_force_replaces_a_whole_folder_of_ours_and_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(*DATA, "--measure", "fisher", "--out", str(out)).exit_code == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("manifest.json", "sensitivity.json", "sensitivity.safetensors", "sensitivity.svg")
+    }
+    check_files(out, read_manifest(out))
+    assert run(*WEIGHT_ERROR, "--out", str(out), "--force").exit_code == 0
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "sensitivity.json", "sensitivity.svg"}
+    (out / "mine.txt").touch()
+    assert "mine.txt" in refused(*WEIGHT_ERROR, "--out", str(out), "--force").message
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_measure_of_many_options_is_plotted_for_one(tmp_path: Path) -> None:
+    result = run(*WEIGHT_ERROR, "--out", str(tmp_path / "out"))
+    svg = (tmp_path / "out" / "sensitivity.svg").read_text()
+    record = read_sensitivity(tmp_path / "out" / "sensitivity.json")
+    layers = {layer for layer, _ in record.entries}
+    assert "weight-error of fashion_net.safetensors, 4 bits for every layer" in svg
+    assert svg.count("<g>") == len(layers) < len(record.entries)
+    assert all(f"<title>{layer}: {record.entries[layer, '4'].value:.3g}</title>" in svg for layer in layers)
+    assert "bars on a logarithmic scale" in result.stdout.splitlines()[0]
+
+
+def test_an_interrupted_measure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.measure.weight_error.measure", interrupt)
+    assert isinstance(run(*WEIGHT_ERROR, "--out", str(tmp_path / "new" / "out")).exception, SystemExit)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compress import settings
 from compress.errors import UsageError
-from compress.registry import METHODS, find_method
+from compress.registry import METHODS, find_method, methods_for
 from compress.settings import BY_KEY, BY_NAME, SETTINGS, presets, resolve
 
 
@@ -33,10 +33,10 @@ def test_flag_beats_environment_beats_config_beats_preset_beats_default(tmp_path
     write(tmp_path, '[run]\nbudget = "3bit"')
     levels = [
         ({}, None, {}, tmp_path / "empty", (None, "default")),
-        ({}, "smallest-file", {}, tmp_path / "empty", ("4bit", "preset smallest-file")),
-        ({}, "smallest-file", {}, tmp_path, ("3bit", "hcompress.toml")),
-        ({}, "smallest-file", {"HCOMPRESS_BUDGET": "5bit"}, tmp_path, ("5bit", "environment")),
-        ({"budget": "6bit"}, "smallest-file", {"HCOMPRESS_BUDGET": "5bit"}, tmp_path, ("6bit", "flag")),
+        ({}, "ci-gate", {}, tmp_path / "empty", ("8bit", "preset ci-gate")),
+        ({}, "ci-gate", {}, tmp_path, ("3bit", "hcompress.toml")),
+        ({}, "ci-gate", {"HCOMPRESS_BUDGET": "5bit"}, tmp_path, ("5bit", "environment")),
+        ({"budget": "6bit"}, "ci-gate", {"HCOMPRESS_BUDGET": "5bit"}, tmp_path, ("6bit", "flag")),
     ]
     for flags, preset, environment, folder, expected in levels:
         value = resolve(flags, environment=environment, folder=folder, preset=preset)["budget"]
@@ -187,6 +187,12 @@ def test_every_option_of_a_method_is_a_setting() -> None:
     assert {option for method in METHODS for option in method.options} <= set(BY_NAME)
 
 
+@pytest.mark.parametrize(("job", "names"), [("prune", ["obs", "magnitude"]), ("quantize", ["hawq", "uniform"])])
+def test_the_first_method_of_a_command_is_its_default_and_needs_no_budget(job: str, names: list[str]) -> None:
+    assert [method.name for method in methods_for(job)] == names
+    assert [method.searches for method in methods_for(job)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("job", "name", "words"),
     [
@@ -198,7 +204,7 @@ def test_an_unknown_method_shows_the_choices_of_its_command(job: str, name: str,
     with pytest.raises(UsageError) as caught:
         find_method(job, name)
     assert caught.value.message == words
-    assert "magnitude" in caught.value.hint
+    assert caught.value.hint == "choices: obs, magnitude"
 
 
 @pytest.mark.parametrize(

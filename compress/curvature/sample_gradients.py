@@ -149,14 +149,14 @@ def weight_gradients(node: fx.Node, inputs: Tensor, gradient: Tensor, network: N
         return torch.bmm(left.transpose(1, 2), right).flatten(1)
     weight = network.weights[network.uses[node]].detach()
     spatial = weight.dim() - 2
-    inputs, padding = _padded(node, inputs, weight)
+    inputs, padding = padded(node, inputs, weight)
     is_transposed = node.target in TRANSPOSED
     arguments = (
-        _each(argument(node, "stride", 1), spatial),
+        each_dim(argument(node, "stride", 1), spatial),
         padding,
-        _each(argument(node, "dilation", 1), spatial),
+        each_dim(argument(node, "dilation", 1), spatial),
         is_transposed,
-        _each(argument(node, "output_padding", 0), spatial),
+        each_dim(argument(node, "output_padding", 0), spatial),
         int(argument(node, "groups", 1)),
         [False, True, False],
     )
@@ -169,21 +169,21 @@ def weight_gradients(node: fx.Node, inputs: Tensor, gradient: Tensor, network: N
     )
 
 
-def _padded(node: fx.Node, inputs: Tensor, weight: Tensor) -> tuple[Tensor, list[int]]:
+def padded(node: fx.Node, inputs: Tensor, weight: Tensor) -> tuple[Tensor, list[int]]:
     """The input and the padding of a convolution; ``same`` may be uneven, and is put into the input itself."""
     spatial = weight.dim() - 2
     padding = argument(node, "padding", 0)
     if not isinstance(padding, str):
-        return inputs, _each(padding, spatial)
+        return inputs, each_dim(padding, spatial)
     if padding == "valid":
         return inputs, [0] * spatial
-    dilation = _each(argument(node, "dilation", 1), spatial)
+    dilation = each_dim(argument(node, "dilation", 1), spatial)
     totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
     return F.pad(inputs, sides), [0] * spatial
 
 
-def _each(value: Any, spatial: int) -> list[int]:
+def each_dim(value: Any, spatial: int) -> list[int]:
     """One number a spatial dimension: ATen takes a single one for all."""
     values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
     return values * spatial if len(values) == 1 else values

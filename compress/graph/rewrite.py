@@ -7,7 +7,7 @@ into them: the program's own weights are never changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argume
 
 decomposed = torch.ops.quantized_decomposed
 BATCH_NORMS = (aten.batch_norm.default,)
+LEAST_FLOAT = -torch.finfo(torch.float32).max
 LARGEST_BIAS = 2**30  # levels of an int32 bias, with room for the sum that is added to it
 SMALLEST_PRODUCT = 1e-30  # of a weight's scale and its input's, well inside float32
 # An op whose output keeps its input's grid: rounding again would change nothing.
@@ -261,8 +262,70 @@ def _reaches_output(node: fx.Node) -> bool:
     return node.op == "output" or (node.target in MOVES and any(_reaches_output(user) for user in node.users))
 
 
+def points_for(module: fx.GraphModule, integer: Collection[str]) -> list[fx.Node]:
+    """The activation points to round where only the layers with the weights in ``integer`` have integers.
+
+    An integer kernel needs its input and its output rounded: a point that layers read or write is kept where one of
+    them is an integer layer. One between other ops, as in a shortcut, is kept where every point that it feeds is, or,
+    feeding none, where all layers are integers.
+
+    Args:
+        module: As ``activation_points`` takes it: float weights, batch norms folded.
+        integer: State-dict keys. A layer whose weight is computed is never one of them.
+    """
+    points = activation_points(module)
+    layers = [node for node in module.graph.nodes if node.target in WEIGHT_OPS]
+    is_whole = all(_has_weight(layer, integer) for layer in layers)
+    known, kept = set(points), set[fx.Node]()
+    for node in reversed(points):  # what a point feeds comes after it
+        around = _layers_at(node)
+        fed = _fed_points(node, known)
+        if any(_has_weight(layer, integer) for layer in around) or (not around and (fed <= kept if fed else is_whole)):
+            kept.add(node)
+    return [node for node in points if node in kept]
+
+
+def _has_weight(layer: fx.Node, integer: Collection[str]) -> bool:
+    weight = operand(layer, WEIGHT_ARGUMENT)
+    return weight.op == "get_attr" and weight.target in integer
+
+
+def _layers_at(node: fx.Node) -> list[fx.Node]:
+    """Layers that read a point's values as their input, and the one whose output it is."""
+    writer = node
+    if node.target in ACTIVATIONS and _is_fused(operand(node, 0)):
+        writer = operand(node, 0)
+    return [*_readers(node), *([writer] if writer.target in WEIGHT_OPS else [])]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    found = []
+    for user in node.users:
+        if user.target in WEIGHT_OPS and operand(user, 0) is node:
+            found.append(user)
+        elif user.target in MOVES:
+            found += _readers(user)
+    return found
+
+
+def _fed_points(node: fx.Node, points: set[fx.Node]) -> set[fx.Node]:
+    """The next points on every way from a node to the outputs."""
+    found, seen, ahead = set(), set(), list(node.users)
+    while ahead:
+        user = ahead.pop()
+        if user in points:
+            found.add(user)
+        elif user not in seen:
+            seen.add(user)
+            ahead += user.users
+    return found
+
+
 def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> None:
-    """Round the activations named in ``grids``; the biases of integer layers fed by them become int32."""
+    """Round the activations named in ``grids``; the biases of integer layers fed by them become int32.
+
+    Layers with float weights keep them in ONNX Runtime, even between two rounded activations.
+    """
     by_node = {}
     for node in list(module.graph.nodes):
         if node.name in grids:
@@ -278,6 +341,7 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
     _fit_scales(module, fed)
     for node, grid in fed:
         _integer_bias(module, node, grid)
+    _keep_floats(module)
 
 
 def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:
@@ -295,10 +359,34 @@ def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:
     return back
 
 
+def _keep_floats(module: fx.GraphModule) -> None:
+    """A clamp at the least float before each float layer between two rounded activations.
+
+    ONNX Runtime rounds the weights of such a layer itself when it loads the file (WeightBiasQuantization), to 8 bits
+    with one scale for all channels, unless another op stands between DequantizeLinear and the layer.
+    """
+    for node in list(module.graph.nodes):
+        if node.target not in WEIGHT_OPS or _is_integer(node):
+            continue
+        value = operand(node, 0)
+        output = next(iter(node.users)) if _is_fused(node) else node
+        is_fed = _through_moves(value).target is decomposed.dequantize_per_tensor.default
+        if is_fed and any(user.target is decomposed.quantize_per_tensor.default for user in output.users):
+            with module.graph.inserting_before(node):
+                same = module.graph.call_function(aten.clamp.default, (value, LEAST_FLOAT))
+            same.meta["val"] = value.meta.get("val")
+            node.replace_input_with(value, same)
+
+
 def _through_moves(node: fx.Node) -> fx.Node:
     while node.target in MOVES:
         node = operand(node, 0)
     return node
+
+
+def _is_integer(layer: fx.Node) -> bool:
+    """Whether the layer's weight is integers behind a dequantization."""
+    return operand(layer, WEIGHT_ARGUMENT).target is decomposed.dequantize_per_channel.default
 
 
 def _integer_layers(module: fx.GraphModule) -> list[fx.Node]:
@@ -307,7 +395,7 @@ def _integer_layers(module: fx.GraphModule) -> list[fx.Node]:
         node
         for node in module.graph.nodes
         if node.target in WEIGHT_OPS
-        and operand(node, WEIGHT_ARGUMENT).target is decomposed.dequantize_per_channel.default
+        and _is_integer(node)
         and _bias(module, node) is not None
         and (node.target not in TRANSPOSED or argument(node, "groups", 1) == 1)
     ]

@@ -94,20 +94,41 @@ class Graph:
     blockers: tuple[Blocker, ...]
     macs: int
 
+    def matching(self, glob: str, flag: str) -> tuple[Layer, ...]:
+        """The layers whose weights match a glob that was given as ``flag``.
+
+        Raises:
+            UsageError: It matches none: a misspelt one would not do what was asked.
+        """
+        found = tuple(layer for layer in self.layers if fnmatchcase(layer.tensor, glob))
+        if not found:
+            names = [layer.tensor for layer in self.layers]
+            close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+            raise UsageError(
+                f"{flag} {glob!r} matches no weight", hint=f"weights: {', '.join(close or names[:3])}, ..."
+            )
+        return found
+
     def without(self, globs: Sequence[str]) -> tuple[Layer, ...]:
         """The layers whose weights match none of ``globs``.
 
         Raises:
-            UsageError: A glob matches no layer: a misspelt one would compress what it was to protect.
+            UsageError: A glob matches no layer.
         """
-        names = [layer.tensor for layer in self.layers]
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
-                close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
-                raise UsageError(
-                    f"--exclude {glob!r} matches no weight", hint=f"weights: {', '.join(close or names[:3])}, ..."
-                )
-        return tuple(layer for layer in self.layers if not any(fnmatchcase(layer.tensor, glob) for glob in globs))
+        excluded = {layer.tensor for glob in globs for layer in self.matching(glob, "--exclude")}
+        return tuple(layer for layer in self.layers if layer.tensor not in excluded)
+
+    def compressible(self, exclude: Sequence[str], verb: str) -> tuple[Layer, ...]:
+        """The layers that a method may ``verb``, one at least.
+
+        Raises:
+            UsageError: A glob matches no layer, or no layer is left.
+        """
+        layers = self.without(exclude)
+        if not layers:
+            hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
+            raise UsageError(f"the network has no float weight to {verb}", hint=hint)
+        return layers
 
     def layer(self, tensor: str) -> Layer:
         """The layer whose weight is ``tensor``."""

@@ -282,7 +282,7 @@ def joint_update(
         keep: ``[d]``, bool.
         residuals: ``[m]``, by default zeros. Every block fits all of them.
         blocks: As for ``inverse_fisher``.
-        gram: ``gram_matrix(gradients)``, for the full matrix: only the products of the pruned columns are then computed.
+        gram: ``gram_matrix(gradients)``, for the full matrix: only products of the pruned columns are then computed.
 
     Raises:
         NumericsError: A gradient (names row and column), weight or residual is not finite, or products of gradients

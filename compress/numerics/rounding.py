@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..plan import BY_CHANNEL, RANGES
+from ..plan import BY_CHANNEL, CLIPS, RANGES
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
@@ -53,8 +53,8 @@ def round_weight(weight: Tensor, bits: int, *, axis: int | None, search: str) ->
         bits: 2 to 8.
         axis: Dimension with one scale an index; None for one scale in all.
         search: ``minmax`` covers the largest magnitude; ``mse`` clips to the ratio with the least squared error;
-            ``p99`` covers that percentile of the magnitudes, zeros left out. ``channels:`` and a letter of
-            ``plan.RANGES`` for each scale gives each channel its own.
+            ``p99`` covers that percentile of the magnitudes, zeros left out; ``clip0.80`` that share of the largest.
+            ``channels:`` and a letter of ``plan.RANGES`` for each scale gives each channel its own.
 
     Returns:
         Levels (int8, the weight's shape) and scale (float32, ``[c]`` or ``[]``). A channel of zeros has scale 1.
@@ -152,6 +152,8 @@ def _block_scale(flat: Tensor, bits: int, name: str) -> Tensor:
         return _minmax_scale(flat, bits)
     if name == "mse":
         return _mse_scale(flat, bits)
+    if name in CLIPS:
+        return _clip_scale(flat, bits, float(name.removeprefix("clip")))
     return _percentile_scale(flat, bits, float(name.removeprefix("p")))
 
 
@@ -187,6 +189,12 @@ def _mse_scale(flat: Tensor, bits: int) -> Tensor:
 
 def _squared_error(flat: Tensor, scale: Tensor, bits: int) -> Tensor:
     return _to_levels(flat, scale, bits).mul_(scale[:, None]).sub_(flat).square_().sum(1)
+
+
+def _clip_scale(flat: Tensor, bits: int, ratio: float) -> Tensor:
+    low = level_range(bits)[0]
+    scale = _sign(flat) * ratio * _peak(flat, -low) / -low
+    return torch.where(flat.abs().amax(1) < SMALLEST_PEAK, 1.0, scale)
 
 
 def _percentile_scale(flat: Tensor, bits: int, percent: float) -> Tensor:

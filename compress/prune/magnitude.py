@@ -6,25 +6,29 @@ Cost: one sort of the weights; no data.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..apply import mask_sha256, pack_mask
 from ..budget import Budget
 from ..context import Context, Storage
-from ..errors import BudgetError, UsageError
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import MaskWeights, Plan
+from ..plan import Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-
-DEFAULT_SPARSITY = 0.5
-Masks = dict[str, Tensor]
+from .masks import (
+    DEFAULT_SPARSITY,
+    UNSTRUCTURED,
+    Masks,
+    mask_plan,
+    n_of_m_mask,
+    parse_pattern,
+    patterned_layers,
+    removed_weights,
+)
 
 
 def plan(
@@ -51,63 +55,34 @@ def plan(
     """
     state = source.module.state_dict()
     exclude = tuple(options.get("exclude") or ())
-    layers = graph.without(exclude)
-    if not layers:
-        hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
-        raise UsageError("the network has no float weight to prune", hint=hint)
-    weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
-    total = sum(layer.elements for layer in graph.layers)
-    pattern = str(options.get("pattern") or "unstructured")
+    layers = graph.compressible(exclude, "prune")
+    pattern = str(options.get("pattern") or UNSTRUCTURED)
     scope = str(options.get("scope") or "global")
-
-    if pattern == "unstructured":
-        masks = _unstructured(weights, total, budget, scope, context)
+    if pattern == UNSTRUCTURED:
+        weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
+        masks = _unstructured(graph, layers, weights, budget, scope, context)
     else:
-        masks = _patterned(layers, weights, pattern, budget, total, context)
-    return mask_plan(
-        source, graph, masks, budget, {"exclude": list(exclude), "pattern": pattern, "scope": scope}, pattern
-    )
-
-
-def mask_plan(
-    source: Source,
-    graph: Graph,
-    masks: Masks,
-    budget: Budget | None,
-    options: dict[str, Any],
-    pattern: str,
-    *,
-    method: str = "magnitude",
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan that zeroes what ``masks`` don't keep, and its sidecar of packed masks."""
-    sidecar = {name: pack_mask(mask) for name, mask in masks.items()}
-    decisions = tuple(
-        MaskWeights(name, int(mask.sum()), mask.numel(), pattern, mask_sha256(sidecar[name]))
-        for name, mask in masks.items()
-    )
-    state = source.module.state_dict()
-    total = sum(layer.elements for layer in graph.layers)
-    zeros = sum(
-        int((~masks[layer.tensor] if layer.tensor in masks else state[layer.tensor] == 0).sum())
-        for layer in graph.layers
-    )
-    predicted = {"sparsity": zeros / total}
-    return Plan(method, options, 0, source.sha256, None, budget, decisions, predicted), sidecar
+        n, m = parse_pattern(pattern)
+        masks = {
+            layer.tensor: n_of_m_mask(state[layer.tensor].detach().float().abs(), n, m, layer.input_axis)
+            for layer in patterned_layers(graph, layers, pattern, budget, context)
+        }
+    recorded = {"exclude": list(exclude), "pattern": pattern, "scope": scope}
+    return mask_plan(source, graph, masks, budget, "magnitude", recorded)
 
 
 def _unstructured(
-    weights: Mapping[str, Tensor], total: int, budget: Budget | None, scope: str, context: Context
+    graph: Graph,
+    layers: Sequence[Layer],
+    weights: Mapping[str, Tensor],
+    budget: Budget | None,
+    scope: str,
+    context: Context,
 ) -> Masks:
     budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
     available = sum(weight.numel() for weight in weights.values())
     if budget.quantity == "sparsity":
-        removed = round(budget.limit * total)
-        if removed > available:
-            raise BudgetError(
-                f"sparsity {budget.limit:g} is out of reach: --exclude leaves at most {available / total:.4f}",
-                hint="exclude less, or lower --sparsity",
-            )
-        return _chooser(scope)(weights, removed / available)
+        return _chooser(scope)(weights, removed_weights(graph, layers, budget.limit) / available)
     return smallest_cut(weights, available, budget, scope, context)
 
 
@@ -148,53 +123,3 @@ def _keep_largest(magnitudes: Tensor, share: float) -> Tensor:
     order = torch.argsort(magnitudes, stable=True)
     keep[order[: round(share * len(magnitudes))]] = False
     return keep
-
-
-def _patterned(
-    layers: Sequence[Layer],
-    weights: Mapping[str, Tensor],
-    pattern: str,
-    budget: Budget | None,
-    total: int,
-    context: Context,
-) -> Masks:
-    """Keep the n largest of every m consecutive weights along the input dimension."""
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if match is None:
-        raise UsageError(f"--pattern {pattern!r} is not a pattern", hint="unstructured, or n:m such as 2:4")
-    n, m = int(match.group(1)), int(match.group(2))
-    if not 0 < n < m:
-        raise UsageError(f"--pattern {pattern}: keeps {n} of {m}", hint="n lies between 1 and m - 1")
-    masks = {}
-    skipped = []
-    for layer in layers:
-        if layer.shape[layer.input_axis] % m:
-            skipped.append(layer.tensor)
-            continue
-        masks[layer.tensor] = n_of_m_mask(weights[layer.tensor], n, m, layer.input_axis)
-    dense = f"{pattern} leaves {', '.join(skipped)} dense: the input dimension isn't a multiple of {m}"
-    if skipped:
-        context.notes.append(dense)
-    _check_pattern_budget(pattern, masks, budget, total, dense if skipped else "")
-    return masks
-
-
-def n_of_m_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """True at the n largest magnitudes of every m consecutive weights along ``axis``; of equal ones, the first."""
-    moved = weight.abs().movedim(axis, -1)
-    groups = moved.reshape(-1, m)
-    order = torch.argsort(groups, dim=1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-    return keep.reshape(moved.shape).movedim(-1, axis).contiguous()
-
-
-def _check_pattern_budget(pattern: str, masks: Masks, budget: Budget | None, total: int, dense: str) -> None:
-    """A pattern fixes the sparsity: a budget that asks for more can't be met."""
-    reached = sum(int((~mask).sum()) for mask in masks.values()) / total
-    if budget is None:
-        return
-    if budget.quantity == "sparsity" and budget.limit > reached + 0.005:
-        raise BudgetError(
-            f"pattern {pattern} gives sparsity {reached:.4f}, less than {budget.limit:g}",
-            hint=f"{dense or 'the pattern fixes it'}; choose a sparser pattern, or --pattern unstructured",
-        )

@@ -9,8 +9,8 @@ Cost: a round takes a pass with per-sample gradients, two products of m^2 d, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,26 +21,61 @@ from ..budget import Budget
 from ..context import Context
 from ..curvature.network import Network, open_network, predict
 from ..curvature.sample_gradients import sample_gradients
-from ..errors import BudgetError, OutOfMemoryError, UsageError
-from ..graph.trace import Graph
+from ..errors import OutOfMemoryError
+from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
 from ..plan import MaskWeights, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .magnitude import DEFAULT_SPARSITY, mask_plan, smallest_cut
+from .magnitude import smallest_cut
+from .masks import (
+    DEFAULT_SPARSITY,
+    UNSTRUCTURED,
+    mask_plan,
+    n_of_m_mask,
+    parse_pattern,
+    patterned_layers,
+    removed_weights,
+)
 
 DRAWS = 2  # gradients of an example; ResNet-20 at sparsity 0.8: one gives 74.5 to 77.4 %, two 78.1, three 80.1
 SALIENCY_DAMPING = 1e-3  # of the mean curvature, as are the next
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MEMORY_LIMIT = 8 * 2**30  # bytes of gradients
+FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
+SEARCH_DENSITY = 0.88
+MOST_REMOVED = 0.98
+RECORDED = ("rounds", "scope", "fisher", "pattern")
+Choose = Callable[[Tensor], Tensor]  # scores [d] to the mask of survivors [d]
+
+
+@dataclass(frozen=True, slots=True)
+class _Surgery:
+    """A network on the table.
+
+    Attributes:
+        network: Its weights change from round to round.
+        dense: Its outputs before the first.
+        protected: Weights that stay, ``[d]``.
+        options: As recorded in the plan.
+    """
+
+    source: Source
+    graph: Graph
+    network: Network
+    calibration: Calibration
+    dense: Tensor
+    protected: Tensor
+    options: Mapping[str, Any]
+    context: Context
 
 
 def plan(
     source: Source,
     graph: Graph,
     sensitivities: Mapping[str, Sensitivity],
-    calibration: Calibration | None,
+    calibration: Calibration,
     budget: Budget | None,
     options: Mapping[str, Any],
     context: Context,
@@ -49,44 +84,52 @@ def plan(
 
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
-        options: ``rounds``, ``scope`` (``global`` or ``layer``), ``exclude`` (globs), ``fisher``.
+        options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``unstructured`` or ``n:m``), ``exclude``
+            (globs), ``fisher``.
 
     Returns:
         The plan and its sidecar: packed masks and the survivors' values by tensor.
 
     Raises:
-        BudgetError: More is to be removed than ``exclude`` leaves.
-        UsageError: Nothing to prune, or a pattern.
+        BudgetError: More is to be removed than ``exclude`` or the pattern leaves.
+        UsageError: Nothing to prune, or no pattern.
         OutOfMemoryError: The gradients would not fit; names the way out.
     """
-    if str(options.get("pattern") or "unstructured") != "unstructured":
-        raise UsageError(
-            f"method obs has no pattern {options['pattern']}", hint="pass --method magnitude, or leave --pattern out"
-        )
-    exclude = tuple(options.get("exclude") or ())
-    layers = graph.without(exclude)
-    if not layers:
-        hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
-        raise UsageError("the network has no float weight to prune", hint=hint)
-    total = sum(layer.elements for layer in graph.layers)
-    available = sum(layer.elements for layer in layers)
-    budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
-    if budget.quantity == "bytes":
-        state = source.module.state_dict()
-        weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
-        masks = smallest_cut(weights, available, budget, str(options["scope"]), context)
-        removed = sum(int((~mask).sum()) for mask in masks.values())  # bytes depend on counts, hardly on where
+    layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
+    rounds = int(options["rounds"])
+    choosers: list[Choose]
+    if _pattern(options) == UNSTRUCTURED:
+        removed = _removed(source, graph, layers, budget, str(options["scope"]), context)
+        choosers = _shares(layers, removed, rounds, str(options["scope"]))
     else:
-        removed = round(budget.limit * total)
-    if removed > available:
-        raise BudgetError(
-            f"sparsity {removed / total:g} is out of reach: --exclude leaves at most {available / total:.4f}",
-            hint="exclude less, or lower --sparsity",
-        )
-    network = open_network(graph, layers=layers, device=context.device)
-    recorded = {**{name: options[name] for name in ("rounds", "scope", "fisher")}, "exclude": list(exclude)}
-    protected = torch.zeros(available, dtype=torch.bool)
-    return _prune(source, graph, network, protected, removed, calibration, budget, recorded, context)
+        layers = patterned_layers(graph, layers, _pattern(options), budget, context)
+        choosers = _groups(layers, *parse_pattern(_pattern(options)), rounds)
+    surgery = _open(source, graph, layers, calibration, options, context)
+    *_, (keep, predicted) = _rounds(surgery, choosers)
+    return _finished(surgery, keep, predicted, budget)
+
+
+def candidates(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    context: Context,
+) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+    """Plans of growing sparsity, a round each, as long as they are asked for; one where a pattern fixes it."""
+    if _pattern(options) != UNSTRUCTURED:
+        yield plan(source, graph, sensitivities, calibration, None, options, context)
+        return
+    layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
+    surgery = _open(source, graph, layers, calibration, options, context)
+    d, density = surgery.network.num_weights, 1 - FIRST_SPARSITY
+    choosers = []
+    while density > 1 - MOST_REMOVED:
+        choosers.append(_chooser(layers, round((1 - density) * d), str(options["scope"])))
+        density *= SEARCH_DENSITY
+    for keep, predicted in _rounds(surgery, choosers):
+        yield _finished(surgery, keep, predicted, None)
 
 
 def refit(
@@ -98,38 +141,101 @@ def refit(
         masks: Those of the plan, by tensor.
     """
     layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
-    network = open_network(graph, layers=layers, device=context.device)
     protected = torch.cat([masks[layer.tensor].flatten() for layer in layers])
-    removed = int((~protected).sum())
-    options = {**given.options, "scope": "global"}
-    plan, sidecar = _prune(source, graph, network, protected, removed, calibration, given.budget, options, context)
-    return replace(plan, options=given.options), sidecar
+    surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)
+    # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
+    choosers = _shares(layers, int((~protected).sum()), int(given.options["rounds"]), "global")
+    *_, (keep, predicted) = _rounds(surgery, choosers)
+    return _finished(surgery, keep, predicted, given.budget)
 
 
-def _prune(
+def _pattern(options: Mapping[str, Any]) -> str:
+    return str(options.get("pattern") or UNSTRUCTURED)
+
+
+def _removed(
+    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, scope: str, context: Context
+) -> int:
+    budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
+    if budget.quantity == "sparsity":
+        return removed_weights(graph, layers, budget.limit)
+    # The bytes of a file depend on how many weights are left, and hardly on which.
+    state = source.module.state_dict()
+    weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
+    masks = smallest_cut(weights, sum(layer.elements for layer in layers), budget, scope, context)
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def _shares(layers: Sequence[Layer], removed: int, rounds: int, scope: str) -> list[Choose]:
+    """An exponential schedule: each round leaves the same share of what is left."""
+    d = sum(layer.elements for layer in layers)
+    left = [(1 - removed / d) ** (number / rounds) for number in range(1, rounds + 1)]
+    return [_chooser(layers, round((1 - share) * d), scope) for share in left]
+
+
+def _chooser(layers: Sequence[Layer], removed: int, scope: str) -> Choose:
+    """Removes the least salient weights, of the network or of each layer, until ``removed`` are gone."""
+    d = sum(layer.elements for layer in layers)
+    sizes = [d] if scope == "global" else [layer.elements for layer in layers]
+
+    def choose(scores: Tensor) -> Tensor:
+        masks = []
+        for part in torch.split(scores, sizes):
+            mask = torch.ones(len(part), dtype=torch.bool)
+            mask[torch.argsort(part, stable=True)[: round(removed * len(part) / d)]] = False
+            masks.append(mask)
+        return torch.cat(masks)
+
+    return choose
+
+
+def _groups(layers: Sequence[Layer], n: int, m: int, rounds: int) -> list[Choose]:
+    """Ever fewer weights of each m, down to n, where the rounds are enough one by one."""
+    counts = sorted(
+        {max(n, round(m - (m - n) * number / rounds)) for number in range(1, rounds + 1)} - {m}, reverse=True
+    )
+
+    def chooser(kept: int) -> Choose:
+        def choose(scores: Tensor) -> Tensor:
+            parts = torch.split(scores, [layer.elements for layer in layers])
+            shaped = [part.reshape(layer.shape) for part, layer in zip(parts, layers, strict=True)]
+            masks = [n_of_m_mask(s, kept, m, layer.input_axis) for s, layer in zip(shaped, layers, strict=True)]
+            return torch.cat([mask.flatten() for mask in masks])
+
+        return choose
+
+    return [chooser(kept) for kept in counts]
+
+
+def _open(
     source: Source,
     graph: Graph,
-    network: Network,
-    protected: Tensor,
-    removed: int,
-    calibration: Calibration | None,
-    budget: Budget | None,
+    layers: Sequence[Layer],
+    calibration: Calibration,
     options: Mapping[str, Any],
     context: Context,
-) -> tuple[Plan, dict[str, Tensor]]:
-    """All rounds; weights where ``protected`` ``[d]`` is true are kept."""
-    assert calibration is not None  # the registry says that the method needs data
-    d = network.num_weights
-    _require_memory(calibration, d)
+) -> _Surgery:
+    network = open_network(graph, layers=tuple(layers), device=context.device)
+    m, d = DRAWS * len(calibration.data), network.num_weights
+    if 4 * m * d > MEMORY_LIMIT:
+        raise OutOfMemoryError(
+            f"{m} gradients of {d} weights take {4 * m * d / 1e9:.1f} GB",
+            hint=f"pass --num-calibration {max(1, MEMORY_LIMIT // (4 * d * DRAWS))} or fewer, or --method magnitude",
+        )
+    recorded = {name: options.get(name) for name in RECORDED} | {"pattern": _pattern(options)}
+    recorded["exclude"] = list(options.get("exclude") or ())
     dense = predict(network, calibration.data)
-    keep = torch.ones(d, dtype=torch.bool)
-    rounds = int(options["rounds"])
-    for number in range(1, rounds + 1):
-        share = 1 - (1 - removed / d) ** (number / rounds)
-        if keep.any():
-            keep = _round(network, calibration, dense, keep, protected, round(share * d), options, context)
+    protected = torch.zeros(d, dtype=torch.bool)
+    return _Surgery(source, graph, network, calibration, dense, protected, recorded, context)
+
+
+def _finished(
+    surgery: _Surgery, keep: Tensor, predicted: float, budget: Budget | None
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan of the network as it is now."""
+    network = surgery.network
     masks = network.split(keep)
-    decided, sidecar = mask_plan(source, graph, masks, budget, dict(options), "unstructured", method="obs")
+    decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, "obs", surgery.options)
     values = {name: network.weights[name].detach().cpu()[mask] for name, mask in masks.items()}
     decisions = tuple(
         replace(decision, values_sha256=values_sha256(values[decision.tensor]))
@@ -137,78 +243,70 @@ def _prune(
         if isinstance(decision, MaskWeights)
     )
     sidecar.update({values_key(name): value for name, value in values.items()})
-    return replace(decided, decisions=decisions, task_sha256=calibration.sha256()), sidecar
+    figures = {**decided.predicted, "loss": predicted}
+    task_sha256 = surgery.calibration.sha256()
+    return replace(decided, decisions=decisions, task_sha256=task_sha256, predicted=figures), sidecar
 
 
-def _require_memory(calibration: Calibration, d: int) -> None:
-    m = DRAWS * len(calibration.data)
-    if 4 * m * d > MEMORY_LIMIT:
-        raise OutOfMemoryError(
-            f"{m} gradients of {d} weights take {4 * m * d / 1e9:.1f} GB",
-            hint=f"pass --num-calibration {max(1, MEMORY_LIMIT // (4 * d * DRAWS))} or fewer, or --method magnitude",
-        )
+def _rounds(surgery: _Surgery, choosers: Iterable[Choose]) -> Iterator[tuple[Tensor, float]]:
+    """After each round: the survivors ``[d]``, and the loss that all rounds together are expected to cost."""
+    keep, total = torch.ones(surgery.network.num_weights, dtype=torch.bool), 0.0
+    for choose in choosers:
+        if keep.any():
+            keep, predicted = _round(surgery, keep, choose)
+            total += predicted
+        yield keep, total
 
 
-def _round(
-    network: Network,
-    calibration: Calibration,
-    dense: Tensor,
-    keep: Tensor,
-    protected: Tensor,
-    removed: int,
-    options: Mapping[str, Any],
-    context: Context,
-) -> Tensor:
-    """Remove weights until ``removed`` are gone, and update the others in place; the new mask ``[d]``."""
+def _round(surgery: _Surgery, keep: Tensor, choose: Choose) -> tuple[Tensor, float]:
+    """Remove weights and update the others in place; the new mask ``[d]``, and the expected loss."""
+    network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
     gradients = sample_gradients(
         network,
-        calibration.task,
-        calibration.data,
-        mode=str(options["fisher"]),
-        generator=context.generator,
-        progress=context.progress,
+        task,
+        data,
+        mode=str(surgery.options["fisher"]),
+        generator=surgery.context.generator,
+        progress=surgery.context.progress,
         keep=keep,
         draws=DRAWS,
     )
-    context.progress("saliencies and update", 0, None)
+    surgery.context.progress("saliencies and update", 0, None)
     weights = network.flat().cpu()
-    alive = weights[keep]
     gram = gram_matrix(gradients)
-    scale = float(gram.diagonal().sum()) / gradients.numel()
-    scores = alive.double().square()
-    if scale > 0:
-        inverse = inverse_fisher(gradients, SALIENCY_DAMPING * scale, gram=gram)
-        scores = saliency(alive, inverse.diagonal()).double()
-    scores[protected[keep]] = float("inf")
-    chosen = _survivors(network, keep, scores, removed, str(options["scope"]))
-
+    chosen = choose(_scores(surgery, gradients, gram, weights, keep))
     best, least = torch.where(chosen, weights, 0.0), float("inf")
     for candidate in _candidates(gradients, gram, weights, keep, chosen):
         network.set_flat(candidate)
-        moved = divergence(dense, predict(network, calibration.data), are_logits=has_logits(calibration.task))
+        moved = divergence(surgery.dense, predict(network, data), are_logits=has_logits(task))
         if moved < least:
             best, least = candidate, moved
     network.set_flat(best)
-    return chosen
+    change = gradients @ (best - weights)[keep]
+    return chosen, float(change.double().square().mean()) / 2
 
 
-def _survivors(network: Network, keep: Tensor, scores: Tensor, removed: int, scope: str) -> Tensor:
-    """The mask ``[d]`` without the least salient weights, over the network or within each layer."""
-    every = torch.full(keep.shape, -1.0, dtype=torch.float64)
-    every[keep] = scores
-    parts = [every] if scope == "global" else [p.flatten() for p in network.split(every).values()]
-    masks = []
-    for part in parts:
-        mask = torch.ones(len(part), dtype=torch.bool)
-        mask[torch.argsort(part, stable=True)[: round(removed * len(part) / len(every))]] = False
-        masks.append(mask)
-    return torch.cat(masks)
+def _scores(surgery: _Surgery, gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+    """Saliency of every weight ``[d]``, float64: below zero where it is gone, infinite where it is protected."""
+    alive = weights[keep]
+    scale = _mean_curvature(gradients, gram)
+    scores = torch.full(keep.shape, -1.0, dtype=torch.float64)
+    scores[keep] = alive.double().square()
+    if scale > 0:
+        inverse = inverse_fisher(gradients, SALIENCY_DAMPING * scale, gram=gram)
+        scores[keep] = saliency(alive, inverse.diagonal()).double()
+    scores[surgery.protected & keep] = float("inf")
+    return scores
+
+
+def _mean_curvature(gradients: Tensor, gram: Tensor) -> float:
+    return float(gram.diagonal().sum()) / gradients.numel()
 
 
 def _candidates(gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor) -> Iterator[Tensor]:
     """The weights after the cut alone, then after the joint update at each damping."""
     yield torch.where(chosen, weights, 0.0)
-    scale = float(gram.diagonal().sum()) / gradients.numel()
+    scale = _mean_curvature(gradients, gram)
     if scale <= 0:
         return
     update = joint_update(gradients, weights[keep], chosen[keep], gram=gram)

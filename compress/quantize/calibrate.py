@@ -6,15 +6,19 @@ Cost: one forward pass over the calibration examples.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..context import Progress
+from ..apply import float_module
+from ..context import Context, Progress
 from ..data import Data
-from ..errors import NumericsError
+from ..errors import NumericsError, UsageError
+from ..graph.rewrite import activation_points, points_for
+from ..graph.trace import Graph
+from ..plan import Quantize
 
 CPU = torch.device("cpu")
 BATCH = 16  # larger ones cost memory and are no faster
@@ -36,6 +40,39 @@ class _Observer(fx.Interpreter):
             before = self.ranges[n.name]
             self.ranges[n.name] = (min(before[0], low), max(before[1], high))
         return value
+
+
+def calibrated(graph: Graph, data: Data | None, activations: str, context: Context) -> dict[str, tuple[float, float]]:
+    """The range of every activation that may be rounded, by name; none where ``activations`` is ``float``.
+
+    Raises:
+        UsageError: There are no data.
+    """
+    if activations == "float":
+        return {}
+    if data is None:
+        raise UsageError(
+            "8-bit activations are calibrated on data, and none were given",
+            hint="pass --data FILE.npz or FILE.py:fn(args), or --activations float",
+        )
+    module = float_module(graph)
+    points = [node.name for node in activation_points(module)]
+    return activation_ranges(module, points, data, context.progress, device=context.device)
+
+
+def activation_decisions(
+    graph: Graph, ranges: Mapping[str, tuple[float, float]], integer: Collection[str]
+) -> tuple[Quantize, ...]:
+    """Eight bits for the activations around integer layers: what float layers read stays as it is.
+
+    Args:
+        ranges: Of ``calibrated``.
+        integer: Weights with integers, by state-dict key.
+    """
+    if not ranges:
+        return ()
+    points = [node.name for node in points_for(float_module(graph), integer)]
+    return tuple(Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points if name in ranges)
 
 
 def activation_ranges(

@@ -16,15 +16,13 @@ from torch.utils._pytree import tree_leaves
 from ..apply import apply_plan, assemble, float_module
 from ..budget import Budget
 from ..context import Context, Storage
-from ..data import Data
-from ..errors import BudgetError, UsageError
-from ..graph.rewrite import activation_points
+from ..errors import BudgetError
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import Decision, Plan, Quantize
+from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .calibrate import BATCH, activation_ranges, on_device
+from .calibrate import BATCH, activation_decisions, calibrated, on_device
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")
@@ -52,17 +50,19 @@ def plan(
     """
     data = None if calibration is None else calibration.data
     exclude = tuple(options.get("exclude") or ())
-    layers = graph.without(exclude)
-    if not layers:
-        hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
-        raise UsageError("the network has no float weight to quantize", hint=hint)
+    layers = graph.compressible(exclude, "quantize")
     bits = _choose_bits(source, graph, layers, budget, context)
 
-    activations = _activation_decisions(graph, data, str(options["activations"]), context)
+    ranges = calibrated(graph, data, str(options["activations"]), context)
+    activations = activation_decisions(graph, ranges, {layer.tensor for layer in layers})
     search = str(options.get("range") or "auto")
     if search == "auto":
-        search = _measure_range(source, graph, layers, bits, calibration, context)
-    decisions = (*_weight_decisions(layers, bits, search), *activations)
+        decided = {
+            search: _weight_decisions(layers, bits, search, with_integers=bool(activations)) for search in RANGES
+        }
+        search = _measure_range(source, graph, decided, calibration, context)
+    weights = _weight_decisions(layers, bits, search, with_integers=bool(activations))
+    decisions = (*weights, *activations)
     recorded = {"activations": str(options["activations"]), "exclude": list(exclude), "range": search}
     predicted = {"average_bits": _average_bits(graph, layers, bits)}
     measured = activations or options.get("range") in (None, "auto")
@@ -76,8 +76,9 @@ def _average_bits(graph: Graph, layers: Sequence[Layer], bits: int) -> float:
     return sum(layer.elements * (bits if layer.tensor in chosen else 32) for layer in graph.layers) / total
 
 
-def _weight_decisions(layers: Sequence[Layer], bits: int, search: str) -> tuple[Decision, ...]:
-    return tuple(Quantize(layer.tensor, "weight", bits, "symmetric", layer.axis, search) for layer in layers)
+def _weight_decisions(layers: Sequence[Layer], bits: int, search: str, *, with_integers: bool) -> tuple[Decision, ...]:
+    scheme = weight_scheme(bits, with_integers=with_integers)
+    return tuple(Quantize(layer.tensor, "weight", bits, scheme, layer.axis, search) for layer in layers)
 
 
 def _choose_bits(source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, context: Context) -> int:
@@ -102,35 +103,25 @@ def _choose_bits(source: Source, graph: Graph, layers: Sequence[Layer], budget: 
     return ALL_BITS[-1]
 
 
-def _activation_decisions(graph: Graph, data: Data | None, activations: str, context: Context) -> tuple[Decision, ...]:
-    if activations == "float":
-        return ()
-    if data is None:
-        raise UsageError(
-            "8-bit activations are calibrated on data, and none were given",
-            hint="pass --data FILE.npz or FILE.py:fn(args), or --activations float",
-        )
-    module = float_module(graph)
-    points = [node.name for node in activation_points(module)]
-    ranges = activation_ranges(module, points, data, context.progress, device=context.device)
-    return tuple(Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points)
-
-
 def _measure_range(
-    source: Source, graph: Graph, layers: Sequence[Layer], bits: int, calibration: Calibration | None, context: Context
+    source: Source,
+    graph: Graph,
+    decided: Mapping[str, tuple[Decision, ...]],
+    calibration: Calibration | None,
+    context: Context,
 ) -> str:
-    """The range search whose network stays nearest to the dense one on the calibration data."""
+    """The range search whose decisions keep the network nearest to the dense one on the calibration data."""
     if calibration is None:
         return "mse"
     data, are_logits = calibration.data, has_logits(calibration.task)
     with torch.no_grad():
         dense = on_device(float_module(graph), context.device)
         candidates = {}
-        for search in RANGES:
-            candidate = Plan("uniform", {}, 0, "", None, None, _weight_decisions(layers, bits, search), {})
+        for search, decisions in decided.items():
+            candidate = Plan("uniform", {}, 0, "", None, None, decisions, {})
             rounded = apply_plan(source.module, graph.tied, candidate, {})
             candidates[search] = on_device(assemble(graph, rounded), context.device)
-        moved = dict.fromkeys(RANGES, 0.0)
+        moved = dict.fromkeys(decided, 0.0)
         for done, batch in enumerate(data.batches(BATCH)):
             context.progress("choose weight ranges", done * BATCH, len(data))
             inputs = [x.to(context.device) for x in batch.inputs]
@@ -139,4 +130,4 @@ def _measure_range(
                 outputs = tree_leaves(module(*inputs))[0]
                 moved[search] += len(batch) * divergence(reference, outputs, are_logits=are_logits)
     context.progress("choose weight ranges", len(data), len(data))
-    return min(RANGES, key=lambda search: moved[search])
+    return min(moved, key=lambda search: moved[search])

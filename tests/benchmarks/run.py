@@ -63,10 +63,11 @@ class Case:
     after: str | None = None
 
 
+UNIFORM = {"method": "uniform"}
 PRUNE = Case("magnitude, sparsity 0.5", "prune", {"method": "magnitude", "sparsity": "0.5"})
-INT8 = Case("uniform, 8 bits, 8-bit activations", "quantize", {"budget": "8bit", "activations": "8"})
-BITS8 = Case("uniform, 8 bits, float activations", "quantize", {"budget": "8bit", "activations": "float"})
-BITS4 = Case("uniform, 4 bits, float activations", "quantize", {"budget": "4bit", "activations": "float"})
+INT8 = Case("uniform, 8 bits, 8-bit activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "8"})
+BITS8 = Case("uniform, 8 bits, float activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "float"})
+BITS4 = Case("uniform, 4 bits, float activations", "quantize", UNIFORM | {"budget": "4bit", "activations": "float"})
 BOTH = Case(f"{PRUNE.name}; then {INT8.name}", INT8.job, INT8.flags, after=PRUNE.name)
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 from zoo import TOKENS, Network, named
 
-from compress.apply import _folded, float_module
+from compress.apply import Compressed, _folded, apply_plan, assemble, float_module
+from compress.data import Data
+from compress.export import onnx_model, serialize, write_program
+from compress.formats import pt2
 from compress.graph.rewrite import (
     BATCH_NORMS,
     Grid,
@@ -16,12 +24,20 @@ from compress.graph.rewrite import (
     activation_points,
     finish,
     fold_batch_norms,
+    points_for,
     quantize_activations,
     set_weight,
     tensor_at,
     unlift,
 )
-from compress.graph.trace import WEIGHT_OPS, tied_names, trace_graph, trace_module
+from compress.graph.trace import WEIGHT_OPS, Graph, tied_names, trace_graph, trace_module
+from compress.plan import Plan, Quantize
+from compress.quantize.calibrate import activation_ranges
+from compress.verify import measure_parity, open_session
+
+COMPUTED_WEIGHTS = ("weight_norm", "FunctionalWeights")  # no layer's, and floats for ever
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
+FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
 def num_batch_norms(nodes: object) -> int:
@@ -112,3 +128,70 @@ def test_every_layers_input_is_rounded(network: Network) -> None:
         return node
 
     assert all(origin(layer.args[0]) in points for layer in floats)
+
+
+def test_all_points_are_rounded_where_all_layers_are_integers_and_none_where_none_is(network: Network) -> None:
+    graph = trace_graph(network.make(), network.inputs(2))
+    module = float_module(graph)
+    every = points_for(module, {layer.tensor for layer in graph.layers})
+    assert (every == activation_points(module)) == (network.name not in COMPUTED_WEIGHTS)
+    assert points_for(module, ()) == []
+
+
+def mixed(network: Network, is_integer: list[bool]) -> tuple[Graph, Compressed, fx.GraphModule]:
+    """The network with some of its layers as integers, in their order, and the points that these need."""
+    module, inputs = network.make(), network.inputs(16)
+    graph = trace_graph(module, network.inputs(2))
+    assert len(is_integer) == len(graph.layers)
+    chosen = {layer.tensor: layer for layer, choice in zip(graph.layers, is_integer, strict=True) if choice}
+    dense = float_module(graph)
+    points = [node.name for node in points_for(dense, chosen)]
+    ranges = activation_ranges(dense, points, Data(inputs, None, "zoo"), lambda *_: None)
+    weights = [Quantize(name, "weight", 8, "symmetric_reduced", layer.axis, "minmax") for name, layer in chosen.items()]
+    activations = [Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points]
+    plan = Plan("uniform", {}, 0, "0" * 64, None, None, (*weights, *activations), {})
+    compressed = apply_plan(module, graph.tied, plan, {})
+    return graph, compressed, assemble(graph, compressed)
+
+
+def kernels(content: bytes, folder: Path) -> Counter[str]:
+    """Ops of the network that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("plain_cnn", "ifi"),
+        ("plain_cnn", "fif"),
+        ("padded_residual", "ififii"),
+        ("padded_residual", "fiiffi"),
+        ("Inception", "ifiif"),
+        ("SqueezeExcite", "iififii"),
+        ("InvertedResidual", "ififi"),
+        ("mlp", "ifi"),
+        ("Split", "fifi"),
+    ],
+)
+def test_in_a_mixed_network_each_layer_runs_as_it_was_chosen(name: str, layers: str, tmp_path: Path) -> None:
+    network = named(name)
+    graph, compressed, module = mixed(network, [letter == "i" for letter in layers])
+    content = serialize(onnx_model(graph, compressed, module))
+    found = kernels(content, tmp_path)
+    assert sum(found[op] for op in INTEGER_KERNELS) == layers.count("i")
+    assert sum(found[op] for op in FLOAT_KERNELS) == layers.count("f")
+    # Ties of the grid apart, nothing is rounded in the runtime that isn't in torch.
+    for parity in measure_parity(module, open_session(content, 1), network.inputs(8)):
+        assert parity.mean_relative < 1e-3
+
+
+def test_a_mixed_program_is_equal_after_reading(tmp_path: Path) -> None:
+    network = named("plain_cnn")
+    graph, _, module = mixed(network, [True, False, True])
+    write_program(module, graph.example_inputs, tmp_path / "model.pt2")
+    found = pt2.read(tmp_path / "model.pt2").module(check_guards=False)
+    assert torch.equal(module(*network.inputs(3)), found(*network.inputs(3)))

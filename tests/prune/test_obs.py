@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.apply import apply_plan
+from compress.apply import apply_plan, unpack_mask
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
@@ -17,10 +18,10 @@ from compress.errors import BudgetError, OutOfMemoryError, UsageError
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan
-from compress.prune import obs
-from compress.task import Calibration, Classification, divergence
+from compress.prune import magnitude, obs
+from compress.task import Calibration, Classification, Regression, divergence
 
-OPTIONS = {"rounds": 2, "scope": "global", "fisher": "ggn", "exclude": ()}
+OPTIONS = {"rounds": 2, "scope": "global", "fisher": "ggn", "pattern": "unstructured", "exclude": ()}
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -33,8 +34,16 @@ def source_of(module: nn.Module) -> Source:
     return Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
 
 
-def examples(n: int) -> Tensor:
-    return torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+def patterned_network(inputs: int = 12) -> nn.Module:
+    """Input dimensions of 12, 96 and 12, which 2, 4 and 6 divide."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(inputs, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 5)
+    )
+
+
+def examples(n: int, channels: int = 2) -> Tensor:
+    return torch.randn(n, channels, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
 def context() -> Context:
@@ -44,12 +53,14 @@ def context() -> Context:
     return Context(torch.Generator().manual_seed(0), torch.device("cpu"), quiet, lambda choices: 0, [])
 
 
-def prune(module: nn.Module, sparsity: float, *, n: int = 24, **options: Any) -> tuple[Graph, Plan, dict[str, Tensor]]:
-    graph = trace_graph(module, (examples(2),))
-    calibration = Calibration(Classification(), Data((examples(n),), None, "examples"))
-    plan, sidecar = obs.plan(
-        source_of(module), graph, {}, calibration, Budget("sparsity", sparsity), {**OPTIONS, **options}, context()
-    )
+def prune(
+    module: nn.Module, sparsity: float | None, *, n: int = 24, **options: Any
+) -> tuple[Graph, Plan, dict[str, Tensor]]:
+    channels = module[0].in_channels  # type: ignore[index]
+    graph = trace_graph(module, (examples(2, channels),))
+    calibration = Calibration(Classification(), Data((examples(n, channels),), None, "examples"))
+    budget = None if sparsity is None else Budget("sparsity", sparsity)
+    plan, sidecar = obs.plan(source_of(module), graph, {}, calibration, budget, {**OPTIONS, **options}, context())
     return graph, plan, sidecar
 
 
@@ -138,9 +149,185 @@ def test_what_is_excluded_stays_and_bounds_the_sparsity() -> None:
         prune(network(), 0.9, exclude=("3.*",))
 
 
-def test_a_pattern_is_refused() -> None:
-    with pytest.raises(UsageError, match="has no pattern 2:4"):
-        prune(network(), 0.5, pattern="2:4")
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "3:4", "1:4", "5:6"])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_every_m_hold_n(pattern: str, rounds: int) -> None:
+    n, m = map(int, pattern.split(":"))
+    module = patterned_network()
+    graph, plan, sidecar = prune(module, None, pattern=pattern, rounds=rounds)
+    state = apply_plan(module, graph.tied, plan, sidecar).state()
+    assert list(plan.masks()) == ["0.weight", "3.weight", "5.weight"]
+    for name, decision in plan.masks().items():
+        groups = state[name].movedim(1, -1).reshape(-1, m)
+        assert bool((groups.count_nonzero(1) == n).all())
+        assert (decision.pattern, decision.kept) == (pattern, decision.total // m * n)
+
+
+def test_a_pattern_s_groups_keep_their_most_salient_weights() -> None:
+    """With inputs of zero, a weight is worth nothing however large it is."""
+    module = nn.Sequential(nn.Linear(4, 3, bias=False)).eval()
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([2.0, 0.5, 2.0, 0.6]))  # type: ignore[operator]
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.0, 1.0, 0.0, 1.0])
+    graph = trace_graph(module, (x[:2],))
+    calibration = Calibration(Regression(), Data((x,), None, "examples"))
+    plan, sidecar = obs.plan(source_of(module), graph, {}, calibration, None, {**OPTIONS, "pattern": "2:4"}, context())
+    mask = unpack_mask(sidecar["0.weight"], plan.masks()["0.weight"], torch.Size([3, 4]))
+    assert mask.int().tolist() == [[0, 1, 0, 1]] * 3
+    magnitudes, tensors = magnitude.plan(source_of(module), graph, {}, None, None, {"pattern": "2:4"}, context())
+    mask = unpack_mask(tensors["0.weight"], magnitudes.masks()["0.weight"], torch.Size([3, 4]))
+    assert mask.int().tolist() == [[1, 0, 1, 0]] * 3
+
+
+def test_a_layer_that_a_pattern_does_not_fit_stays_dense_with_a_note() -> None:
+    module, surroundings = patterned_network(inputs=3), context()
+    graph = trace_graph(module, (examples(2, channels=3),))
+    calibration = Calibration(Classification(), Data((examples(24, channels=3),), None, "examples"))
+    options = {**OPTIONS, "pattern": "2:4"}
+    plan, sidecar = obs.plan(source_of(module), graph, {}, calibration, None, options, surroundings)
+    assert list(plan.masks()) == ["3.weight", "5.weight"]
+    assert surroundings.notes == ["2:4 leaves 0.weight dense: the input dimension isn't a multiple of 4"]
+    state = apply_plan(module, graph.tied, plan, sidecar).state()
+    assert torch.equal(state["0.weight"], module.state_dict()["0.weight"])
+    assert plan.predicted["sparsity"] < 0.5
+
+
+class Shared(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.relu(self.b(torch.relu(self.a(x)))))
+        return y
+
+
+def test_a_weight_with_two_names_is_pruned_once() -> None:
+    torch.manual_seed(0)
+    module, x = Shared(), torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    graph = trace_graph(module.eval(), (x[:2],))
+    calibration = Calibration(Classification(), Data((x,), None, "examples"))
+    options = {**OPTIONS, "pattern": "2:4"}
+    plan, sidecar = obs.plan(source_of(module), graph, {}, calibration, None, options, context())
+    assert list(plan.masks()) == ["a.weight", "out.weight"]
+    state = apply_plan(module, graph.tied, plan, sidecar).state()
+    assert torch.equal(state["a.weight"], state["b.weight"])
+    assert bool((state["a.weight"].reshape(-1, 4).count_nonzero(1) == 2).all())
+
+
+def test_a_pattern_that_fits_no_layer_is_said() -> None:
+    with pytest.raises(UsageError, match="--pattern 2:7 fits no weight: no input dimension is a multiple of 7"):
+        prune(network(), None, pattern="2:7")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "error", "words"),
+    [
+        (0.7, "2:4", BudgetError, r"pattern 2:4 gives sparsity 0\.5000, less than 0\.7"),
+        (None, "4:2", UsageError, "keeps 4 of 2"),
+        (None, "0:4", UsageError, "keeps 0 of 4"),
+        (None, "half", UsageError, "is not a pattern"),
+    ],
+)
+def test_a_pattern_that_is_none_or_leaves_too_much_is_refused(
+    sparsity: float | None, pattern: str, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        prune(patterned_network(), sparsity, pattern=pattern)
+
+
+def test_a_pattern_s_update_is_never_worse_than_its_bare_cut() -> None:
+    module, x = patterned_network(), examples(24, channels=12)
+    graph, plan, sidecar = prune(module, None, pattern="2:4", rounds=1)
+    moved = apply_plan(module, graph.tied, plan, sidecar).state()
+    cut = {key: torch.where(moved[key] == 0, 0.0, value) for key, value in module.state_dict().items()}
+    cut = {key: value if key in plan.masks() else moved[key] for key, value in cut.items()}
+    after, before = (divergence(module(x), outputs(module, state, x), are_logits=True) for state in (moved, cut))
+    assert after < before
+
+
+def test_the_predicted_loss_is_the_measured_one_where_the_curvature_is_exact() -> None:
+    """A linear network with one output and squared errors: its loss is a parabola, that the gradients span."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(12, 1)).eval(), torch.randn(40, 12)
+    graph = trace_graph(module, (x[:2],))
+    calibration = Calibration(Regression(), Data((x,), None, "examples"))
+    plan, sidecar = obs.plan(
+        source_of(module), graph, {}, calibration, Budget("sparsity", 0.5), {**OPTIONS, "rounds": 1}, context()
+    )
+    state = apply_plan(module, graph.tied, plan, sidecar).state()
+    measured = float((outputs(module, state, x) - module(x)).double().square().mean())
+    assert plan.predicted["loss"] == pytest.approx(measured, rel=1e-4)
+    assert plan.predicted["sparsity"] == 0.5
+
+
+def test_more_sparsity_is_expected_to_lose_more() -> None:
+    losses = [prune(network(), sparsity)[1].predicted["loss"] for sparsity in (0.2, 0.5, 0.8)]
+    assert 0 < losses[0] < losses[1] < losses[2]
+
+
+def found_candidates(module: nn.Module, **options: Any) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+    graph = trace_graph(module, (examples(2),))
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    return obs.candidates(source_of(module), graph, {}, calibration, {**OPTIONS, **options}, context())
+
+
+def test_candidates_grow_in_sparsity_until_little_is_left() -> None:
+    module = network()
+    graph = trace_graph(module, (examples(2),))
+    expected, total = 1 - obs.FIRST_SPARSITY, sum(layer.elements for layer in graph.layers)
+    masks: dict[str, Tensor] = {}
+    for plan, sidecar in found_candidates(module, exclude=()):
+        kept = sum(mask.kept for mask in plan.masks().values())
+        assert kept == pytest.approx(expected * total, abs=1)
+        assert plan.budget is None
+        shapes = {layer.tensor: torch.Size(layer.shape) for layer in graph.layers}
+        found = {name: unpack_mask(sidecar[name], mask, shapes[name]) for name, mask in plan.masks().items()}
+        assert all(bool((found[name] <= mask).all()) for name, mask in masks.items()), "a weight came back"
+        apply_plan(module, graph.tied, plan, sidecar)
+        masks, expected = found, expected * obs.SEARCH_DENSITY
+    assert expected <= 1 - obs.MOST_REMOVED < expected / obs.SEARCH_DENSITY
+
+
+def test_a_candidate_is_computed_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+    real = obs.sample_gradients
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        rounds.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(obs, "sample_gradients", counted)
+    found = found_candidates(network())
+    assert not rounds
+    for number in (1, 2, 3):
+        next(found)
+        assert len(rounds) == number
+
+
+def test_a_candidate_keeps_its_values_when_the_next_is_made() -> None:
+    module = network()
+    graph, found = trace_graph(module, (examples(2),)), found_candidates(module)
+    plan, sidecar = next(found)
+    before = {key: value.clone() for key, value in sidecar.items()}
+    next(found)
+    assert all(torch.equal(before[key], value) for key, value in sidecar.items())
+    apply_plan(module, graph.tied, plan, sidecar)
+
+
+def test_a_pattern_has_one_candidate() -> None:
+    ((plan, sidecar),) = found_candidates(network(), pattern="1:2")
+    _, expected, tensors = prune(network(), None, pattern="1:2")
+    assert plan == expected
+    assert sidecar.keys() == tensors.keys()
+
+
+def test_what_is_excluded_is_in_no_candidate() -> None:
+    plan, _ = next(found_candidates(network(), exclude=("3.*",)))
+    assert set(plan.masks()) == {"0.weight", "5.weight"}
 
 
 def test_gradients_beyond_memory_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from zoo import named
 
-from compress.apply import float_module
+from compress.apply import apply_plan, float_module
 from compress.budget import Budget
 from compress.context import Context, Storage
 from compress.data import Data
 from compress.errors import BudgetError, NumericsError, UsageError
+from compress.formats.packed import QuantizedTensor
 from compress.graph.rewrite import activation_points
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
@@ -123,3 +124,22 @@ def test_what_cannot_be_done_is_said() -> None:
         plan_for(None, activations="8")
     with pytest.raises(NumericsError, match="isn't finite on the calibration data"):
         plan_for(None, activations="8", data=Data((torch.full((4, 3, 8, 8), 3e38),), None, "huge"))
+
+
+def test_no_pair_of_products_leaves_sixteen_bits_where_eight_bits_meet() -> None:
+    data = Data(NETWORK.inputs(100), None, "zoo")
+    module, graph = traced()
+    for search in ("minmax", "mse", "auto"):
+        plan = plan_for(None, data=data, activations="8", range=search)
+        assert {d.scheme for d in plan.quantized("weight").values()} == {"symmetric_reduced"}
+        for name, value in apply_plan(module, graph.tied, plan, {}).tensors.items():
+            if name in WEIGHTS:
+                assert isinstance(value, QuantizedTensor) and value.bits == 8
+                assert 2 * 255 * int(value.levels.abs().max()) < 2**15
+
+
+def test_all_levels_are_used_where_nothing_can_overflow() -> None:
+    data = Data(NETWORK.inputs(100), None, "zoo")
+    for budget, activations in ((Budget("bits", 8), "float"), (Budget("bits", 7), "8")):
+        plan = plan_for(budget, data=data, activations=activations)
+        assert {d.scheme for d in plan.quantized("weight").values()} == {"symmetric"}

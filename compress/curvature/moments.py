@@ -1,0 +1,91 @@
+"""Second moments of what each layer reads: how much a change of its weights moves its outputs.
+
+An output of a layer is ``w . x`` with a row ``w`` of its weight and the inputs ``x`` under it; a change ``d`` of the
+row moves it by ``d^T E[x x^T] d`` in the mean square. Cost: a forward pass, and ``k^2`` products for each position.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..context import Progress
+from ..data import Data
+from ..graph.trace import TRANSPOSED, argument, aten
+from .network import PASS_BATCH, Network, batches
+from .sample_gradients import each_dim, padded
+
+LARGEST_MOMENT = 8192  # inputs of an output; beyond, a moment would take more than half a gigabyte
+MAX_POSITIONS = 2**17  # of a layer, over all examples: the moments of more are no closer
+
+
+class _Reader(fx.Interpreter):
+    """Runs the graph and adds up the moments of the layers' inputs."""
+
+    def __init__(self, network: Network, limit: int) -> None:
+        super().__init__(network.module)
+        self.network = network
+        self.limit = limit
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        tensor = self.network.uses.get(n)
+        if tensor is not None:
+            read = n.args[0]
+            assert isinstance(read, fx.Node)
+            positions = _positions(n, self.env[read], self.network.weights[tensor])
+            if positions is not None:
+                step = _step(positions.shape[1], self.limit)
+                part = positions[:, ::step].double() if self.network.dtype == torch.float64 else positions[:, ::step]
+                moment = (part.transpose(1, 2) @ part).double()
+                self.sums[tensor] = self.sums[tensor] + moment if tensor in self.sums else moment
+                self.counts[tensor] = self.counts.get(tensor, 0) + part.shape[1]
+        return super().run_node(n)
+
+
+def input_moments(network: Network, data: Data, *, progress: Progress) -> dict[str, Tensor]:
+    """``E[x x^T]`` of each layer, float64, by tensor, over examples and positions.
+
+    Returns:
+        ``[k, k]`` in the order of ``rounding.rows`` of the weight; ``[g, k, k]`` for ``g`` groups of a convolution.
+        There is none for a transposed convolution, nor where k exceeds ``LARGEST_MOMENT``.
+    """
+    reader = _Reader(network, max(1, MAX_POSITIONS * PASS_BATCH // max(len(data), 1)))
+    with torch.no_grad():
+        for done, batch in enumerate(batches(network, data)):
+            progress("input moments", done * PASS_BATCH, len(data))
+            reader.run(*batch.inputs)
+    progress("input moments", len(data), len(data))
+    means = {tensor: total / reader.counts[tensor] for tensor, total in reader.sums.items()}
+    return {tensor: (mean[0] if len(mean) == 1 else mean).cpu() for tensor, mean in means.items()}
+
+
+def _step(count: int, limit: int) -> int:
+    """From one sampled position to the next: a common divisor with ``count`` would take few columns of an image."""
+    step = -(-count // limit)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
+
+
+def _positions(node: fx.Node, inputs: Tensor, weight: Tensor) -> Tensor | None:
+    """What each output position reads, ``[g, positions, k]``; None where no moment is taken."""
+    if weight[0].numel() > LARGEST_MOMENT or node.target in TRANSPOSED:
+        return None
+    if node.target is aten.linear.default:
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    spatial = weight.dim() - 2
+    inputs, padding = padded(node, inputs, weight)
+    windows = torch.nn.functional.pad(inputs, [side for size in reversed(padding) for side in (size, size)])
+    steps, dilations = (each_dim(argument(node, name, 1), spatial) for name in ("stride", "dilation"))
+    for dim, (size, step, dilation) in enumerate(zip(weight.shape[2:], steps, dilations, strict=True), start=2):
+        windows = windows.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
+    groups = int(argument(node, "groups", 1))
+    # [n, channels, positions..., kernel...] -> [g, n positions, channels of a group x kernel]
+    split: Tensor = windows.reshape(len(windows), groups, -1, *windows.shape[2:])
+    moved = split.permute(1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial))
+    return moved.reshape(groups, -1, weight[0].numel())

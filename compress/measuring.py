@@ -1,0 +1,131 @@
+"""A measure of an opened network: read from the cache where the same one was taken before, and drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from . import cache, plot
+from .context import Context, Storage
+from .errors import UsageError
+from .graph.trace import Graph
+from .job import Job, device_of, input_specs, method_options
+from .registry import Measure, find_measure, load_module
+from .sensitivity import Sensitivity, sensitivity_from
+from .task import BUILT_IN
+
+KIND = "sensitivity"
+SHOWN_OPTION = "4"  # of a measure that has a value for each of many options
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a measure gave.
+
+    Attributes:
+        tensors: What it holds for each weight, by tensor; may be empty.
+        is_cached: Whether it was read from the cache.
+    """
+
+    record: Sensitivity
+    tensors: dict[str, Tensor]
+    is_cached: bool
+
+
+def take(job: Job, name: str, context: Context) -> Taken:
+    """A measure by its registered name.
+
+    Raises:
+        UsageError: It needs calibration data, and there are none.
+    """
+    measure = find_measure(name)
+    if measure.needs_data and job.calibration is None:
+        raise UsageError(
+            f"measure {name} needs calibration data", hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)"
+        )
+    # The same for every file that is delivered, and so may be cached.
+    context = replace(context, model_bytes=_no_model_bytes, notes=[])
+    taken = _recall(job, measure, context) if _is_kept(job, measure) else _measure(job, measure, context)
+    job.notes.extend(note for note in context.notes if note not in job.notes)
+    return taken
+
+
+def measure_context(job: Job) -> Context:
+    """What a measure is handed."""
+    generator = torch.Generator().manual_seed(int(job.value("seed")))
+    return Context(generator, device_of(job.settings), job.progress, _no_model_bytes, [])
+
+
+def sensitivity_svg(record: Sensitivity, network: str) -> str:
+    """The plot of a record: a bar a layer, of one option where there are many."""
+    options = dict.fromkeys(option for _, option in record.entries)
+    shown = SHOWN_OPTION if SHOWN_OPTION in options else next(iter(options), "")
+    meant = f"{shown} bits" if shown.isdecimal() else f"sparsity {shown}"
+    title = f"{record.method} of {network}" + (f", {meant} for every layer" if shown else "")
+    bars = [(layer, e.value, e.stderr) for (layer, option), e in record.entries.items() if option == shown]
+    return plot.bars_svg(title, record.unit, bars)
+
+
+def network_sha256(graph: Graph) -> str:
+    """Hash of the traced operators and of every tensor: a checkpoint fits many architectures, whose code may change."""
+    program = graph.program
+    digest = hashlib.sha256(str([layer.tensor for layer in graph.layers]).encode())
+    digest.update(str(program.graph_signature).encode())
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            digest.update(str(module.graph).encode())
+    for name, value in sorted({**program.constants, **program.state_dict}.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _no_model_bytes(choices: Mapping[str, Storage]) -> NoReturn:
+    raise RuntimeError("a measure delivers no file, so that it has no size")
+
+
+def _is_kept(job: Job, measure: Measure) -> bool:
+    """Whether it is worth a file, and its key tells all: not the loss of a task that is the user's code."""
+    return measure.needs_data and job.value("cache") == "on" and type(job.task) in BUILT_IN.values()
+
+
+def _measure(job: Job, measure: Measure, context: Context) -> Taken:
+    options = method_options(job, measure.options)
+    record, tensors = load_module(measure).measure(job.source, job.graph, job.calibration, options, context)
+    return Taken(record, tensors, False)
+
+
+def _recall(job: Job, measure: Measure, context: Context) -> Taken:
+    """The measure from the cache, with the notes that it made; measured and kept where it isn't there."""
+    key = _key(job, measure, context)
+    found = cache.read(KIND, key, job.notes)
+    if found is None:
+        taken = _measure(job, measure, context)
+        entry = {"sensitivity": taken.record.to_json(), "notes": context.notes}
+        cache.write(KIND, key, entry, taken.tensors, notes=job.notes)
+        return taken
+    kept, tensors = found
+    job.progress(f"{measure.name} from the cache", 1, 1)
+    context.notes.extend(kept["notes"])
+    return Taken(sensitivity_from(kept["sensitivity"], f"the cached {measure.name}"), tensors, True)
+
+
+def _key(job: Job, measure: Measure, context: Context) -> dict[str, Any]:
+    """All that a measure's figures depend on."""
+    return {
+        "measure": measure.name,
+        "options": method_options(job, measure.options),
+        "source_sha256": job.source.sha256,
+        "network_sha256": network_sha256(job.graph),
+        "calibration_sha256": None if job.calibration is None else job.calibration.sha256(),
+        "inputs": input_specs(job.graph.example_inputs),
+        "seed": int(job.value("seed")),
+        "device": context.device.type,
+        **cache.versions(),
+    }

@@ -1,0 +1,379 @@
+"""From a goal to a plan whose written files keep it: decide, build, look at what came out, and pick again.
+
+A budget of bytes or of latency is met by the files, not by what was predicted of them. Without a budget, the smallest
+model is searched for whose metric the gates let through: the one step that selects on the evaluation data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import canonical, measuring, store
+from .apply import apply_plan, assemble, float_module
+from .bench import measure_latency
+from .budget import Budget, parse_budget, rounded_up
+from .build import (
+    Built,
+    Dense,
+    absolute_budget,
+    build,
+    delivered_name,
+    infeasible,
+    overhead_of,
+    planning_context,
+    sealed,
+    write_plan,
+)
+from .context import Context
+from .errors import BudgetError, InputError, UsageError, escape
+from .export import onnx_model, serialize
+from .finish import LATENCY_THREADS, read_evaluation
+from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
+from .graph.rewrite import points_for
+from .job import Job, input_specs, method_options
+from .latency import cached_latency_table
+from .plan import Plan, Quantize, weight_scheme
+from .quantize.calibrate import calibrated
+from .registry import Method, find_method, load_module
+from .sensitivity import CostTable, Sensitivity
+from .task import Task
+from .verdict import Gates, metric_checks
+from .verify import evaluate, open_session, runtime_forward
+
+FRONTIER = "frontier.json"
+DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be lost
+RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
+LATENCY_REPEATS = 60
+LATENCY_TRIES = 8
+CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
+WIDTHS = (*range(2, 9), FLOAT_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A plan with its sidecar, and the frontier that it is a point of."""
+
+    plan: Plan
+    sidecar: Mapping[str, Tensor]
+    frontier: FrontierRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a plan is made for.
+
+    Attributes:
+        gates: What the search looks at where there is no budget.
+    """
+
+    method: Method
+    budget: Budget | None
+    gates: Gates
+    dense: Dense
+    stage: Path
+
+
+def search_gates(method: Method, budget: Budget | None, gates: Gates, task: Task) -> Gates:
+    """The gates of a run: with one point of the metric where a search has nothing else to go by.
+
+    Raises:
+        UsageError: The metric isn't in percent, and nothing says what may be lost.
+    """
+    if budget is not None or not method.searches or gates.max_drop is not None or gates.min_metric is not None:
+        return gates
+    if task.unit != "%":
+        raise UsageError(
+            f"nothing says how small the model is to be, or how much {task.name} ({task.unit}) may get worse",
+            hint="pass --budget, or --max-drop X for the smallest model within it",
+        )
+    return replace(gates, max_drop=DEFAULT_DROP)
+
+
+def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivity]]:
+    """The plan that meets the goal, with its files in the stage.
+
+    Raises:
+        BudgetError: The goal is out of reach; gives the feasible minimum.
+    """
+    context = planning_context(job, goal.dense, 0)
+    sensitivities = {name: measuring.take(job, name, context).record for name in goal.method.measures}
+    costs = {}
+    if goal.budget is not None and goal.budget.quantity == "latency":
+        costs["latency"] = _latency_table(job, goal.method, context)
+    if goal.budget is None and goal.method.searches:
+        decided, built = _search(job, goal, sensitivities)
+    else:
+        decided = _decide(job, goal, sensitivities, costs, overhead=0)
+        decided, built = publish(job, decided, goal.stage)
+        if costs:
+            decided, built = _within_latency(job, goal, decided, built)
+        else:
+            decided, built = _within_bytes(job, goal, decided, built, sensitivities)
+    return decided, built, sensitivities
+
+
+def _decide(
+    job: Job,
+    goal: Goal,
+    sensitivities: Mapping[str, Sensitivity],
+    costs: Mapping[str, CostTable],
+    *,
+    overhead: int,
+) -> Decided:
+    job.progress("plan", 0, None)
+    context = replace(planning_context(job, goal.dense, overhead), costs=costs)
+    plan, tensors = load_module(goal.method).plan(
+        job.source,
+        job.graph,
+        sensitivities,
+        job.calibration,
+        absolute_budget(goal.budget, goal.dense),
+        method_options(job, goal.method.options),
+        context,
+    )
+    return _completed(job, goal.budget, plan, tensors, context)
+
+
+def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, Tensor], context: Context) -> Decided:
+    job.notes.extend(note for note in context.notes if note not in job.notes)
+    seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
+    plan, sidecar = sealed(replace(plan, budget=budget, seed=seed, inputs=inputs), tensors)
+    return Decided(plan, sidecar, context.frontiers[-1] if context.frontiers else None)
+
+
+def _moved(job: Job, goal: Goal, decided: Decided, index: int) -> Decided:
+    """The plan at another point of its frontier."""
+    assert decided.frontier is not None
+    context = planning_context(job, goal.dense, 0)
+    plan = load_module(goal.method).at_point(decided.plan, job.graph, decided.frontier, index, context)
+    return Decided(plan, decided.sidecar, context.frontiers[-1])
+
+
+def publish(job: Job, decided: Decided, stage: Path) -> tuple[Decided, Built]:
+    """Write the plan, its model files and its frontier into the stage.
+
+    Returns:
+        What was decided, with a frontier whose bytes are those of the file that was written, and the files.
+    """
+    write_plan(stage, decided.plan, dict(decided.sidecar))
+    built = build(job, decided.plan, decided.sidecar, stage)
+    if decided.frontier is not None:
+        if decided.frontier.quantity == "bytes":
+            decided = _settled(decided, built.sizes[delivered_name(job.settings)])
+        store.write_file(stage / FRONTIER, canonical.dumps(decided.frontier))
+    return decided, built
+
+
+def _settled(decided: Decided, amount: float) -> Decided:
+    """The frontier shifted so that its point takes what was measured of it."""
+    frontier = decided.frontier
+    assert frontier is not None
+    excess = amount - frontier.amount(frontier.costs[frontier.index])
+    return replace(decided, frontier=replace(frontier, fixed=frontier.fixed + round(excess / frontier.scale)))
+
+
+def _within_bytes(
+    job: Job, goal: Goal, decided: Decided, built: Built, sensitivities: Mapping[str, Sensitivity]
+) -> tuple[Decided, Built]:
+    """Lower what the weights may take by what the written file has beyond its budget, until it fits."""
+    while (overhead := overhead_of(job, built, decided.plan, goal.budget, goal.dense)) is not None:
+        before = decided.plan.decisions
+        if decided.frontier is None:
+            decided = _decide(job, goal, sensitivities, {}, overhead=overhead)
+        else:
+            limit = absolute_budget(goal.budget, goal.dense)
+            assert limit is not None
+            decided = _moved(job, goal, decided, decided.frontier.within(limit.limit) or 0)
+        if decided.plan.decisions == before:
+            raise infeasible(job, built, goal.budget)
+        decided, built = publish(job, decided, goal.stage)
+    return decided, built
+
+
+def _within_latency(job: Job, goal: Goal, decided: Decided, built: Built) -> tuple[Decided, Built]:
+    """The best point whose written file is measured within the budget; predictions only say where to look."""
+    assert goal.budget is not None and decided.frontier is not None
+    limit = goal.budget.absolute(_measured_latency(job, goal.dense.onnx))
+    low, high = -1, len(decided.frontier.costs)  # the last point within the budget, the first one beyond it
+    tried: dict[int, float] = {}
+    for _ in range(LATENCY_TRIES):
+        assert decided.frontier is not None
+        index = decided.frontier.index
+        tried[index] = _measured_latency(job, built.onnx)
+        decided = _settled(decided, tried[index])
+        low, high = (max(low, index), high) if tried[index] <= limit else (low, min(high, index))
+        if high - low <= 1 or CLOSE_LATENCY * limit <= tried[index] <= limit:
+            break
+        assert decided.frontier is not None
+        wanted = decided.frontier.within(limit)
+        decided = _moved(job, goal, decided, min(max(-1 if wanted is None else wanted, low + 1), high - 1))
+        decided, built = publish(job, decided, goal.stage)
+    if low < 0:
+        decided, built = publish(job, _moved(job, goal, decided, 0), goal.stage)
+        least = tried[0] if 0 in tried else _measured_latency(job, built.onnx)
+        if least > limit:
+            raise BudgetError(
+                f"{goal.budget} is out of reach: the fastest network of {goal.method.name} takes {least:.3g} ms",
+                hint=f"raise --budget to latency={1.03 * least:.3g}ms, or prune before",
+            )
+        low, tried[0] = 0, least
+    assert decided.frontier is not None
+    if decided.frontier.index != low:
+        decided = _moved(job, goal, decided, low)
+    return publish(job, _settled(decided, tried[low]), goal.stage)
+
+
+def _measured_latency(job: Job, model: bytes) -> float:
+    """Median milliseconds of an ONNX network at batch 1."""
+    session = open_session(model, job.value("threads") or LATENCY_THREADS)
+    inputs = tuple(x[:1] for x in job.graph.example_inputs)
+    return measure_latency({"compressed": session}, inputs, LATENCY_REPEATS, job.progress)["compressed"].median
+
+
+def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
+    """What each layer takes at each width in the runtime, measured on this machine or read from the cache."""
+    activations = str(method_options(job, method.options).get("activations", "float"))
+    data = None if job.calibration is None else job.calibration.data.first(32)
+    ranges = calibrated(job.graph, data, activations, context)
+
+    def network(widths: Mapping[str, int]) -> bytes:
+        integer = {tensor: bits for tensor, bits in widths.items() if bits < FLOAT_BITS}
+        axes = {layer.tensor: layer.axis for layer in job.graph.layers}
+        schemes = {bits: weight_scheme(bits, with_integers=bool(ranges)) for bits in WIDTHS}
+        weights = [Quantize(t, "weight", bits, schemes[bits], axes[t], "minmax") for t, bits in integer.items()]
+        points = [node.name for node in points_for(float_module(job.graph), integer)] if ranges else []
+        rounded = [Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points]
+        plan = Plan("latency", {}, 0, "", None, None, (*weights, *rounded), {})
+        compressed = apply_plan(job.source.module, job.graph.tied, plan, {})
+        return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed)))
+
+    return cached_latency_table(
+        network,
+        job.graph,
+        job.graph.without(tuple(job.value("exclude") or ())),
+        WIDTHS,
+        tuple(x[:1] for x in job.graph.example_inputs),
+        threads=int(job.value("threads") or LATENCY_THREADS),
+        integer_activations=bool(ranges),
+        notes=job.notes,
+        progress=job.progress,
+    )
+
+
+def _search(job: Job, goal: Goal, sensitivities: Mapping[str, Sensitivity]) -> tuple[Decided, Built]:
+    """The smallest model whose metric on the evaluation data passes the gates."""
+    module = load_module(goal.method)
+    scores = _scorer(job, goal)
+    if hasattr(module, "candidates"):
+        found = _search_candidates(job, goal, module, sensitivities, scores)
+    else:
+        found = _search_frontier(job, goal, sensitivities, scores)
+    decided, built, tried = found
+    job.notes.append(
+        f"no budget was given: of {tried} models the smallest one within the gates was selected on the evaluation data"
+    )
+    return decided, built
+
+
+def _scorer(job: Job, goal: Goal) -> Callable[[Built], bool]:
+    """Whether a written network's metric on the evaluation data passes the gates."""
+    data, task = read_evaluation(job)
+    threads = job.value("threads")
+    session = open_session(goal.dense.onnx, threads)
+    dense = evaluate(runtime_forward(session), data, task, "evaluate dense", job.progress)
+
+    def passes(built: Built) -> bool:
+        forward = runtime_forward(open_session(built.onnx, threads))
+        metric = evaluate(forward, data, task, "evaluate candidate", job.progress)
+        checks = metric_checks(
+            goal.gates, unit=task.unit, higher_is_better=task.higher_is_better, dense=dense, compressed=metric
+        )
+        return all(check.ok for check in checks)
+
+    return passes
+
+
+def _search_frontier(
+    job: Job, goal: Goal, sensitivities: Mapping[str, Sensitivity], passes: Callable[[Built], bool]
+) -> tuple[Decided, Built, int]:
+    """Bisect the frontier; the largest model is returned where none passes, for the gates to refuse."""
+    decided = _decide(job, goal, sensitivities, {}, overhead=0)
+    assert decided.frontier is not None
+    frontier, tried = decided.frontier, 0
+    low, high = -1, len(frontier.costs) - 1
+    resolution = RESOLUTION * len(goal.dense.onnx) / frontier.scale
+    while low < high - 1 and frontier.costs[high] - frontier.costs[max(low, 0)] > resolution:
+        middle = frontier.within(frontier.amount((frontier.costs[max(low, 0)] + frontier.costs[high]) // 2))
+        index = min(max(low + 1, middle or 0), high - 1)
+        decided = _moved(job, goal, decided, index)
+        tried += 1
+        decided, built = publish(job, decided, goal.stage)
+        low, high = (low, index) if passes(built) else (index, high)
+    decided, built = publish(job, _moved(job, goal, decided, high), goal.stage)
+    return decided, built, max(tried, 1)
+
+
+def _search_candidates(
+    job: Job, goal: Goal, module: Any, sensitivities: Mapping[str, Sensitivity], passes: Callable[[Built], bool]
+) -> tuple[Decided, Built, int]:
+    """Go on to ever smaller models until one fails; the first is returned where none passes."""
+    context = planning_context(job, goal.dense, 0)
+    options = method_options(job, goal.method.options)
+    best, tried = None, 0
+    for plan, tensors in module.candidates(job.source, job.graph, sensitivities, job.calibration, options, context):
+        decided = _completed(job, goal.budget, plan, tensors, context)
+        tried += 1
+        decided, built = publish(job, decided, goal.stage)
+        if not passes(built):
+            best = best or decided
+            break
+        best = decided
+    assert best is not None
+    best, built = publish(job, best, goal.stage)
+    return best, built, tried
+
+
+def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense) -> Decided:
+    """Another point of a run's frontier: its number, or a budget of the frontier's quantity.
+
+    Raises:
+        InputError: The run has no frontier, or not this point.
+        BudgetError: No point is within the budget.
+    """
+    frontier = read_frontier(folder / FRONTIER)
+    if frontier.method != plan.method:
+        raise InputError(
+            f"{folder / FRONTIER}: the frontier is one of {escape(frontier.method)}, the plan of {escape(plan.method)}",
+            hint="keep the files of a run together",
+        )
+    index = _wanted_point(frontier, wanted, dense)
+    context = planning_context(job, dense, 0)
+    method = find_method("quantize", plan.method)
+    moved = load_module(method).at_point(replace(plan, budget=None), job.graph, frontier, index, context)
+    return Decided(moved, {}, context.frontiers[-1])
+
+
+def _wanted_point(frontier: FrontierRecord, wanted: str, dense: Dense) -> int:
+    if wanted.isdecimal():
+        if int(wanted) >= len(frontier.costs):
+            raise InputError(
+                f"--pick {wanted}: the frontier has points 0 to {len(frontier.costs) - 1}",
+                hint="hcompress show RUN --frontier lists them",
+            )
+        return int(wanted)
+    budget = parse_budget(wanted)
+    if budget.quantity != frontier.quantity or (budget.of == "dense" and budget.quantity != "bytes"):
+        raise UsageError(
+            f"--pick {wanted}: the frontier's costs are {frontier.quantity}",
+            hint="pass a point's number, or an amount of that quantity",
+        )
+    index = frontier.within(budget.absolute(len(dense.onnx)))
+    if index is None:
+        least = Budget(frontier.quantity, rounded_up(frontier.amount(frontier.costs[0])))
+        raise BudgetError(f"--pick {wanted}: the frontier starts at {least}", hint=f"pick {least} or more")
+    return index
