@@ -54,6 +54,12 @@ class Data:
         """The first ``count`` examples."""
         return Data(tuple(x[:count] for x in self.inputs), _head(self.targets, count), self.name)
 
+    def every(self, step: int) -> Data:
+        """One example in ``step``, from the first on."""
+        return Data(
+            tuple(x[::step] for x in self.inputs), None if self.targets is None else self.targets[::step], self.name
+        )
+
     def sample(self, count: int, seed: int) -> Data:
         """``count`` examples drawn without replacement; all of them, in order, where there are no more."""
         if count >= len(self):

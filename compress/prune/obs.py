@@ -9,7 +9,7 @@ Cost: a round takes a pass with per-sample gradients, two products of m^2 d, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,9 +39,14 @@ from .masks import (
     removed_weights,
 )
 
-DRAWS = 2  # gradients of an example; ResNet-20 at sparsity 0.8: one gives 74.5 to 77.4 %, two 78.1, three 80.1
+MOST_DRAWS = 4  # gradients of an example: more as fewer weights are left, so that they never take more memory
+SALIENCY_ROWS = 256  # gradients that weights are ranked by; the update, which needs them all, is what matters
 SALIENCY_DAMPING = 1e-3  # of the mean curvature, as are the next
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+Dampings = tuple[float, ...]
+DAMPINGS: Dampings = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
+SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
+STEP = 1e-2  # of the whole move, to both sides, for its derivative
 MEMORY_LIMIT = 8 * 2**30  # bytes of gradients
 FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
 SEARCH_DENSITY = 0.88
@@ -56,6 +61,7 @@ class _Surgery:
 
     Attributes:
         network: Its weights change from round to round.
+        start: Its weights before the first, ``[d]``.
         dense: Its outputs before the first.
         protected: Weights that stay, ``[d]``.
         options: As recorded in the plan.
@@ -65,6 +71,7 @@ class _Surgery:
     graph: Graph
     network: Network
     calibration: Calibration
+    start: Tensor
     dense: Tensor
     protected: Tensor
     options: Mapping[str, Any]
@@ -105,8 +112,8 @@ def plan(
         layers = patterned_layers(graph, layers, _pattern(options), budget, context)
         choosers = _groups(layers, *parse_pattern(_pattern(options)), rounds)
     surgery = _open(source, graph, layers, calibration, options, context)
-    *_, (keep, predicted) = _rounds(surgery, choosers)
-    return _finished(surgery, keep, predicted, budget)
+    *_, keep = _rounds(surgery, choosers)
+    return _finished(surgery, keep, budget)
 
 
 def candidates(
@@ -128,8 +135,8 @@ def candidates(
     while density > 1 - MOST_REMOVED:
         choosers.append(_chooser(layers, round((1 - density) * d), str(options["scope"])))
         density *= SEARCH_DENSITY
-    for keep, predicted in _rounds(surgery, choosers):
-        yield _finished(surgery, keep, predicted, None)
+    for keep in _rounds(surgery, choosers, share=1):
+        yield _finished(surgery, keep, None)
 
 
 def refit(
@@ -145,8 +152,8 @@ def refit(
     surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)
     # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
     choosers = _shares(layers, int((~protected).sum()), int(given.options["rounds"]), "global")
-    *_, (keep, predicted) = _rounds(surgery, choosers)
-    return _finished(surgery, keep, predicted, given.budget)
+    *_, keep = _rounds(surgery, choosers)
+    return _finished(surgery, keep, given.budget)
 
 
 def _pattern(options: Mapping[str, Any]) -> str:
@@ -216,22 +223,20 @@ def _open(
     context: Context,
 ) -> _Surgery:
     network = open_network(graph, layers=tuple(layers), device=context.device)
-    m, d = DRAWS * len(calibration.data), network.num_weights
+    m, d = len(calibration.data), network.num_weights
     if 4 * m * d > MEMORY_LIMIT:
         raise OutOfMemoryError(
             f"{m} gradients of {d} weights take {4 * m * d / 1e9:.1f} GB",
-            hint=f"pass --num-calibration {max(1, MEMORY_LIMIT // (4 * d * DRAWS))} or fewer, or --method magnitude",
+            hint=f"pass --num-calibration {max(1, MEMORY_LIMIT // (4 * d))} or fewer, or --method magnitude",
         )
     recorded = {name: options.get(name) for name in RECORDED} | {"pattern": _pattern(options)}
     recorded["exclude"] = list(options.get("exclude") or ())
     dense = predict(network, calibration.data)
     protected = torch.zeros(d, dtype=torch.bool)
-    return _Surgery(source, graph, network, calibration, dense, protected, recorded, context)
+    return _Surgery(source, graph, network, calibration, network.flat().cpu(), dense, protected, recorded, context)
 
 
-def _finished(
-    surgery: _Surgery, keep: Tensor, predicted: float, budget: Budget | None
-) -> tuple[Plan, dict[str, Tensor]]:
+def _finished(surgery: _Surgery, keep: Tensor, budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of the network as it is now."""
     network = surgery.network
     masks = network.split(keep)
@@ -243,24 +248,50 @@ def _finished(
         if isinstance(decision, MaskWeights)
     )
     sidecar.update({values_key(name): value for name, value in values.items()})
-    figures = {**decided.predicted, "loss": predicted}
+    figures = {**decided.predicted, "loss": _expected_loss(surgery)}
     task_sha256 = surgery.calibration.sha256()
     return replace(decided, decisions=decisions, task_sha256=task_sha256, predicted=figures), sidecar
 
 
-def _rounds(surgery: _Surgery, choosers: Iterable[Choose]) -> Iterator[tuple[Tensor, float]]:
-    """After each round: the survivors ``[d]``, and the loss that all rounds together are expected to cost."""
-    keep, total = torch.ones(surgery.network.num_weights, dtype=torch.bool), 0.0
-    for choose in choosers:
+def _expected_loss(surgery: _Surgery) -> float:
+    """``dw^T H dw / 2`` of the whole move ``dw`` from the dense weights, with their Gauss-Newton matrix ``H``.
+
+    The outputs' derivative along ``dw`` is a central difference; the divergence of a small step of it is quadratic.
+    """
+    network, data = surgery.network, surgery.calibration.data
+    end, sides = network.flat().cpu(), []
+    for step in (STEP, -STEP):
+        network.set_flat(surgery.start + step * (end - surgery.start))
+        sides.append(predict(network, data).double())
+    network.set_flat(end)
+    dense = surgery.dense.double()
+    moved = divergence(dense, dense + (sides[0] - sides[1]) / 2, are_logits=has_logits(surgery.calibration.task))
+    return moved / STEP**2
+
+
+def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[Tensor]:
+    """The survivors ``[d]`` after each round; all but the last search their damping on one example in ``share``."""
+    keep, dampings = torch.ones(surgery.network.num_weights, dtype=torch.bool), DAMPINGS
+    for number, choose in enumerate(choosers, start=1):
         if keep.any():
-            keep, predicted = _round(surgery, keep, choose)
-            total += predicted
-        yield keep, total
+            step = 1 if number == len(choosers) else share
+            keep, dampings = _round(surgery, keep, choose, dampings, step)
+        yield keep
 
 
-def _round(surgery: _Surgery, keep: Tensor, choose: Choose) -> tuple[Tensor, float]:
-    """Remove weights and update the others in place; the new mask ``[d]``, and the expected loss."""
+def _round(
+    surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, step: int
+) -> tuple[Tensor, Dampings]:
+    """Remove weights and update the others in place.
+
+    Args:
+        dampings: Of which the best is searched, on every ``step``-th example.
+
+    Returns:
+        The new mask ``[d]``, and the dampings to try in the next round.
+    """
     network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
+    searched, reference = data.every(step), surgery.dense[::step]
     gradients = sample_gradients(
         network,
         task,
@@ -269,21 +300,36 @@ def _round(surgery: _Surgery, keep: Tensor, choose: Choose) -> tuple[Tensor, flo
         generator=surgery.context.generator,
         progress=surgery.context.progress,
         keep=keep,
-        draws=DRAWS,
+        draws=_num_draws(surgery, keep),
     )
     surgery.context.progress("saliencies and update", 0, None)
     weights = network.flat().cpu()
     gram = gram_matrix(gradients)
     chosen = choose(_scores(surgery, gradients, gram, weights, keep))
-    best, least = torch.where(chosen, weights, 0.0), float("inf")
-    for candidate in _candidates(gradients, gram, weights, keep, chosen):
+    best, least, used = torch.where(chosen, weights, 0.0), float("inf"), None
+    for damping, candidate in _candidates(gradients, gram, weights, keep, chosen, dampings):
         network.set_flat(candidate)
-        moved = divergence(surgery.dense, predict(network, data), are_logits=has_logits(task))
+        moved = divergence(reference, predict(network, searched), are_logits=has_logits(task))
         if moved < least:
-            best, least = candidate, moved
+            best, least, used = candidate, moved, damping
     network.set_flat(best)
-    change = gradients @ (best - weights)[keep]
-    return chosen, float(change.double().square().mean()) / 2
+    return chosen, _near(used)
+
+
+def _num_draws(surgery: _Surgery, keep: Tensor) -> int:
+    """Gradients of an example: labels give one, and k outputs no more than k that differ."""
+    if surgery.options["fisher"] == "labels":
+        return 1
+    most = min(MOST_DRAWS, surgery.dense[0].numel())
+    return max(1, min(most, keep.numel() // int(keep.sum())))
+
+
+def _near(damping: float | None) -> Dampings:
+    """The best damping and its neighbours; all of them where none was better than the bare cut."""
+    if damping is None:
+        return DAMPINGS
+    place = DAMPINGS.index(damping)
+    return DAMPINGS[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
 
 
 def _scores(surgery: _Surgery, gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
@@ -293,7 +339,10 @@ def _scores(surgery: _Surgery, gradients: Tensor, gram: Tensor, weights: Tensor,
     scores = torch.full(keep.shape, -1.0, dtype=torch.float64)
     scores[keep] = alive.double().square()
     if scale > 0:
-        inverse = inverse_fisher(gradients, SALIENCY_DAMPING * scale, gram=gram)
+        step = -(-len(gradients) // SALIENCY_ROWS)
+        inverse = inverse_fisher(
+            gradients[::step].contiguous(), SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous()
+        )
         scores[keep] = saliency(alive, inverse.diagonal()).double()
     scores[surgery.protected & keep] = float("inf")
     return scores
@@ -303,14 +352,17 @@ def _mean_curvature(gradients: Tensor, gram: Tensor) -> float:
     return float(gram.diagonal().sum()) / gradients.numel()
 
 
-def _candidates(gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor) -> Iterator[Tensor]:
-    """The weights after the cut alone, then after the joint update at each damping."""
-    yield torch.where(chosen, weights, 0.0)
+def _candidates(
+    gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor, dampings: Dampings
+) -> Iterator[tuple[float | None, Tensor]]:
+    """The weights after the cut alone (None), then after the joint update at each damping."""
+    yield None, torch.where(chosen, weights, 0.0)
     scale = _mean_curvature(gradients, gram)
     if scale <= 0:
         return
     update = joint_update(gradients, weights[keep], chosen[keep], gram=gram)
-    for change in update.solve_each([damping * scale for damping in DAMPINGS], refinements=1):
+    changes = update.solve_each([damping * scale for damping in dampings], refinements=1)
+    for damping, change in zip(dampings, changes, strict=True):
         moved = weights.clone()
         moved[keep] += change
-        yield torch.where(chosen, moved, 0.0)
+        yield damping, torch.where(chosen, moved, 0.0)
