@@ -18,11 +18,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/hcompress demo --force
 
+# A file is one worker's, as its tests share their runs; beyond 4 workers memory counts more than cores.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ def sample_gradients(
     keep: Tensor | None = None,
     draws: int = 1,
     first: int = 0,
+    step: int = 1,
 ) -> Tensor:
     """``G`` ``[m, d]`` in the weights' dtype, m = examples times draws; column order as ``Network.flat``.
 
@@ -43,6 +44,7 @@ def sample_gradients(
         keep: ``[d]`` bool: the columns wanted; all where None.
         draws: Successive rows of each example, from one forward pass.
         first: Number of the first example, for seeds and messages.
+        step: Of the examples, one in so many is taken.
 
     Raises:
         UsageError: The mode needs labels and there are none.
@@ -50,11 +52,10 @@ def sample_gradients(
     """
     columns = _columns(network, keep)
     width = network.num_weights if keep is None else int(keep.sum())
+    numbers, data = range(first, first + len(data), step), data.every(step)
     rows = torch.empty(len(data), draws, width, dtype=network.dtype)
     seed = draw_seed(generator)
-    found = gradient_rows(
-        network, task, data, mode=mode, seed=seed, numbers=range(first, first + len(data)), draws=range(draws)
-    )
+    found = gradient_rows(network, task, data, mode=mode, seed=seed, numbers=numbers, draws=range(draws))
     for part, draw, tensor, values in found:
         progress("per-sample gradients", part.start, len(data))
         column, chosen = columns[tensor]

@@ -39,11 +39,14 @@ from .masks import (
     removed_weights,
 )
 
-MOST_DRAWS = 4  # gradients of an example: more as fewer weights are left, so that they never take more memory
+MANY_LEFT = 0.6  # of the weights: while more are left, every second example has a gradient
+FEW_LEFT = 0.8  # over the share of the weights that is left: gradients of an example
+MOST_DRAWS = 4
 SALIENCY_ROWS = 256  # gradients that weights are ranked by; the update, which needs them all, is what matters
 SALIENCY_DAMPING = 1e-3  # of the mean curvature, as are the next
 Dampings = tuple[float, ...]
 DAMPINGS: Dampings = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the first round on
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
@@ -279,9 +282,7 @@ def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARC
         yield keep
 
 
-def _round(
-    surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, step: int
-) -> tuple[Tensor, Dampings]:
+def _round(surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, step: int) -> tuple[Tensor, Dampings]:
     """Remove weights and update the others in place.
 
     Args:
@@ -292,6 +293,7 @@ def _round(
     """
     network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
     searched, reference = data.every(step), surgery.dense[::step]
+    stride, draws = _num_gradients(surgery, keep)
     gradients = sample_gradients(
         network,
         task,
@@ -300,7 +302,8 @@ def _round(
         generator=surgery.context.generator,
         progress=surgery.context.progress,
         keep=keep,
-        draws=_num_draws(surgery, keep),
+        draws=draws,
+        step=stride,
     )
     surgery.context.progress("saliencies and update", 0, None)
     weights = network.flat().cpu()
@@ -316,12 +319,17 @@ def _round(
     return chosen, _near(used)
 
 
-def _num_draws(surgery: _Surgery, keep: Tensor) -> int:
-    """Gradients of an example: labels give one, and k outputs no more than k that differ."""
-    if surgery.options["fisher"] == "labels":
-        return 1
-    most = min(MOST_DRAWS, surgery.dense[0].numel())
-    return max(1, min(most, keep.numel() // int(keep.sum())))
+def _num_gradients(surgery: _Surgery, keep: Tensor) -> tuple[int, int]:
+    """One example in how many has gradients, and how many: more of them as fewer weights are left.
+
+    So they never take more memory than one an example and weight. What is cut late costs most, and early cuts need few.
+    Labels give one gradient, and k outputs no more than k that differ.
+    """
+    density = int(keep.sum()) / keep.numel()
+    if density > MANY_LEFT and len(surgery.calibration.data) > LEAST_ROWS:
+        return 2, 1
+    most = 1 if surgery.options["fisher"] == "labels" else min(MOST_DRAWS, surgery.dense[0].numel())
+    return 1, max(1, min(most, int(FEW_LEFT / density)))
 
 
 def _near(damping: float | None) -> Dampings:
