@@ -61,7 +61,7 @@ def npy_bytes() -> bytes:
         (b'{"lr": 0.1}', "is JSON text, not a checkpoint"),
         (b"hello, world", "is a text file, not a checkpoint"),
         (b"abcdefgh{ more text", "is a text file, not a checkpoint"),
-        (gzip.compress(b"x"), "is a gzip archive"),
+        (gzip.compress(b"x", mtime=0), "is a gzip archive"),
         (tar_bytes(), "is a tar archive"),
         (npy_bytes(), "is a numpy array, not a checkpoint"),
         (b"\x89HDF\r\n\x1a\n\0\0", "is an HDF5 file"),

@@ -335,3 +335,47 @@ def test_gradients_beyond_memory_name_the_way_out(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutOfMemoryError) as caught:
         prune(network(), 0.5)
     assert "--num-calibration" in str(caught.value.hint)
+
+
+def test_the_predicted_loss_is_the_gauss_newton_form_of_the_whole_move() -> None:
+    module, x = network(), examples(24)
+    graph = trace_graph(module, (x[:2],))
+    calibration = Calibration(Classification(), Data((x,), None, "examples"))
+    plan, sidecar = obs.plan(
+        source_of(module), graph, {}, calibration, Budget("sparsity", 0.3), {**OPTIONS, "rounds": 3}, context()
+    )
+    start = dict(module.state_dict())
+    end = apply_plan(module, graph.tied, plan, sidecar).state()
+    move = {key: end[key] - value for key, value in start.items()}
+    logits, slope = torch.func.jvp(lambda state: outputs(module, state, x), (start,), (move,))
+    p = logits.softmax(1)
+    form = (p * slope.square()).sum(1) - (p * slope).sum(1).square()
+    assert plan.predicted["loss"] == pytest.approx(float(form.mean()) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "outputs_of_one", "most"), [("ggn", 5, obs.MOST_DRAWS), ("sampled", 5, obs.MOST_DRAWS), ("labels", 5, 1)]
+)
+def test_gradients_grow_in_number_as_weights_get_fewer_and_not_in_memory(
+    monkeypatch: pytest.MonkeyPatch, fisher: str, outputs_of_one: int, most: int
+) -> None:
+    taken = []
+    real = obs.sample_gradients
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        rows = real(*arguments, **options)
+        taken.append((len(rows), int(options["keep"].sum())))
+        return rows
+
+    monkeypatch.setattr(obs, "sample_gradients", counted)
+    module, n = network(), 300
+    graph = trace_graph(module, (examples(2),))
+    labels = torch.arange(n) % outputs_of_one
+    calibration = Calibration(Classification(), Data((examples(n),), labels, "examples"))
+    options = {**OPTIONS, "rounds": 8, "fisher": fisher}
+    obs.plan(source_of(module), graph, {}, calibration, Budget("sparsity", 0.95), options, context())
+    rows = [count for count, _ in taken]
+    assert rows == sorted(rows)
+    assert rows[0] == n // 2 and rows[-1] == most * n
+    d = taken[0][1]
+    assert all(count * kept <= n * d for count, kept in taken)
