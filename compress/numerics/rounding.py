@@ -12,6 +12,7 @@ names is applied without data. ``choose_ranges`` picks them by what they do to a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,18 +78,22 @@ def round_weight(weight: Tensor, bits: int, *, axis: int | None, search: str) ->
     return levels.reshape(moved).movedim(0, axis).contiguous(), scale
 
 
-def range_candidates(weight: Tensor, bits: int, *, axis: int | None) -> tuple[Tensor, Tensor]:
-    """The weight rounded in each of the ways that ``plan.RANGES`` names.
+def range_candidates(
+    weight: Tensor, bits: int, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+) -> tuple[Tensor, Tensor]:
+    """The weight rounded in each of the ways that ``among`` names, all of ``plan.RANGES`` by default.
 
     Returns:
         Levels (int8, ``[r, c, n]``, the channels as in ``rows``) and scales (float32, ``[r, c]``) of the ``r`` ranges.
     """
     flat = rows(weight.detach().to(torch.float32), axis)
-    scales = torch.stack([_scale(flat, bits, name) for name in RANGES])
+    scales = torch.stack([_scale(flat, bits, name) for name in among])
     return torch.stack([_to_levels(flat, scale, bits).to(torch.int8) for scale in scales]), scales
 
 
-def choose_ranges(weight: Tensor, bits: int, moment: Tensor | None, *, axis: int | None) -> tuple[str, float]:
+def choose_ranges(
+    weight: Tensor, bits: int, moment: Tensor | None, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+) -> tuple[str, float]:
     """The range of each channel that changes the layer's outputs least.
 
     Rounding moves a row ``w`` of the weight by ``d``, its output by ``d . x``, and in the mean square by ``d A d^T``,
@@ -101,10 +106,11 @@ def choose_ranges(weight: Tensor, bits: int, moment: Tensor | None, *, axis: int
             ``g`` groups, one after another, with inputs of their own; None for the identity. A row of several times
             ``k`` weights counts as so many rows: one scale in all is chosen over all channels of a linear weight.
         axis: Dimension with one scale an index; None for one scale in all.
+        among: Ranges to choose from, of ``plan.RANGES``.
 
     Returns:
         The range, for ``round_weight`` and a plan, and the sum of ``d A d^T`` over all rows. Of equal errors, the first
-        of ``plan.RANGES`` is taken; where all channels agree, the range is that name.
+        of ``among`` is taken; where all channels agree, the range is that name.
 
     Raises:
         NumericsError: The weight or the moment isn't finite.
@@ -115,14 +121,14 @@ def choose_ranges(weight: Tensor, bits: int, moment: Tensor | None, *, axis: int
         ('channels:ms', 0.0)
     """
     flat = rows(weight.detach().to(torch.float32), axis)
-    levels, scales = range_candidates(weight, bits, axis=axis)
+    levels, scales = range_candidates(weight, bits, axis=axis, among=among)
     least, chosen = _output_errors(flat, levels, scales, moment).min(0)
     error = float(least.sum())
     if not math.isfinite(error):
         raise NumericsError(
             "the output error of rounding isn't finite", hint="check the checkpoint and the data for NaN"
         )
-    names = [list(RANGES)[index] for index in chosen.tolist()]
+    names = [among[index] for index in chosen.tolist()]
     if len(set(names)) == 1:
         return names[0], error
     return BY_CHANNEL + "".join(RANGES[name] for name in names), error

@@ -27,8 +27,8 @@ from ..frontier import FLOAT_BITS, Choice, FrontierRecord, Item
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.pareto import pareto_frontier
-from ..numerics.rounding import broadcast_scale, choose_ranges, round_weight
-from ..plan import Decision, Plan, Quantize, grid_bits, weight_scheme
+from ..numerics.rounding import choose_ranges
+from ..plan import RANGES, Decision, Plan, Quantize, grid_bits, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, has_logits
 from .calibrate import activation_decisions, calibrated
@@ -205,13 +205,12 @@ def _changes(
 ) -> dict[tuple[str, int], tuple[str, float]]:
     """The range of each tensor at each width, and the squared change of the weight.
 
-    Where ranges are chosen by what they do to the outputs, so is the change measured: in the norm of the inputs' second
+    Ranges are chosen by what they do to the outputs, and so is the change measured: in the norm of the inputs' second
     moment, in units of their mean power.
     """
-    moments: dict[str, Tensor] = {}
-    if search == "auto":
-        network = open_network(graph, layers=tuple(layers), device=context.device)
-        moments = input_moments(network, calibration.data, progress=context.progress)
+    network = open_network(graph, layers=tuple(layers), device=context.device)
+    moments = input_moments(network, calibration.data, progress=context.progress)
+    among = tuple(RANGES) if search == "auto" else (search,)
     state = source.module.state_dict()
     found = {}
     for done, layer in enumerate(layers):
@@ -222,14 +221,9 @@ def _changes(
                 found[layer.tensor, bits] = ("", 0.0)
                 continue
             grid = grid_bits(bits, weight_scheme(bits, with_integers=with_integers))
-            if search == "auto":
-                moment = moments.get(layer.tensor)
-                chosen, moved = choose_ranges(weight, grid, moment, axis=layer.axis)
-                found[layer.tensor, bits] = (chosen, moved / _mean_power(moment))
-                continue
-            levels, scale = round_weight(weight, grid, axis=layer.axis, search=search)
-            change = levels * broadcast_scale(scale, layer.axis, weight.dim()) - weight
-            found[layer.tensor, bits] = (search, float(change.double().square().sum()))
+            moment = moments.get(layer.tensor)
+            chosen, moved = choose_ranges(weight, grid, moment, axis=layer.axis, among=among)
+            found[layer.tensor, bits] = (chosen, moved / _mean_power(moment))
     context.progress("weight ranges", len(layers), len(layers))
     return found
 
