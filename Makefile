@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/hcompress demo --force
 
-# A file is one worker's, as its tests share their runs; beyond 4 workers memory counts more than cores.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A file is one worker's, as its tests share their runs. Beyond 4 workers memory counts more than cores; the order of the
+# files is theirs by name, so that a long one does not come last.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)
