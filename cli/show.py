@@ -7,18 +7,17 @@ import shlex
 from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..errors import InputError, UsageError, escape
+from ..frontier import NAME as FRONTIER
+from ..frontier import UNITS, FrontierRecord, read_frontier
 from . import preflight
 from .figures import NOTHING, count, print_report, read_report, share
 from .options import command, run_argument
 from .output import print_json, print_line, print_table
-
-if TYPE_CHECKING:
-    from ..frontier import FrontierRecord
 
 EXAMPLES = """\
 hcompress show small
@@ -27,9 +26,7 @@ hcompress show small --frontier
 hcompress show small.rejected
 hcompress show small --json"""
 SCHEMA = "hcompress.why/1"
-FRONTIER = "frontier.json"
 NUM_ROWS = 20  # Points of a frontier in a table, and those that have a name.
-UNITS = {"bits": "average bits", "bytes": "bytes", "bops": "bit operations", "latency": "ms"}
 
 
 @command("show", examples=EXAMPLES)
@@ -182,20 +179,14 @@ def show_frontier(run: Path, *, as_json: bool) -> None:
     Raises:
         InputError: The run has no frontier, or one that isn't whole.
     """
-    from ..frontier import read_frontier
-
     if not (run / FRONTIER).is_file():
         hint = "only a method that weighs each layer's options has one; hcompress show prints what the run has"
         raise InputError(f"{run}: the run has no {FRONTIER}", hint=hint)
     record = read_frontier(run / FRONTIER)
-    num_points = len(record.costs)
-    if len(record.losses) != num_points or not 0 <= record.index < num_points:
-        reason = f"point {record.index} of {num_points} costs and {len(record.losses)} losses"
-        raise InputError(f"{run / FRONTIER}: {reason}", hint="make the run again")
     if as_json:
         print_json(record)
         return
-    print_line(f"{run}: {record.method}, point {record.index:,} of {num_points:,}, counted from 0")
+    print_line(f"{run}: {record.method}, point {record.index:,} of {len(record.costs):,}, counted from 0")
     unit = UNITS.get(record.quantity, escape(record.quantity))
     print_table(("point", unit, f"loss ({escape(record.loss_unit)})", ""), frontier_rows(record, unit))
     print_line(f"another point: hcompress quantize CHECKPOINT --plan {shlex.quote(str(run))} --pick N --out DIR")

@@ -16,7 +16,7 @@ from .apply import Tensors
 from .budget import Budget, format_bytes
 from .data import Data
 from .formats.packed import QuantizedTensor
-from .frontier import FLOAT_BITS, FrontierRecord
+from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.trace import Graph
 from .model import Source
 from .plan import BY_CHANNEL, Plan
@@ -29,8 +29,7 @@ REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
 LATENCY_SLACK = 1.1
 MAX_POINTS = 200  # of a frontier in the report
-FRONTIER_UNITS = {"bits": "average bits", "bytes": "bytes", "bops": "bit operations", "latency": "ms"}
-COST_UNITS = {**FRONTIER_UNITS, "bits": "bits"}
+COST_UNITS = {**UNITS, "bits": "bits"}
 
 
 def parity_checks(parity: list[Parity], integer: bool) -> list[Check]:
@@ -105,7 +104,7 @@ def frontier_figures(frontier: FrontierRecord) -> dict[str, Any]:
     shown = sorted({*range(0, len(frontier.costs), step), len(frontier.costs) - 1, frontier.index})
     return {
         "quantity": frontier.quantity,
-        "unit": FRONTIER_UNITS[frontier.quantity],
+        "unit": UNITS[frontier.quantity],
         "loss_unit": frontier.loss_unit,
         "num_points": len(frontier.costs),
         "index": frontier.index,

@@ -17,7 +17,9 @@ from . import canonical
 from .errors import InputError, escape
 from .plan import BY_CHANNEL, RANGES
 
+NAME = "frontier.json"
 FRONTIER_SCHEMA = "hcompress.frontier/1"
+UNITS = {"bits": "average bits", "bytes": "bytes", "bops": "bit operations", "latency": "ms"}  # of a quantity
 FLOAT_BITS = 32
 LARGEST_COST = 2**53
 SLACK = 1e-6  # of a cost, which is an integer: what is lost to floats

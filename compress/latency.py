@@ -28,12 +28,12 @@ from torch import Tensor
 from . import cache, canonical
 from .bench import measure_latency
 from .context import Progress
+from .frontier import FLOAT_BITS
 from .graph.trace import Graph, Layer
 from .sensitivity import CostTable, cost_table_from
 from .verify import open_session
 
 KIND = "latency"
-FLOAT_BITS = 32
 NUM_MIXTURES = 8
 FLOAT_SHARES = (0.5, 0.25, 0.75)  # of the layers of a mixture, in turns
 RIDGE = 0.3  # a layer may leave its share of the multiply-accumulates about this reluctantly; 0.1 to 1 predict alike

@@ -22,7 +22,7 @@ RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p9
 RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04"
 BY_CHANNEL = "channels:"
 WIDEST = 8
-SYMMETRIC, REDUCED, ASYMMETRIC = SCHEMES = ("symmetric", "symmetric_reduced", "asymmetric")
+SYMMETRIC, REDUCED, ASYMMETRIC = ("symmetric", "symmetric_reduced", "asymmetric")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from . import canonical, measuring, store
-from .apply import apply_plan, assemble, float_module
+from .apply import apply_plan, assemble
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
 from .build import (
@@ -34,18 +34,17 @@ from .errors import BudgetError, InputError, UsageError, escape
 from .export import onnx_model, serialize
 from .finish import LATENCY_THREADS, read_evaluation
 from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
-from .graph.rewrite import points_for
+from .frontier import NAME as FRONTIER
 from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
 from .plan import Plan, Quantize, weight_scheme
-from .quantize.calibrate import calibrated
+from .quantize.calibrate import activation_decisions, calibrated
 from .registry import Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
 from .task import Task
 from .verdict import Gates, metric_checks
 from .verify import evaluate, open_session, runtime_forward
 
-FRONTIER = "frontier.json"
 DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be lost
 RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
 LATENCY_REPEATS = 60
@@ -246,8 +245,7 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         axes = {layer.tensor: layer.axis for layer in job.graph.layers}
         schemes = {bits: weight_scheme(bits, with_integers=bool(ranges)) for bits in WIDTHS}
         weights = [Quantize(t, "weight", bits, schemes[bits], axes[t], "minmax") for t, bits in integer.items()]
-        points = [node.name for node in points_for(float_module(job.graph), integer)] if ranges else []
-        rounded = [Quantize(name, "activation", 8, "asymmetric", None, ranges[name]) for name in points]
+        rounded = activation_decisions(job.graph, ranges, integer.keys())
         plan = Plan("latency", {}, 0, "", None, None, (*weights, *rounded), {})
         compressed = apply_plan(job.source.module, job.graph.tied, plan, {})
         return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed)))
