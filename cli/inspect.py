@@ -51,7 +51,8 @@ def _print(record: dict[str, Any]) -> None:
         )
         for layer in record["layers"]
     ]
-    if costs := record.get("costs"):
+    costs = record.get("costs")
+    if costs and record["layers"]:
         weights = ", ".join(f"{size(costs['bytes'][bits])} at {bits}" for bits in ("32", "8", "4"))
         outputs = size(costs["activation_bits"]["8"] / 8)
         print_line(f"weights: {weights} bits; outputs of all layers: {outputs} an example at 8 bits")

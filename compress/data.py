@@ -315,7 +315,7 @@ def describe(value: Any) -> str:
 
 def _concatenate(parts: list[Data], name: str) -> Data:
     if not parts:
-        raise UsageError(f"{name} returned no batches", hint="return at least two examples")
+        raise UsageError(f"{name} returned no batches", hint="return one example at least")
     first = _signature(parts[0])
     other = next((_signature(part) for part in parts if _signature(part) != first), None)
     if other is not None:
@@ -371,15 +371,13 @@ def _normalise(x: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...]
 def _check_lengths(data: Data, flag: str) -> None:
     lengths = {len(x) if x.dim() else 0 for x in data.inputs}
     if lengths == {0} or not lengths:
-        raise UsageError(f"{flag}: {data.name} holds no examples", hint="pass at least two")
+        raise UsageError(f"{flag}: {data.name} holds no examples", hint="pass one at least")
     if data.targets is not None:
         lengths.add(len(data.targets) if data.targets.dim() else 0)
     if len(lengths) > 1:
         raise UsageError(
             f"{flag}: {data.name} has tensors of different lengths {sorted(lengths)}", hint="one row an example"
         )
-    if len(data) < 2:
-        raise UsageError(f"{flag}: {data.name} holds one example", hint="pass at least two")
     if any(x.is_complex() for x in data.inputs):
         raise UsageError(f"{flag}: {data.name} has complex inputs", hint="pass real and imaginary parts as channels")
 

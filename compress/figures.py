@@ -203,7 +203,10 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: i
         mask = plan.masks()[tensor]
         kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
         if mask.pattern != "unstructured":
-            return f"{kept}: the smallest of each group along the inputs, pattern {mask.pattern}"
+            moved = mask.values_sha256 is not None
+            least = "least salient" if moved else "smallest"
+            made_up = "; the others moved to make up for them" if moved else ""
+            return f"{kept}: the {least} of each group along the inputs, pattern {mask.pattern}{made_up}"
         shared = plan.options.get("scope") == "global"
         if mask.values_sha256 is not None:
             where = "all layers" if shared else "this layer"

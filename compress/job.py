@@ -16,12 +16,14 @@ from .context import Progress
 from .data import Data, check_forward, read_data
 from .errors import InputError, UsageError
 from .graph.rewrite import convolutional
-from .graph.trace import Graph, trace_graph
+from .graph.trace import Graph, batch_statistics, trace_graph
 from .model import Source, guess_inputs, load_source
 from .plan import InputSpec, read_plan
 from .settings import Settings
-from .task import Calibration, Task, load_task
+from .task import Calibration, Task, check_targets, load_task
 from .verdict import Gates
+
+MOST_NAMED = 3  # parameters that a note names
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def open_job(
     calibration = None
     if data is not None:
         prepared = task.prepare(data)
-        check_forward(source.module, prepared, "--data")
+        check_targets(task, check_forward(source.module, prepared, "--data"), prepared)
         sample = prepared.sample(int(settings["num_calibration"].value), int(settings["seed"].value))
         calibration = Calibration(task, sample)
     if data is None and example is not None and settings[example].value is not None:
@@ -93,7 +95,18 @@ def open_job(
         traced = _example_inputs(source, calibration, settings, inputs, notes if may_guess else None)
     progress("trace", 0, None)
     graph = trace_graph(source.module, traced)
+    notes.extend(_surprises(graph))
     return Job(source, graph, task, calibration, settings, progress, notes, started)
+
+
+def _surprises(graph: Graph) -> list[str]:
+    """What a run leaves as it is, and outputs that depend on the batch."""
+    named = [f"{blocker.layer} stays as it is: {blocker.reason}" for blocker in graph.blockers[:MOST_NAMED]]
+    if len(graph.blockers) > MOST_NAMED:
+        named.append(f"{len(graph.blockers) - MOST_NAMED} more stay as they are: hcompress inspect lists them")
+    if mixing := batch_statistics(graph.program.graph):
+        named.append(f"the outputs of an example depend on its batch: {mixing[0]} has no running statistics")
+    return named
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -187,8 +200,8 @@ def check_shapes(data: Data, example_inputs: Sequence[Tensor]) -> None:
 
 
 def two_of(data: Data) -> tuple[Tensor, ...]:
-    """Two examples; copies, as a slice would be saved with all of its data."""
-    return tuple(x.clone() for x in data.first(2).inputs)
+    """Two examples to trace with, the same one twice where there is one: a batch of one would become a constant."""
+    return tuple(torch.cat([x, x])[:2].clone() for x in data.first(2).inputs)
 
 
 def out_folder(settings: Settings) -> Path:

@@ -33,7 +33,7 @@ from .build import (
 )
 from .context import Context, Progress
 from .data import Data
-from .errors import InputError, UsageError
+from .errors import InputError, UsageError, escape
 from .finish import (
     DENSE,
     LATENCY_REPEATS,
@@ -49,7 +49,7 @@ from .formats.checkpoint import read_checkpoint
 from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
-from .registry import TASKS, Method, find_measure, find_method, load_module, methods_for
+from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
 from .task import Task, load_task
@@ -91,7 +91,9 @@ def run_method(
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
-    if settings["eval"].value is None and (not dry_run or (plan is None and budget is None and method.searches)):
+    if settings["eval"].value is None and (
+        not dry_run or (plan is None and planning.is_searched(method, budget, settings))
+    ):
         raise UsageError(
             "no evaluation data", hint="pass --eval FILE.npz, FILE.safetensors or FILE.py:fn(args), or set [data] eval"
         )
@@ -121,6 +123,8 @@ def _plan_and_finish(
 ) -> dict[str, Any]:
     """Plan into the stage and finish it; stop at the plan where there is no folder to publish."""
     given = None if plan is None else read_plan_files(plan)
+    if given is not None:
+        _require_job(given[0], method, plan)
     opened = open_job(
         checkpoint,
         settings,
@@ -131,7 +135,7 @@ def _plan_and_finish(
     dense = dense_files(opened)
     sensitivities: dict[str, Sensitivity] = {}
     if given is None or plan is None:
-        gates = planning.search_gates(method, target.budget, target.gates, opened.task)
+        gates = planning.search_gates(method, target.budget, target.gates, settings, opened.task)
         target = replace(target, gates=gates)
         goal = planning.Goal(method, target.budget, gates, dense, target.stage)
         decided, built, sensitivities = planning.make_plan(opened, goal)
@@ -148,6 +152,21 @@ def _plan_and_finish(
     write_sensitivities(target.stage, sensitivities)
     target = replace(target, frontier=decided.frontier, sensitivities=sensitivities)
     return finish(opened, built, decided.plan, dense, target)
+
+
+def _require_job(plan: Plan, method: Method, path: Path | None) -> None:
+    """A plan is followed by the command that makes such plans.
+
+    Raises:
+        UsageError: It is the other command's.
+    """
+    jobs = {known.name: known.job for known in METHODS}
+    job = jobs.get(plan.method, method.job)
+    if job != method.job:
+        raise UsageError(
+            f"{path}: a plan of {escape(plan.method)}, which is a method of hcompress {job}",
+            hint=f"use hcompress {job} --plan {path}, or hcompress apply",
+        )
 
 
 def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -> tuple[Plan, dict[str, Tensor]]:

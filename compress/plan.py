@@ -21,6 +21,7 @@ CLIPS = {f"clip{0.2 + 0.04 * step:.2f}": chr(ord("A") + step) for step in range(
 RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d", **CLIPS}
 RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04"
 BY_CHANNEL = "channels:"
+UNSTRUCTURED = "unstructured"
 WIDEST = 8
 SYMMETRIC, REDUCED, ASYMMETRIC = ("symmetric", "symmetric_reduced", "asymmetric")
 

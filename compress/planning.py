@@ -37,10 +37,11 @@ from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
 from .frontier import NAME as FRONTIER
 from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
-from .plan import Plan, Quantize, weight_scheme
+from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
 from .quantize.calibrate import activation_decisions, calibrated
 from .registry import Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
+from .settings import Settings
 from .task import Task
 from .verdict import Gates, metric_checks
 from .verify import evaluate, open_session, runtime_forward
@@ -77,13 +78,19 @@ class Goal:
     stage: Path
 
 
-def search_gates(method: Method, budget: Budget | None, gates: Gates, task: Task) -> Gates:
+def is_searched(method: Method, budget: Budget | None, settings: Settings) -> bool:
+    """Whether the smallest model within the gates is looked for: nothing else says how small it is to be."""
+    pattern = settings["pattern"].value if "pattern" in method.options else None
+    return method.searches and budget is None and pattern in (None, UNSTRUCTURED)
+
+
+def search_gates(method: Method, budget: Budget | None, gates: Gates, settings: Settings, task: Task) -> Gates:
     """The gates of a run: with one point of the metric where a search has nothing else to go by.
 
     Raises:
         UsageError: The metric isn't in percent, and nothing says what may be lost.
     """
-    if budget is not None or not method.searches or gates.max_drop is not None or gates.min_metric is not None:
+    if not is_searched(method, budget, settings) or gates.max_drop is not None or gates.min_metric is not None:
         return gates
     if task.unit != "%":
         raise UsageError(
@@ -104,7 +111,7 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     costs = {}
     if goal.budget is not None and goal.budget.quantity == "latency":
         costs["latency"] = _latency_table(job, goal.method, context)
-    if goal.budget is None and goal.method.searches:
+    if is_searched(goal.method, goal.budget, job.settings):
         decided, built = _search(job, goal, sensitivities)
     else:
         decided = _decide(job, goal, sensitivities, costs, overhead=0)
@@ -271,9 +278,12 @@ def _search(job: Job, goal: Goal, sensitivities: Mapping[str, Sensitivity]) -> t
         found = _search_candidates(job, goal, module, sensitivities, scores)
     else:
         found = _search_frontier(job, goal, sensitivities, scores)
-    decided, built, tried = found
+    decided, built, tried, passed = found
+    models = "1 model" if tried == 1 else f"{tried} models"
     job.notes.append(
-        f"no budget was given: of {tried} models the smallest one within the gates was selected on the evaluation data"
+        f"no budget was given: of {models} the smallest one within the gates was selected on the evaluation data"
+        if passed
+        else f"no budget was given, and none of {models} was within the gates on the evaluation data"
     )
     return decided, built
 
@@ -298,12 +308,12 @@ def _scorer(job: Job, goal: Goal) -> Callable[[Built], bool]:
 
 def _search_frontier(
     job: Job, goal: Goal, sensitivities: Mapping[str, Sensitivity], passes: Callable[[Built], bool]
-) -> tuple[Decided, Built, int]:
+) -> tuple[Decided, Built, int, bool]:
     """Bisect the frontier; the largest model is returned where none passes, for the gates to refuse."""
     decided = _decide(job, goal, sensitivities, {}, overhead=0)
     assert decided.frontier is not None
-    frontier, tried = decided.frontier, 0
-    low, high = -1, len(frontier.costs) - 1
+    frontier, tried, last = decided.frontier, 0, len(decided.frontier.costs) - 1
+    low, high = -1, last
     resolution = RESOLUTION * len(goal.dense.onnx) / frontier.scale
     while low < high - 1 and frontier.costs[high] - frontier.costs[max(low, 0)] > resolution:
         middle = frontier.within(frontier.amount((frontier.costs[max(low, 0)] + frontier.costs[high]) // 2))
@@ -313,16 +323,16 @@ def _search_frontier(
         decided, built = publish(job, decided, goal.stage)
         low, high = (low, index) if passes(built) else (index, high)
     decided, built = publish(job, _moved(job, goal, decided, high), goal.stage)
-    return decided, built, max(tried, 1)
+    return decided, built, max(tried, 1), high < last or passes(built)
 
 
 def _search_candidates(
     job: Job, goal: Goal, module: Any, sensitivities: Mapping[str, Sensitivity], passes: Callable[[Built], bool]
-) -> tuple[Decided, Built, int]:
+) -> tuple[Decided, Built, int, bool]:
     """Go on to ever smaller models until one fails; the first is returned where none passes."""
     context = planning_context(job, goal.dense, 0)
     options = method_options(job, goal.method.options)
-    best, tried = None, 0
+    best, tried, passed = None, 0, False
     for plan, tensors in module.candidates(job.source, job.graph, sensitivities, job.calibration, options, context):
         decided = _completed(job, goal.budget, plan, tensors, context)
         tried += 1
@@ -330,10 +340,10 @@ def _search_candidates(
         if not passes(built):
             best = best or decided
             break
-        best = decided
+        best, passed = decided, True
     assert best is not None
     best, built = publish(job, best, goal.stage)
-    return best, built, tried
+    return best, built, tried, passed
 
 
 def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense) -> Decided:

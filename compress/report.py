@@ -29,7 +29,7 @@ NUM_WORST = 10  # Layers in the Markdown tables of the largest relative errors a
 NUM_TICKS = 8  # Labels under a plot that still fit on a telephone.
 MIN_SLOTS = 12  # A network of two layers gets bars, not walls.
 MAX_POINTS = 200  # Of a frontier, drawn.
-SAME_COST = 0.01  # Two costs this close, relative to the larger, are one budget.
+SAME_COST = 0.01  # Two costs are one budget this close, in units of the frontier's span: most of a cost may be fixed.
 LOG_COSTS = 6  # Costs that span a larger factor get a logarithmic axis,
 LOG_LOSSES = 100  # and so do losses.
 NEGLIGIBLE = 1e-6  # A loss below this share of the largest is drawn as none.
@@ -90,7 +90,7 @@ def frontier_text(frontier: dict[str, Any]) -> str:
         return text
     name = f"{escape(rival['name'])} everywhere"
     less = times_text(rival["loss"], frontier["loss"]) or loss_amount(rival["loss"], frontier["loss_unit"])
-    if math.isclose(rival["cost"], frontier["cost"], rel_tol=SAME_COST):
+    if abs(rival["cost"] - frontier["cost"]) <= _same_cost(frontier):
         return f"{text}; the same budget spent as {name} is expected to lose {less}"
     return f"{text}; {name}, {amount_text(rival['cost'], frontier['unit'])}, is expected to lose {less}"
 
@@ -505,9 +505,14 @@ def _ceiling(value: float) -> float:
 
 def _rival(frontier: dict[str, Any]) -> dict[str, Any] | None:
     """The plan of one width everywhere that costs the most within the chosen point's cost."""
-    limit = frontier["cost"] * (1 + SAME_COST)
+    limit = frontier["cost"] + _same_cost(frontier)
     within = [rival for rival in frontier["rivals"] if rival["cost"] <= limit]
     return max(within, key=lambda rival: (rival["cost"], -rival["loss"]), default=None)
+
+
+def _same_cost(frontier: dict[str, Any]) -> float:
+    costs = [cost for cost, _ in frontier["points"]] + [frontier["cost"]]
+    return SAME_COST * float(max(costs) - min(costs))
 
 
 def _frontier_plot(frontier: dict[str, Any]) -> FrontierPlot:

@@ -66,10 +66,14 @@ class Classification:
         return Data(data.inputs, data.targets.long(), data.name)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets)
+        return F.cross_entropy(_one_tensor(outputs), targets)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = _one_tensor(outputs)
+        self.check(outputs, targets)
+        return 100.0 * (outputs.argmax(1) == targets).double()
+
+    def check(self, outputs: Tensor, targets: Tensor, name: str = "") -> None:
         if outputs.dim() != 2 or outputs.shape[1] < 2:
             raise UsageError(
                 f"classification needs logits [n, classes]; the network gives {list(outputs.shape)}",
@@ -78,16 +82,23 @@ class Classification:
         largest = int(targets.max())
         if largest >= outputs.shape[1]:
             raise UsageError(
-                f"label {largest} is out of range: the network has {outputs.shape[1]} classes",
+                f"{_place(name, int(targets.argmax()), f'label {largest}')} is out of range: the network has "
+                f"{outputs.shape[1]} classes",
                 hint=f"labels are 0 to {outputs.shape[1] - 1}",
             )
-        return 100.0 * (outputs.argmax(1) == targets).double()
 
 
 def _is_one_hot(targets: Tensor) -> bool:
     if targets.dim() != 2 or targets.shape[1] < 2:
         return False
     return bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(1) == 1).all())
+
+
+def _place(name: str, example: int | None, what: str) -> str:
+    """``what`` of an example of the data called ``name``; in a batch, of which neither is known, alone."""
+    if not name:
+        return what
+    return f"{name}: {what}" if example is None else f"{name}: {what} of example {example}"
 
 
 def _one_tensor(outputs: Any) -> Tensor:
@@ -110,15 +121,19 @@ class Regression:
         return Data(data.inputs, targets, data.name)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = _one_tensor(outputs)
         return F.mse_loss(outputs, targets.reshape(outputs.shape))
+
+    def check(self, outputs: Tensor, targets: Tensor, name: str = "") -> None:
+        if outputs[:1].numel() != targets[:1].numel():
+            raise UsageError(
+                f"{_place(name, None, 'targets')} have shape {list(targets.shape)}, the outputs {list(outputs.shape)}",
+                hint="regression compares numbers one by one; for class labels pass --task classification",
+            )
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = _one_tensor(outputs)
-        if outputs.numel() != targets.numel():
-            raise UsageError(
-                f"targets have shape {list(targets.shape)}, the outputs {list(outputs.shape)}",
-                hint="regression compares numbers one by one; for class labels pass --task classification",
-            )
+        self.check(outputs, targets)
         return (outputs - targets.reshape(outputs.shape)).double().square().reshape(len(outputs), -1).mean(1)
 
 
@@ -138,26 +153,47 @@ class CausalLM:
         return Data((ids[:, :-1].contiguous(),), ids[:, 1:].contiguous(), data.name)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        return F.cross_entropy(_one_tensor(outputs).flatten(0, -2), targets.flatten())
 
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = _one_tensor(outputs)
-        if outputs.shape[:-1] != targets.shape:
+    def check(self, outputs: Tensor, targets: Tensor, name: str = "") -> None:
+        if outputs.shape[1:-1] != targets.shape[1:]:
             raise UsageError(
-                f"causal-lm needs logits {[*targets.shape, 'vocabulary']}; the network gives {list(outputs.shape)}",
+                f"causal-lm needs logits {[len(outputs), *targets.shape[1:], 'vocabulary']}; "
+                f"the network gives {list(outputs.shape)}",
                 hint="its forward takes token ids [n, t] and returns logits [n, t, vocabulary]",
             )
-        largest = int(targets.max())
-        if largest >= outputs.shape[-1] or int(targets.min()) < 0:
+        is_bad = (targets < 0) | (targets >= outputs.shape[-1])
+        if is_bad.any():
+            example = int(is_bad.any(1).nonzero()[0])
             raise UsageError(
-                f"token {largest if largest >= outputs.shape[-1] else int(targets.min())} is out of range: "
+                f"{_place(name, example, f'token {int(targets[is_bad][0])}')} is out of range: "
                 f"the network has {outputs.shape[-1]} tokens",
                 hint="tokenize with the network's own vocabulary",
             )
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = _one_tensor(outputs)
+        self.check(outputs, targets)
         rows = max(1, LOSS_CHUNK // outputs.shape[-1])
         parts = zip(torch.split(outputs.flatten(0, -2), rows), torch.split(targets.flatten(), rows), strict=True)
         nats = torch.cat([F.cross_entropy(logits.double(), ids, reduction="none") for logits, ids in parts])
         return nats.reshape(len(targets), -1).mean(1)
+
+
+def check_targets(task: Task, outputs: Any, data: Data) -> None:
+    """Targets that the network's outputs don't fit, before a long run comes to them.
+
+    Args:
+        task: One of the user's may have no such check.
+        outputs: Of a few examples.
+        data: Prepared by the task.
+
+    Raises:
+        UsageError: Names the data and the example.
+    """
+    check = getattr(task, "check", None)
+    if check is not None and data.targets is not None and isinstance(outputs, Tensor):
+        check(outputs, data.targets, data.name)
 
 
 def has_logits(task: Task) -> bool:

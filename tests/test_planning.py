@@ -351,16 +351,26 @@ def test_a_search_of_candidates_goes_on_until_one_fails(
     assert any("of 3 models the smallest one" in note for note in record["notes"])
 
 
+ANY = resolve({}, environment={}, folder=None)
+
+
+def test_a_pattern_says_how_small_the_model_is_to_be() -> None:
+    obs, pattern = find_method("prune", "obs"), resolve({"pattern": "2:4"}, environment={}, folder=None)
+    assert planning.is_searched(obs, None, ANY) and planning.is_searched(HAWQ, None, pattern)
+    assert not planning.is_searched(obs, None, pattern)
+    assert planning.search_gates(obs, None, Gates(), pattern, Regression()) == Gates()
+
+
 def test_without_a_budget_one_point_may_be_lost() -> None:
-    assert planning.search_gates(HAWQ, None, Gates(), Classification()) == Gates(max_drop=1.0)
+    assert planning.search_gates(HAWQ, None, Gates(), ANY, Classification()) == Gates(max_drop=1.0)
     for gates in (Gates(max_drop=0.1), Gates(min_metric=90.0)):
-        assert planning.search_gates(HAWQ, None, gates, Classification()) == gates
-    assert planning.search_gates(HAWQ, Budget("bits", 4), Gates(), Regression()) == Gates()
-    assert planning.search_gates(find_method("quantize", "uniform"), None, Gates(), Regression()) == Gates()
-    assert planning.search_gates(HAWQ, None, Gates(max_drop=0.5), Regression()) == Gates(max_drop=0.5)
+        assert planning.search_gates(HAWQ, None, gates, ANY, Classification()) == gates
+    assert planning.search_gates(HAWQ, Budget("bits", 4), Gates(), ANY, Regression()) == Gates()
+    assert planning.search_gates(find_method("quantize", "uniform"), None, Gates(), ANY, Regression()) == Gates()
+    assert planning.search_gates(HAWQ, None, Gates(max_drop=0.5), ANY, Regression()) == Gates(max_drop=0.5)
 
 
 def test_a_metric_without_percent_needs_a_budget_or_a_gate() -> None:
     with pytest.raises(UsageError, match=r"how much mse \(squared error\) may get worse") as caught:
-        planning.search_gates(HAWQ, None, Gates(max_bytes=1e6), Regression())
+        planning.search_gates(HAWQ, None, Gates(max_bytes=1e6), ANY, Regression())
     assert "--max-drop" in caught.value.hint

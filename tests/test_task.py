@@ -55,7 +55,6 @@ def fails(): raise KeyError("labels")
 def leaves(): sys.exit(2)
 def empty(): return x[:0], y[:0]
 def no_batches(): return []
-def one(): return x[:1], y[:1]
 def lengths(): return x, y[:5]
 def nan(): return x / 0, y
 def list_pair(): return [x, y]
@@ -182,7 +181,6 @@ def test_folders_may_have_parentheses_and_colons(tmp_path: Path) -> None:
         ("leaves", r"leaves failed \(SystemExit: 2\)"),
         ("empty", "holds no examples"),
         ("no_batches", "returned no batches"),
-        ("one", "holds one example"),
         ("lengths", r"tensors of different lengths \[5, 6\]"),
         ("list_pair", r"batches of different form: x \[n, 4\] float32, then x \[n\] int64"),
         ("mixed_batches", "batches of different form"),

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from ..context import Progress
 from ..data import Data
-from ..graph.trace import TRANSPOSED, argument, aten
+from ..errors import UsageError
+from ..graph.trace import TRANSPOSED, argument, aten, batch_statistics
 from ..task import Task
 from .loss_factor import Draw, cotangents
 from .network import PASS_BATCH, Network, Use, batches, differentiable, outputs_of, record, require_finite
@@ -98,7 +99,16 @@ def layer_rows(
 
     Args:
         outputs: Of ``record``, with ``uses``; it may be called again with another draw.
+
+    Raises:
+        UsageError: A batch norm mixes the examples.
+        NumericsError: A gradient isn't finite; names the examples and the layer.
     """
+    if mixing := batch_statistics(network.module.graph):
+        raise UsageError(
+            f"{mixing[0]} takes its statistics from the batch, so that examples have no gradients of their own",
+            hint="use batch norms with running statistics, --trace hessian, or --method magnitude or uniform",
+        )
     probe = cotangents(task, outputs, batch.targets, draw, mode=mode)
     found = gradients_of(outputs_of(outputs), [use.output for use in uses], probe)
     by_tensor: dict[str, list[tuple[Use, Tensor]]] = {layer.tensor: [] for layer in network.layers}

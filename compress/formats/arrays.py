@@ -42,8 +42,18 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: is a folder, not a data file", hint=ACCEPTED) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    check_finite(arrays, path)
+    check_finite(arrays, path, hint=_bad_rows(arrays))
     return dict(arrays)
+
+
+def _bad_rows(arrays: Mapping[str, Tensor]) -> str:
+    """Where the first array that isn't finite isn't: a hint for who has to clean it."""
+    for array in arrays.values():
+        if array.is_floating_point() and array.dim() and array.numel():
+            is_bad = ~torch.isfinite(array.float()).reshape(len(array), -1).all(1)
+            if is_bad.any():
+                return f"clean the data; the first bad row is {int(is_bad.nonzero()[0])}"
+    return "clean the data"
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

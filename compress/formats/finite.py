@@ -16,7 +16,10 @@ from ..errors import InputError, escape
 NUM_NAMED = 3
 
 
-def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+DIVERGED = "the training diverged or the file is damaged; use an earlier checkpoint"
+
+
+def check_finite(state: Mapping[str, Tensor], path: Path, *, hint: str = DIVERGED) -> None:
     """Refuse tensors with NaN or infinite values.
 
     Raises:
@@ -26,9 +29,7 @@ def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     if counts:
         named = "; ".join(f"{escape(key)} has {count}" for key, count in counts[:NUM_NAMED])
         more = f"; and {len(counts) - NUM_NAMED} more tensors" if len(counts) > NUM_NAMED else ""
-        raise InputError(
-            f"{path}: {named}{more}", hint="the training diverged or the file is damaged; use an earlier checkpoint"
-        )
+        raise InputError(f"{path}: {named}{more}", hint=hint)
 
 
 def _count(tensor: Tensor) -> str:

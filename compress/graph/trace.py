@@ -126,8 +126,9 @@ class Graph:
         """
         layers = self.without(exclude)
         if not layers:
-            hint = "check --exclude" if exclude else "is it quantized already? hcompress inspect lists its layers"
-            raise UsageError(f"the network has no float weight to {verb}", hint=hint)
+            blocked = f"{self.blockers[0].layer} is {self.blockers[0].reason}" if self.blockers else ""
+            hint = blocked or "is it quantized already? hcompress inspect lists its layers"
+            raise UsageError(f"the network has no float weight to {verb}", hint="check --exclude" if exclude else hint)
         return layers
 
     def layer(self, tensor: str) -> Layer:
@@ -249,6 +250,15 @@ def _layer(node: fx.Node, key: str, macs: int, batch: int) -> Layer:
     op = WEIGHT_OPS[node.target]  # type: ignore[index]
     outputs = _product([_size(size) for size in node.meta["val"].shape]) // batch
     return Layer(key, op, node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1, outputs)
+
+
+def batch_statistics(graph: fx.Graph) -> list[str]:
+    """Batch norms that take their statistics from the batch, by the name of their node."""
+    return [
+        node.name
+        for node in graph.nodes
+        if node.target is aten.batch_norm.default and (node.args[3] is None or bool(node.args[5]))
+    ]
 
 
 def argument(node: fx.Node, name: str, default: Any) -> Any:

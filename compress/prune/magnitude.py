@@ -16,15 +16,15 @@ from ..budget import Budget
 from ..context import Context, Storage
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import Plan
+from ..plan import UNSTRUCTURED, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from .masks import (
     DEFAULT_SPARSITY,
-    UNSTRUCTURED,
     Masks,
     mask_plan,
     n_of_m_mask,
+    num_removed,
     parse_pattern,
     patterned_layers,
     removed_weights,
@@ -121,5 +121,5 @@ def _layer_masks(weights: Mapping[str, Tensor], share: float) -> Masks:
 def _keep_largest(magnitudes: Tensor, share: float) -> Tensor:
     keep = torch.ones(len(magnitudes), dtype=torch.bool)
     order = torch.argsort(magnitudes, stable=True)
-    keep[order[: round(share * len(magnitudes))]] = False
+    keep[order[: num_removed(share, len(magnitudes))]] = False
     return keep

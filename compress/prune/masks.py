@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,8 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import MaskWeights, Plan
 
-UNSTRUCTURED = "unstructured"
 DEFAULT_SPARSITY = 0.5
+SHARE_ERROR = 1e-9  # what a share that is meant to be whole may be off by, as 0.1 * 30 is
 Masks = dict[str, Tensor]
 
 
@@ -30,13 +31,19 @@ def removed_weights(graph: Graph, layers: Sequence[Layer], sparsity: float) -> i
     """
     total = sum(layer.elements for layer in graph.layers)
     available = sum(layer.elements for layer in layers)
-    removed = round(sparsity * total)
+    removed = num_removed(sparsity, total)
     if removed > available:
+        most = math.floor(1e4 * available / total) / 1e4
         raise BudgetError(
-            f"sparsity {sparsity:g} is out of reach: --exclude leaves at most {available / total:.4f}",
+            f"sparsity {sparsity:g} is out of reach: --exclude leaves at most {most:.4f}",
             hint="exclude less, or lower --sparsity",
         )
     return removed
+
+
+def num_removed(share: float, total: int) -> int:
+    """How many of ``total`` weights a share of them is, rounded up: what was asked for is reached."""
+    return min(total, math.ceil(share * total - SHARE_ERROR * total))
 
 
 def mask_plan(

@@ -25,15 +25,15 @@ from ..errors import OutOfMemoryError
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
-from ..plan import MaskWeights, Plan
+from ..plan import UNSTRUCTURED, MaskWeights, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .magnitude import smallest_cut
 from .masks import (
     DEFAULT_SPARSITY,
-    UNSTRUCTURED,
     mask_plan,
     n_of_m_mask,
+    num_removed,
     parse_pattern,
     patterned_layers,
     removed_weights,
@@ -127,10 +127,7 @@ def candidates(
     options: Mapping[str, Any],
     context: Context,
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
-    """Plans of growing sparsity, a round each, as long as they are asked for; one where a pattern fixes it."""
-    if _pattern(options) != UNSTRUCTURED:
-        yield plan(source, graph, sensitivities, calibration, None, options, context)
-        return
+    """Plans of growing sparsity, a round each, as long as they are asked for."""
     layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
     surgery = _open(source, graph, layers, calibration, options, context)
     d, density = surgery.network.num_weights, 1 - FIRST_SPARSITY
@@ -192,7 +189,7 @@ def _chooser(layers: Sequence[Layer], removed: int, scope: str) -> Choose:
         masks = []
         for part in torch.split(scores, sizes):
             mask = torch.ones(len(part), dtype=torch.bool)
-            mask[torch.argsort(part, stable=True)[: round(removed * len(part) / d)]] = False
+            mask[torch.argsort(part, stable=True)[: num_removed(removed / d, len(part))]] = False
             masks.append(mask)
         return torch.cat(masks)
 
@@ -269,7 +266,7 @@ def _expected_loss(surgery: _Surgery) -> float:
     network.set_flat(end)
     dense = surgery.dense.double()
     moved = divergence(dense, dense + (sides[0] - sides[1]) / 2, are_logits=has_logits(surgery.calibration.task))
-    return moved / STEP**2
+    return max(moved, 0.0) / STEP**2  # rounding may put a divergence of zero below it
 
 
 def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 
 from ..apply import float_module
 from ..context import Context, Progress
+from ..curvature.network import require_finite
 from ..data import Data
-from ..errors import NumericsError, UsageError
+from ..errors import UsageError
 from ..graph.rewrite import activation_points, points_for
 from ..graph.trace import Graph
 from ..plan import Quantize
@@ -30,13 +31,17 @@ class _Observer(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: Iterable[str]) -> None:
         super().__init__(module)
         self.ranges: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+        self.examples = range(0)  # that are run, of the data called ``name``
+        self.name = ""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.ranges and isinstance(value, Tensor):
             low, high = (float(v) for v in torch.aminmax(value))
             if not (abs(low) < float("inf") and abs(high) < float("inf")):
-                raise NumericsError(f"activation {n.name} isn't finite on the calibration data", hint="check --data")
+                numbers = self.examples if value.dim() and len(value) == len(self.examples) else self.examples[:1]
+                rows = value if len(numbers) == len(self.examples) else value.reshape(1, -1)
+                require_finite(rows, f"activation {n.name}", numbers, self.name)
             before = self.ranges[n.name]
             self.ranges[n.name] = (min(before[0], low), max(before[1], high))
         return value
@@ -87,6 +92,7 @@ def activation_ranges(
     with torch.no_grad():
         for done, batch in enumerate(data.batches(BATCH)):
             progress("calibrate activations", done * BATCH, len(data))
+            observer.examples, observer.name = range(done * BATCH, done * BATCH + len(batch)), data.name
             observer.run(*(x.to(device) for x in batch.inputs))
     progress("calibrate activations", len(data), len(data))
     return observer.ranges

@@ -68,6 +68,13 @@ PRUNE = Case("magnitude, sparsity 0.5", "prune", {"method": "magnitude", "sparsi
 INT8 = Case("uniform, 8 bits, 8-bit activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "8"})
 BITS8 = Case("uniform, 8 bits, float activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "float"})
 BITS4 = Case("uniform, 4 bits, float activations", "quantize", UNIFORM | {"budget": "4bit", "activations": "float"})
+OBS = Case("obs, sparsity 0.5", "prune", {"method": "obs", "sparsity": "0.5"})
+OBS7 = Case("obs, sparsity 0.7", "prune", {"method": "obs", "sparsity": "0.7"})
+MAGNITUDE7 = Case("magnitude, sparsity 0.7", "prune", {"method": "magnitude", "sparsity": "0.7"})
+HAWQ8 = Case("hawq, 8 bits on average, 8-bit activations", "quantize", {"budget": "8bit", "activations": "8"})
+HAWQ4 = Case("hawq, 4 bits on average, float activations", "quantize", {"budget": "4bit", "activations": "float"})
+HAWQ3 = Case("hawq, 3 bits on average, float activations", "quantize", {"budget": "3bit", "activations": "float"})
+BITS3 = Case("uniform, 3 bits, float activations", "quantize", UNIFORM | {"budget": "3bit", "activations": "float"})
 BOTH = Case(f"{PRUNE.name}; then {INT8.name}", INT8.job, INT8.flags, after=PRUNE.name)
 
 
@@ -79,14 +86,14 @@ def networks(data: str | None) -> Iterator[tuple[Network, tuple[Case, ...]]]:
     shown = f"fashion_net.safetensors {_flags(model | arrays)}"
     flags = model | {name: str(folder / file) for name, file in arrays.items()}
     demo = Network("FashionNet (ships with the package)", folder / "fashion_net.safetensors", shown, flags)
-    yield demo, (PRUNE, INT8, BITS4, BOTH)
+    yield demo, (PRUNE, OBS, INT8, HAWQ8, BITS4, HAWQ4, BOTH)
     if data is None:
         return
     parts = (
         ("ResNet-20, CIFAR-10", "cifar10/resnet20-12fca82f.th", "resnet_cifar.py:resnet20", "cifar.py:tensors", "test"),
         ("BabyLlama", "babyllama/babyllama.safetensors", "babyllama.py:babyllama", "babyllama.py:windows", "eval"),
     )
-    cases = ((PRUNE, INT8, BITS4), (BITS8,))
+    cases = ((PRUNE, OBS, MAGNITUDE7, OBS7, INT8, HAWQ8, BITS4, HAWQ4, BITS3, HAWQ3), (BITS8,))
     for (name, file, factory, function, split), chosen in zip(parts, cases, strict=True):
         named = {"model": factory, "data": f"{function}('calib')", "eval": f"{function}('{split}')"}
         flags = {key: str(Path(data) / value) for key, value in named.items()}

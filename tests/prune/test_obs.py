@@ -318,13 +318,6 @@ def test_a_candidate_keeps_its_values_when_the_next_is_made() -> None:
     apply_plan(module, graph.tied, plan, sidecar)
 
 
-def test_a_pattern_has_one_candidate() -> None:
-    ((plan, sidecar),) = found_candidates(network(), pattern="1:2")
-    _, expected, tensors = prune(network(), None, pattern="1:2")
-    assert plan == expected
-    assert sidecar.keys() == tensors.keys()
-
-
 def test_what_is_excluded_is_in_no_candidate() -> None:
     plan, _ = next(found_candidates(network(), exclude=("3.*",)))
     assert set(plan.masks()) == {"0.weight", "5.weight"}
