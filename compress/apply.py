@@ -17,6 +17,7 @@ from .graph.rewrite import (
     IntegerWeight,
     finish,
     fold_batch_norms,
+    put_tensor,
     quantize_activations,
     set_weight,
     tensor_at,
@@ -24,7 +25,7 @@ from .graph.rewrite import (
 )
 from .graph.trace import Graph
 from .numerics.rounding import activation_grid, round_weight
-from .plan import BY_CHANNEL, MaskWeights, Plan, grid_bits
+from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, grid_bits
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -88,9 +89,9 @@ def values_sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights) -> Tensor:
+def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias, count: int) -> Tensor:
     values = sidecar.get(values_key(decision.tensor))
-    if values is None or values.numel() != decision.kept or values_sha256(values) != decision.values_sha256:
+    if values is None or values.numel() != count or values_sha256(values) != decision.values_sha256:
         raise InputError(
             f"plan: the new values of {decision.tensor} in the sidecar are missing or others",
             hint="keep plan.safetensors as it was written beside plan.json",
@@ -114,7 +115,8 @@ def apply_plan(
         NumericsError: The result isn't finite; names the tensor.
     """
     tensors: Tensors = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    unknown = [name for name in (*plan.masks(), *plan.quantized("weight")) if name not in tensors]
+    named = (*plan.masks(), *plan.quantized("weight"), *plan.corrections())
+    unknown = [name for name in named if name not in tensors]
     if unknown:
         raise InputError(
             f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
@@ -126,7 +128,7 @@ def apply_plan(
             raise InputError(f"plan: the mask of {name} is missing", hint="keep plan.safetensors beside plan.json")
         mask = unpack_mask(sidecar[name], decision, weight.shape)
         if decision.values_sha256 is not None:
-            weight = weight.masked_scatter(mask, _values(sidecar, decision).to(weight.dtype))
+            weight = weight.masked_scatter(mask, _values(sidecar, decision, decision.kept).to(weight.dtype))
         tensors[name] = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
     for name, choice in plan.quantized("weight").items():
         weight = tensors[name]
@@ -143,6 +145,10 @@ def apply_plan(
             )
         levels, scale = round_weight(weight, grid_bits(choice.bits, choice.scheme), axis=choice.axis, search=search)
         tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
+    for name, correction in plan.corrections().items():
+        bias = tensors[name]
+        assert isinstance(bias, Tensor)
+        tensors[name] = _values(sidecar, correction, bias.numel()).reshape(bias.shape).to(bias.dtype)
     for names in tied:
         for alias in names[1:]:
             if alias in tensors:
@@ -163,6 +169,11 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
         InputError: The plan names an activation that the graph lacks.
     """
     module = unlift(graph.program, graph.tied)
+    if compressed.plan is not None:
+        for name in compressed.plan.corrections():
+            bias = compressed.tensors[name]
+            assert isinstance(bias, Tensor)
+            put_tensor(module, name, bias)
     factors = fold_batch_norms(module)
     activations = {} if compressed.plan is None else compressed.plan.quantized("activation")
     targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}

@@ -175,6 +175,8 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
     _note_other_source(job, plan)
     if plan.source_sha256 == job.source.sha256 or not plan.has_values():
         return given
+    if plan.corrections():
+        return sealed(*planning.corrected(job, plan, {}, context))
     if job.calibration is None:
         raise UsageError(
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
@@ -206,6 +208,9 @@ def apply_plan(
     with store.staged(out, force, [checkpoint, plan]) as stage:
         decided, sidecar = read_plan_files(plan)
         opened = open_job(checkpoint, settings, progress, needs_data=False, inputs=decided.inputs)
+        if decided.corrections() and decided.source_sha256 != opened.source.sha256:
+            opened.notes.append("the biases are the checkpoint's own: correcting them for rounding needs data")
+            decided, sidecar = decided.without_corrections(), {}
         if decided.has_values() and decided.source_sha256 != opened.source.sha256:
             raise InputError(
                 f"{plan}: the plan's weights are another checkpoint's",

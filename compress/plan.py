@@ -6,7 +6,7 @@ Masks are too big for JSON: a decision carries their count and sha256, and the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,26 @@ class Quantize:
     kind: str = field(default="quantize", init=False)
 
 
-Decision = MaskWeights | Quantize
-KINDS: dict[str, type[MaskWeights] | type[Quantize]] = {"mask": MaskWeights, "quantize": Quantize}
+@dataclass(frozen=True, slots=True)
+class CorrectBias:
+    """New values of a bias, or of a batch norm's: the channels' means are those of before the weights were rounded.
+
+    Attributes:
+        tensor: State-dict key.
+        values_sha256: Hash of the new values, which lie in the sidecar under the key and ``#values``.
+    """
+
+    tensor: str
+    values_sha256: str
+    kind: str = field(default="correct_bias", init=False)
+
+
+Decision = MaskWeights | Quantize | CorrectBias
+KINDS: dict[str, type[MaskWeights] | type[Quantize] | type[CorrectBias]] = {
+    "mask": MaskWeights,
+    "quantize": Quantize,
+    "correct_bias": CorrectBias,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +133,16 @@ class Plan:
 
     def has_values(self) -> bool:
         """Whether the plan holds new values of weights, which belong to the checkpoint that it was made on."""
-        return any(mask.values_sha256 is not None for mask in self.masks().values())
+        return bool(self.corrections()) or any(mask.values_sha256 is not None for mask in self.masks().values())
+
+    def corrections(self) -> dict[str, CorrectBias]:
+        """The corrected biases by tensor."""
+        return {d.tensor: d for d in self.decisions if isinstance(d, CorrectBias)}
+
+    def without_corrections(self) -> Plan:
+        """The plan with the checkpoint's own biases; a sidecar of corrections alone is gone."""
+        rest = tuple(d for d in self.decisions if not isinstance(d, CorrectBias))
+        return replace(self, decisions=rest, sidecar=self.sidecar if self.masks() else None)
 
     def quantized(self, target: str) -> dict[str, Quantize]:
         """The quantization decisions for weights or activations, by tensor."""
@@ -192,6 +219,8 @@ def _check(path: Path, decision: Decision) -> None:
     if isinstance(decision, MaskWeights):
         if not 0 <= decision.kept <= decision.total:
             raise InputError(f"{path}: {name} keeps {decision.kept} of {decision.total}", hint="kept lies in 0..total")
+        return
+    if isinstance(decision, CorrectBias):
         return
     if decision.bits not in range(2, 9):
         raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")

@@ -39,7 +39,7 @@ from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
 from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
 from .quantize.calibrate import activation_decisions, calibrated
-from .registry import Method, find_method, load_module
+from .registry import METHODS, Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
 from .settings import Settings
 from .task import Task
@@ -146,6 +146,7 @@ def _decide(
 
 
 def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, Tensor], context: Context) -> Decided:
+    plan, tensors = corrected(job, plan, tensors, context)
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
     plan, sidecar = sealed(replace(plan, budget=budget, seed=seed, inputs=inputs), tensors)
@@ -157,7 +158,21 @@ def _moved(job: Job, goal: Goal, decided: Decided, index: int) -> Decided:
     assert decided.frontier is not None
     context = planning_context(job, goal.dense, 0)
     plan = load_module(goal.method).at_point(decided.plan, job.graph, decided.frontier, index, context)
-    return Decided(plan, decided.sidecar, context.frontiers[-1])
+    return Decided(*sealed(*corrected(job, plan, {}, context)), context.frontiers[-1])
+
+
+def corrected(job: Job, plan: Plan, tensors: dict[str, Tensor], context: Context) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan after its method's last step, which needs all other decisions: of the methods that have one."""
+    module = load_module(find_method(_job_of(plan), plan.method))
+    if not hasattr(module, "correct"):
+        return plan, tensors
+    corrected, found = module.correct(plan, job.source, job.graph, job.calibration, context)
+    job.notes.extend(note for note in context.notes if note not in job.notes)
+    return corrected, {**tensors, **found}
+
+
+def _job_of(plan: Plan) -> str:
+    return next(method.job for method in METHODS if method.name == plan.method)
 
 
 def publish(job: Job, decided: Decided, stage: Path) -> tuple[Decided, Built]:
@@ -363,7 +378,7 @@ def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense) -> Decid
     context = planning_context(job, dense, 0)
     method = find_method("quantize", plan.method)
     moved = load_module(method).at_point(replace(plan, budget=None), job.graph, frontier, index, context)
-    return Decided(moved, {}, context.frontiers[-1])
+    return Decided(*sealed(*corrected(job, moved, {}, context)), context.frontiers[-1])
 
 
 def _wanted_point(frontier: FrontierRecord, wanted: str, dense: Dense) -> int:

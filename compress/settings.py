@@ -101,6 +101,15 @@ SETTINGS = (
     ),
     Setting("activations", "run.activations", "str", "Activation bits.", None, ("8", "float"), in_preset=True),
     Setting(
+        "bias_correction",
+        "run.bias_correction",
+        "str",
+        "Whether biases make up for rounding.",
+        "on",
+        ("on", "off"),
+        in_preset=True,
+    ),
+    Setting(
         "range", "run.range", "str", "Range of a weight channel.", "auto", ("auto", "minmax", "mse"), in_preset=True
     ),
     Setting(

@@ -18,7 +18,7 @@ from compress.budget import Budget
 from compress.errors import InputError
 from compress.formats.packed import QuantizedTensor
 from compress.numerics.rounding import round_weight
-from compress.plan import BY_CHANNEL, RANGES, SCHEMA, Decision, MaskWeights, Plan, Quantize, read_plan
+from compress.plan import BY_CHANNEL, RANGES, SCHEMA, CorrectBias, Decision, MaskWeights, Plan, Quantize, read_plan
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 SHA = "0" * 64
@@ -44,6 +44,11 @@ def roundings(draw: st.DrawFn) -> Quantize:
     return Quantize(draw(NAMES), "activation", bits, "asymmetric", None, (draw(ends), draw(ends)))
 
 
+@st.composite
+def corrections(draw: st.DrawFn) -> CorrectBias:
+    return CorrectBias(draw(NAMES), SHA)
+
+
 def make_plan(*decisions: Decision) -> Plan:
     return Plan("uniform", {"range": "mse"}, 0, SHA, None, Budget("bits", 4.0), decisions, {"average_bits": 4.0})
 
@@ -56,7 +61,7 @@ def written(folder: Path, changes: dict[str, Any], *, without: str = "") -> Path
     return path
 
 
-@given(decisions=st.lists(masks() | roundings(), max_size=5))
+@given(decisions=st.lists(masks() | roundings() | corrections(), max_size=5))
 def test_read_gives_back_what_was_written_in_the_same_bytes(
     decisions: list[Decision], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -121,6 +121,32 @@ def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:
         owner.register_buffer(name, value)
 
 
+def bias_keys(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> dict[str, tuple[str, str]]:
+    """The tensor that adds a constant to each output channel of a layer: its bias, or its batch norm's.
+
+    Returns:
+        The layer's node and that tensor's state-dict key by the weight's. Left out: weights and biases that are used
+        more than once, and layers without such a tensor.
+    """
+    module = unlift(program, tied)
+    after: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.target in WEIGHT_OPS:
+            after[node] = argument(node, "bias", None)
+    for node in module.graph.nodes:
+        if node.target in BATCH_NORMS and _is_foldable(node):
+            # Another one after it is folded as well, and its output is what the constant would be added to.
+            is_last = all(user.target not in BATCH_NORMS for user in node.users)
+            after[operand(node, 0)] = operand(node, 2) if is_last else None
+    found = {}
+    for layer, bias in after.items():
+        weight = operand(layer, WEIGHT_ARGUMENT)
+        stored = [weight, bias]
+        if all(isinstance(x, fx.Node) and x.op == "get_attr" and _num_uses(x) == 1 for x in stored):
+            found[str(weight.target)] = (layer.name, str(bias.target))
+    return found
+
+
 def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
     """Fold each batch norm into the convolution or linear layer before it.
 

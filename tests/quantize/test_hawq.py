@@ -33,7 +33,14 @@ from compress.quantize import hawq
 from compress.sensitivity import CostTable, Estimate, Sensitivity
 from compress.task import Calibration, Classification, Regression, Task
 
-OPTIONS: dict[str, Any] = {"activations": "float", "range": "mse", "exclude": (), "keep": (), "tie": ()}
+OPTIONS: dict[str, Any] = {
+    "activations": "float",
+    "range": "mse",
+    "bias_correction": "on",
+    "exclude": (),
+    "keep": (),
+    "tie": (),
+}
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:
