@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo test test-all lint types bench docs clean
+.PHONY: setup demo test test-all lint types bench coverage docs clean
 
 setup: $(READY)
 
@@ -43,6 +43,11 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.run --out docs/benchmarks.md
+
+# Networks of other packages take more room than all else together, so that no other target installs them.
+coverage: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo]"
+	$(BIN)/python -m tests.coverage --out docs/coverage.md
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

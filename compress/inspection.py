@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .canonical import sha256_of_file
 from .formats.checkpoint import Checkpoint, read_checkpoint
+from .graph.channel_cost import channel_costs, total
 from .graph.cost import cost_tables
+from .graph.groups import find_channels
 from .graph.trace import Graph
 from .model import WEIGHTS, Source
 
@@ -51,6 +54,28 @@ def describe_network(path: Path, source: Source, graph: Graph, notes: list[str])
         "blockers": [{"layer": blocker.layer, "reason": blocker.reason} for blocker in graph.blockers],
         "notes": notes,
     }
+
+
+def describe_channels(graph: Graph) -> dict[str, Any]:
+    """The groups of channels that can be cut out of a network, what a channel of each costs, and what stays and why."""
+    channels = find_channels(graph)
+    costs = channel_costs(channels, len(graph.example_inputs[0]))
+    whole = torch.ones(sum(group.size for group in channels.groups), dtype=torch.bool)
+    amounts = {"params": total(costs.params, whole), "macs": total(costs.macs, whole)}
+    groups, first = [], 0
+    for group in channels.groups:
+        without = whole.clone()
+        without[first] = False
+        saved = {"params": total(costs.params, without), "macs": total(costs.macs, without)}
+        members = [{"tensor": m.tensor, "dim": m.dim, "places": m.indices.shape[1]} for m in group.members]
+        saved_by_one = {name: amounts[name] - amount for name, amount in saved.items()}
+        groups.append({"name": group.name, "channels": group.size, "members": members, "saved_by_one": saved_by_one})
+        first += group.size
+    frozen = [
+        {"tensor": f.tensor, "dim": f.dim, "places": f.count, "reason": f.reason, "node": f.node, "source": f.source}
+        for f in channels.frozen
+    ]
+    return {"groups": groups, "frozen": frozen}
 
 
 def describe_tensors(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -142,11 +142,11 @@ def _plan_and_finish(
     else:
         if pick is not None:
             _note_other_source(opened, given[0])
-            decided = planning.pick(opened, given[0], plan if plan.is_dir() else plan.parent, pick, dense)
+            folder = plan if plan.is_dir() else plan.parent
+            decided, built = planning.pick(opened, given[0], folder, pick, dense, target.stage)
         else:
             fitted = _fitted(opened, given, planning_context(opened, dense, 0))
-            decided = planning.Decided(*fitted)
-        decided, built = planning.publish(opened, decided, target.stage)
+            decided, built = planning.publish(opened, planning.Decided(*fitted), target.stage)
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
@@ -268,16 +268,33 @@ def measure_sensitivity(
     }
 
 
-def inspect_checkpoint(checkpoint: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:
-    """``hcompress inspect``: what a checkpoint holds and what blocks its compression."""
+def inspect_checkpoint(
+    checkpoint: Path, settings: Settings, *, progress: Progress, channels: bool = False
+) -> dict[str, Any]:
+    """``hcompress inspect``: what a checkpoint holds and what blocks its compression.
+
+    Args:
+        channels: Whether to find the groups of channels that can be cut out, which takes an architecture.
+    """
     if settings["model"].value is None and checkpoint.is_file():
         read = read_checkpoint(checkpoint)
         if read.program is None:
+            _require_no_channels(checkpoint, asked=channels)
             return inspection.describe_tensors(read)
     if settings["model"].value is None and checkpoint.is_dir():
+        _require_no_channels(checkpoint, asked=channels)
         return inspection.describe_run(checkpoint, read_run(checkpoint))
     opened = open_job(checkpoint, settings, progress, needs_data=False, may_guess=True)
-    return inspection.describe_network(checkpoint, opened.source, opened.graph, opened.notes)
+    record = inspection.describe_network(checkpoint, opened.source, opened.graph, opened.notes)
+    if channels:
+        progress("find channels", 0, None)
+        record |= inspection.describe_channels(opened.graph)
+    return record
+
+
+def _require_no_channels(checkpoint: Path, *, asked: bool) -> None:
+    if asked:
+        raise UsageError(f"{checkpoint}: channels are those of an architecture", hint="pass --model FILE.py:FN as well")
 
 
 def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str, Any]:

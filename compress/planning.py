@@ -361,8 +361,10 @@ def _search_candidates(
     return best, built, tried, passed
 
 
-def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense) -> Decided:
+def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense, stage: Path) -> tuple[Decided, Built]:
     """Another point of a run's frontier: its number, or a budget of the frontier's quantity.
+
+    What the file takes is known once it is written: a smaller point is taken as long as it is beyond its budget.
 
     Raises:
         InputError: The run has no frontier, or not this point.
@@ -374,11 +376,21 @@ def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense) -> Decid
             f"{folder / FRONTIER}: the frontier is one of {escape(frontier.method)}, the plan of {escape(plan.method)}",
             hint="keep the files of a run together",
         )
+    module = load_module(find_method("quantize", plan.method))
     index = _wanted_point(frontier, wanted, dense)
-    context = planning_context(job, dense, 0)
-    method = find_method("quantize", plan.method)
-    moved = load_module(method).at_point(replace(plan, budget=None), job.graph, frontier, index, context)
-    return Decided(*sealed(*corrected(job, moved, {}, context)), context.frontiers[-1])
+    limit = float("inf") if wanted.isdecimal() else parse_budget(wanted).absolute(len(dense.onnx))
+    while True:
+        context = planning_context(job, dense, 0)
+        moved = module.at_point(replace(plan, budget=None), job.graph, frontier, index, context)
+        decided = Decided(*sealed(*corrected(job, moved, {}, context)), context.frontiers[-1])
+        decided, built = publish(job, decided, stage)
+        assert decided.frontier is not None
+        frontier = decided.frontier
+        if frontier.amount(frontier.costs[index]) <= limit:
+            return decided, built
+        if index == 0:
+            raise infeasible(job, built, Budget(frontier.quantity, limit))
+        index = min(frontier.within(limit) or 0, index - 1)
 
 
 def _wanted_point(frontier: FrontierRecord, wanted: str, dense: Dense) -> int:

@@ -491,7 +491,7 @@ def test_a_failed_gate_prints_its_report(
 STAND_IN = """
 import sys, time, types
 module = types.ModuleType("compress.pipeline")
-def inspect_checkpoint(*args, progress):
+def inspect_checkpoint(*args, progress, channels=False):
     progress("work", 1, 4)
     try:
         print("ready", file=sys.stderr, flush=True)

@@ -156,7 +156,7 @@ def test_a_picked_point_has_its_bits_and_needs_no_data(files: Files, tmp_path: P
     plan = read_plan(tmp_path / "picked" / "plan.json")
     assert plan.budget is None
     assert plan.options == read_plan(files.run / "plan.json").options
-    again = quantize(files, tmp_path / "back", plan=tmp_path / "picked", pick="4bit", data=None)
+    again = quantize(files, tmp_path / "back", plan=tmp_path / "picked", pick="4bit")
     assert again["average_bits"] <= 4
     for name in ("model.onnx", "model.safetensors", "frontier.json"):
         assert (tmp_path / "back" / name).read_bytes() == (files.run / name).read_bytes()
@@ -169,6 +169,15 @@ def test_a_budget_picks_the_best_point_within(files: Files, tmp_path: Path) -> N
     assert index is not None
     assert record["predicted"]["loss"] == frontier.losses[index]
     assert record["predicted"]["average_bits"] <= 3
+
+
+def test_a_picked_size_is_that_of_the_written_file(files: Files, tmp_path: Path) -> None:
+    quantize(files, tmp_path / "run", budget="60%")
+    frontier = read_frontier(tmp_path / "run" / "frontier.json")
+    for share in (0.6, 0.9):
+        limit = int(frontier.amount(frontier.costs[int(share * len(frontier.costs))]))
+        report = quantize(files, tmp_path / f"{share}", plan=tmp_path / "run", pick=f"{limit}B", data=None)
+        assert 0.9 * limit < report["files"]["model.onnx"] <= limit
 
 
 @pytest.mark.parametrize(
@@ -194,6 +203,7 @@ def test_a_run_without_a_frontier_says_so(files: Files, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.copy(files.run / "plan.json", plain)
+    shutil.copy(files.run / "plan.safetensors", plain)
     with pytest.raises(InputError, match=r"frontier\.json: no such file"):
         quantize(files, tmp_path / "out", plan=plain, pick="0", data=None)
     with pytest.raises(UsageError, match="--pick needs the run whose frontier it means"):
@@ -203,7 +213,7 @@ def test_a_run_without_a_frontier_says_so(files: Files, tmp_path: Path) -> None:
 def test_a_frontier_beside_another_method_s_plan_is_refused(files: Files, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
-    record = canonical.plain(read_plan(files.run / "plan.json")) | {"method": "uniform"}
+    record = canonical.plain(read_plan(files.run / "plan.json")) | {"method": "uniform", "sidecar": None}
     (plain / "plan.json").write_text(canonical.dumps(record))
     shutil.copy(files.run / "frontier.json", plain)
     with pytest.raises(InputError, match="the frontier is one of hawq, the plan of uniform"):

@@ -1,0 +1,990 @@
+"""How each ATen op treats channels: one small rule an op, by its target.
+
+A rule gets the node's operands with their labels and returns the output's. It binds the channels that the op makes go
+together and freezes those that it needs. An op without a rule freezes every channel that reaches it, and says so.
+A pruned channel counts as absent: what reads it is cut too, or reads zeros for it, never a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .labels import Axis, Labels, Value, along, reshaped, shrink
+from .rewrite import operand
+from .trace import CONVOLUTIONS, TRANSPOSED, argument
+
+Result = Value | list[Value]
+Rule = Callable[["Reading", fx.Node], Result]
+RULES: dict[Any, Rule] = {}
+
+# With zeros in, zeros out: of one tensor, whatever the other arguments.
+KEEP_ZERO = {
+    "relu", "relu_", "gelu", "silu", "silu_", "tanh", "tanh_", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_",
+    "elu", "elu_", "relu6", "relu6_", "selu", "selu_", "mish", "mish_", "celu", "abs", "neg", "square", "sqrt", "sign",
+    "sin", "erf", "prelu", "clone", "contiguous", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "to",
+    "_to_copy", "detach", "detach_", "hardtanh", "hardtanh_", "softsign", "expm1", "log1p", "trunc", "round", "floor",
+    "ceil", "type_as", "positive", "alias", "lift_fresh_copy", "hardshrink", "softshrink", "tanhshrink", "relu2",
+}  # fmt: skip
+# Element by element too, though not tagged so.
+POINTWISE = {
+    "clone", "contiguous", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "to", "_to_copy", "detach",
+    "detach_", "type_as", "alias", "lift_fresh_copy", "prelu", "silu", "silu_", "selu", "selu_", "mish", "mish_",
+    "relu6", "relu6_", "logsigmoid", "log_sigmoid", "square", "masked_fill", "masked_fill_", "copy_", "celu", "celu_",
+    "rsub", "where", "hardswish", "hardswish_", "hardsigmoid", "elu", "fill_", "addcmul", "addcdiv", "lerp",
+    "float_power", "true_divide", "multiply", "subtract", "divide", "clip", "clip_", "bernoulli", "zeros_like",
+    "ones_like", "full_like", "empty_like", "rand_like", "nan_to_num", "isnan", "isfinite", "softplus",
+}  # fmt: skip
+PRODUCTS = {"mul", "mul_", "multiply"}
+SUMS = {"add", "add_", "sub", "sub_", "subtract", "rsub"}
+KERNEL = "a kernel has one size"
+QUOTIENTS = {"div", "div_", "divide", "true_divide"}
+
+
+@dataclass(slots=True)
+class Reading:
+    """The graph as far as it is read.
+
+    Attributes:
+        values: Labels of each node's output; a list for several.
+        weights: Labels ``[n]`` along each dimension of each parameter, buffer and constant; None for size 1.
+        fixed: ``(labels, dim, reason, node)`` whose labels must not differ along ``dim`` once all are bound.
+        directions: Tensor and dimension of what is divided by its norm: zeros there would be no direction.
+    """
+
+    labels: Labels
+    values: dict[fx.Node, Result]
+    weights: dict[str, list[Tensor | None]]
+    fixed: list[tuple[Tensor, int, str, str]]
+    directions: set[tuple[str, int]]
+
+    def value(self, node: Any) -> Value:
+        """The labels of one tensor; none for anything else."""
+        found = self.values.get(node, ()) if isinstance(node, fx.Node) else ()
+        return found if isinstance(found, tuple) else ()
+
+    def freeze(self, value: Value, reason: str) -> None:
+        for axis in value:
+            self.labels.freeze(axis.labels, reason)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for all overloads of the ATen ops called ``names``."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def op_name(node: fx.Node) -> str:
+    """``conv2d`` of ``aten.conv2d.default``; the whole target of what isn't ATen."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return str(target._schema.name).removeprefix("aten::")
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """A tensor's shape at the traced batch; empty for what is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(hint(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def hint(size: Any) -> int:
+    """A size at the traced batch."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def read(reading: Reading, node: fx.Node) -> Result:
+    """The labels of a node's output, by its op's rule."""
+    name = op_name(node)
+    if name in RULES:
+        return RULES[name](reading, node)
+    tags = getattr(node.target, "tags", ())
+    if name in POINTWISE or torch.Tag.pointwise in tags:
+        return pointwise(reading, node)
+    return unknown(reading, node)
+
+
+def unknown(reading: Reading, node: fx.Node) -> Result:
+    """No rule: everything that reaches the op stays as it is."""
+    for source in node.all_input_nodes:
+        reading.freeze(reading.value(source), f"{op_name(node)} has no channel rule")
+    value = node.meta.get("val")
+    return [() for _ in value] if isinstance(value, (list, tuple)) else ()
+
+
+# -- element by element ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor among those that an op broadcasts together."""
+
+    value: Value
+    shape: tuple[int, ...]
+
+
+def pointwise(reading: Reading, node: fx.Node) -> Value:
+    """Operands that meet element by element share their channels."""
+    operands = [
+        Operand(reading.value(a), shape_of(a)) for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)
+    ]
+    name = op_name(node)
+    has_scalar = name in SUMS and any(isinstance(a, (int, float)) and a != 0 for a in node.args[:2])
+    if name == "pow":
+        kind = "unary" if isinstance(node.args[1], (int, float)) and node.args[1] > 0 else "other"
+    elif name in ("zeros_like",) or name in PRODUCTS:
+        kind = "mul"
+    elif name in SUMS:
+        kind = "other" if has_scalar else "add"
+    elif name in QUOTIENTS:
+        kind = "first"
+    else:
+        kind = "unary" if name in KEEP_ZERO else "other"
+    return broadcast(reading.labels, operands, kind, op_name(node))
+
+
+def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str) -> Value:
+    """The labels of operands that are broadcast together.
+
+    Args:
+        kind: When the result is zero at a pruned channel: ``mul`` if any operand is, ``add`` if all are, ``first`` and
+            ``unary`` if the first is, ``other`` never.
+    """
+    dims = max((len(o.shape) for o in operands), default=0)
+    aligned = [_aligned(side, dims) for side in operands]
+    merged: list[tuple[Tensor, dict[int, bool]]] = []  # labels, and whether each operand that has them is zero there
+    for number, side in enumerate(aligned):
+        for axis in side.value:
+            varying = set(axis.varying())
+            for place, (known, zeros) in enumerate(merged):
+                if varying & {d for d, size in enumerate(known.shape) if size > 1}:
+                    labels.bind(known, axis.labels)
+                    wider = known if known.numel() >= axis.labels.numel() else axis.labels
+                    zeros[number] = zeros.get(number, False) or axis.is_zero
+                    merged[place] = (wider, zeros)
+                    break
+            else:
+                merged.append((axis.labels, {number: axis.is_zero}))
+    found = []
+    for known, zeros in merged:
+        varying_dims = [d for d, size in enumerate(known.shape) if size > 1]
+        for number, side in enumerate(aligned):
+            if number not in zeros and any(side.shape[d] > 1 for d in varying_dims):
+                labels.freeze(known, f"{name} joins it with a tensor that has no channels there")
+        if kind == "mul":
+            is_zero = any(zeros.values())
+        elif kind == "add":
+            is_zero = len(zeros) == len(aligned) and all(zeros.values())
+        else:
+            is_zero = kind in ("first", "unary") and zeros.get(0, False)
+        found.append(Axis(known, is_zero))
+    return tuple(found)
+
+
+def _aligned(side: Operand, dims: int) -> Operand:
+    """With as many dimensions as the result, those that are missing in front."""
+    lead = (1,) * (dims - len(side.shape))
+    value = tuple(replace(axis, labels=axis.labels.reshape(lead + tuple(axis.labels.shape))) for axis in side.value)
+    return Operand(value, lead + side.shape)
+
+
+# -- layers ----------------------------------------------------------------------------------------------------------
+
+
+@rule(*{str(op._schema.name).removeprefix("aten::") for op in (*CONVOLUTIONS, *TRANSPOSED)})
+def convolution(reading: Reading, node: fx.Node) -> Value:
+    """Inputs are summed over; groups keep as many inputs and outputs each."""
+    labels, (x, weight) = reading.labels, node.args[:2]
+    bias, groups = argument(node, "bias", None), int(argument(node, "groups", 1))
+    transposed = node.target in TRANSPOSED
+    dims = len(shape_of(node))
+    channel = 1 if dims == len(shape_of(weight)) else 0
+    value, stored = reading.value(x), reading.value(weight)
+    rest = []
+    for axis in value:
+        others = [d for d in axis.varying() if d > channel]
+        if axis.labels.shape[channel] == 1 and others:
+            labels.freeze(axis.labels, f"{op_name(node)} slides over it")
+        elif axis.labels.shape[channel] == 1:
+            rest.append(axis)
+    read_labels = labels.vector(tuple(a for a in value if not any(a is b for b in rest)), channel)
+    for axis in stored:
+        if any(d > 1 for d in axis.varying()):
+            labels.freeze(axis.labels, KERNEL)
+    inputs = labels.vector(stored, 0 if transposed else 1)
+    outputs = labels.vector(stored, 1 if transposed else 0)
+    offset = labels.vector(reading.value(bias), 0)
+    if groups > 1:
+        outputs = _grouped(reading, node, read_labels, inputs, outputs, groups, transposed=transposed)
+    else:
+        _meet(labels, read_labels, inputs, f"{op_name(node)} reads channels that stay")
+    if outputs is None:
+        reading.freeze(reading.value(bias), f"{op_name(node)} has outputs that stay")
+        return tuple(rest)
+    if offset is not None:
+        labels.bind(outputs, offset)
+    return (*rest, Axis(along(outputs, channel, dims), True))
+
+
+def _meet(labels: Labels, first: Tensor | None, second: Tensor | None, reason: str) -> None:
+    """Bind two vectors; where one has no labels the other stays."""
+    if first is not None and second is not None:
+        labels.bind(first, second)
+    elif first is not None or second is not None:
+        labels.freeze(first if first is not None else second, reason)  # type: ignore[arg-type]
+
+
+def _grouped(
+    reading: Reading,
+    node: fx.Node,
+    read_labels: Tensor | None,
+    inputs: Tensor | None,
+    outputs: Tensor | None,
+    groups: int,
+    *,
+    transposed: bool,
+) -> Tensor | None:
+    """Labels of a grouped convolution's outputs.
+
+    Whole groups go where there are more of them than inputs in one, else the same places within all groups. A weight
+    holds either its outputs or, transposed, its inputs for all groups, and the others once.
+    """
+    labels, name = reading.labels, op_name(node)
+    by_group, within = (inputs, outputs) if transposed else (outputs, inputs)
+    each = shape_of(node.args[1])[0 if transposed else 1] // (groups if transposed else 1)
+    if groups > each:
+        if within is not None:
+            labels.freeze(within, f"{name} loses whole groups, not places within one")
+        if by_group is None:
+            return None
+        grid = by_group.reshape(groups, -1)
+        labels.bind(grid[:, :1], grid)
+        if read_labels is None:
+            labels.freeze(by_group, f"{name} has a group for each input, and they stay")
+        else:
+            labels.bind(grid[:, :1], read_labels.reshape(groups, -1))
+        return grid[:, 0].repeat_interleave(shape_of(node.args[1])[1]) if transposed else outputs
+    if by_group is not None:
+        grid = by_group.reshape(groups, -1)
+        labels.bind(grid[:1], grid)
+    places = None
+    if read_labels is not None:
+        places = read_labels.reshape(groups, -1)
+        labels.bind(places[:1], places)
+        places = places[0]
+    summed = inputs.reshape(groups, -1)[0] if transposed and inputs is not None else inputs
+    _meet(labels, places, summed, f"{name} reads channels that stay")
+    return outputs.repeat(groups) if transposed and outputs is not None else outputs
+
+
+@rule("linear")
+def linear(reading: Reading, node: fx.Node) -> Value:
+    """The last dimension is summed over."""
+    labels, (x, weight) = reading.labels, node.args[:2]
+    value, stored, dims = reading.value(x), reading.value(weight), len(shape_of(node))
+    last = tuple(axis for axis in value if axis.labels.shape[-1] > 1)
+    _meet(labels, labels.vector(last, dims - 1), labels.vector(stored, 1), "linear reads channels that stay")
+    rest = tuple(axis for axis in value if axis.labels.shape[-1] == 1)
+    outputs = labels.vector(stored, 0)
+    bias = reading.value(argument(node, "bias", None))
+    if outputs is None:
+        reading.freeze(bias, "linear has outputs that stay")
+        return _unzeroed(rest)
+    offset = labels.vector(bias, 0)
+    if offset is not None:
+        labels.bind(outputs, offset)
+    return (*_unzeroed(rest), Axis(along(outputs, dims - 1, dims), True))
+
+
+def _unzeroed(value: Value) -> Value:
+    return tuple(replace(axis, is_zero=False) for axis in value)
+
+
+@rule("embedding")
+def embedding(reading: Reading, node: fx.Node) -> Value:
+    """Rows are looked up; the last dimension is the weight's."""
+    stored, dims = reading.value(node.args[0]), len(shape_of(node))
+    rows = reading.labels.vector(stored, 0)
+    if rows is not None:
+        reading.labels.freeze(rows, "embedding looks its rows up")
+    columns = reading.labels.vector(stored, 1)
+    return () if columns is None else (Axis(along(columns, dims - 1, dims), True),)
+
+
+# -- normalisation ---------------------------------------------------------------------------------------------------
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def batch_norm(reading: Reading, node: fx.Node) -> Value:
+    """Statistics of each channel alone."""
+    return _by_channel(reading, node, node.args[1:5], zeroes=node.args[1] is not None)
+
+
+def _by_channel(reading: Reading, node: fx.Node, stored: Sequence[Any], *, zeroes: bool) -> Value:
+    labels, value, dims = reading.labels, reading.value(node.args[0]), len(shape_of(node))
+    channels = labels.vector(value, 1) if dims > 1 else None
+    for part in stored:
+        vector = labels.vector(reading.value(part), 0)
+        if vector is not None:
+            _meet(labels, channels, vector, f"{op_name(node)} normalises channels that stay")
+    rest = tuple(axis for axis in value if axis.labels.shape[1] == 1)
+    was_zero = any(axis.is_zero for axis in value if axis.labels.shape[1] > 1)
+    return (*_unzeroed(rest), *(() if channels is None else (Axis(along(channels, 1, dims), zeroes or was_zero),)))
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(reading: Reading, node: fx.Node) -> Value:
+    """A slope for each channel, or one for all."""
+    if shape_of(node.args[1]) in ((1,), ()):
+        return reading.value(node.args[0])
+    return _by_channel(reading, node, node.args[1:2], zeroes=False)
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(reading: Reading, node: fx.Node) -> Value:
+    """What is normalised over stays."""
+    count = len(node.args[1])  # type: ignore[arg-type]
+    dims = len(shape_of(node))
+    found = []
+    for axis in reading.value(node.args[0]):
+        if any(d >= dims - count for d in axis.varying()):
+            reading.labels.freeze(axis.labels, f"{op_name(node)} takes its statistics over it")
+        else:
+            found.append(replace(axis, is_zero=False))
+    for part in node.args[2:4]:
+        reading.freeze(reading.value(part), f"{op_name(node)} takes its statistics over it")
+    return tuple(found)
+
+
+@rule("_weight_norm")
+def weight_norm(reading: Reading, node: fx.Node) -> Value:
+    """``g v / |v|`` over all dimensions of ``v`` but one, along which ``g`` lies."""
+    direction, length = reading.value(node.args[0]), reading.value(node.args[1])
+    dim = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
+    reading.directions.add((str(getattr(node.args[0], "target", "")), dim))
+    labels = reading.labels
+    _meet(labels, labels.vector(direction, dim), labels.vector(length, dim), "its length stays")
+    return direction
+
+
+@rule("group_norm")
+def group_norm(reading: Reading, node: fx.Node) -> Value:
+    """Statistics of each group: whole ones may go."""
+    groups = int(node.args[1])  # type: ignore[arg-type]
+    value = _by_channel(reading, node, (argument(node, "weight", None), argument(node, "bias", None)), zeroes=True)
+    channels = reading.labels.vector(value, 1)
+    if channels is not None:
+        if groups == 1:
+            reading.labels.freeze(channels, "group_norm takes its statistics over it")
+        by_group = channels.reshape(groups, -1)
+        reading.labels.bind(by_group[:, :1], by_group)
+    return value
+
+
+# -- products of tensors ---------------------------------------------------------------------------------------------
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot")
+def matmul(reading: Reading, node: fx.Node) -> Value:
+    first, second = node.args[:2]
+    return _product(reading, _operand(reading, first), _operand(reading, second), op_name(node))
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(reading: Reading, node: fx.Node) -> Value:
+    added, first, second = node.args[:3]
+    value = _product(reading, _operand(reading, first), _operand(reading, second), op_name(node))
+    operands = [Operand(value, shape_of(node)), _operand(reading, added)]
+    return broadcast(reading.labels, operands, "add", op_name(node))
+
+
+def _operand(reading: Reading, node: Any) -> Operand:
+    return Operand(reading.value(node), shape_of(node))
+
+
+def _product(reading: Reading, first: Operand, second: Operand, name: str) -> Value:
+    """``[..., m, k] @ [..., k, n]``: the channels along k are summed over, the others stay apart."""
+    labels = reading.labels
+    vector_first, vector_second = len(first.shape) == 1, len(second.shape) == 1
+    if vector_first:
+        first = Operand(tuple(replace(a, labels=a.labels.unsqueeze(0)) for a in first.value), (1, *first.shape))
+    if vector_second:
+        second = Operand(tuple(replace(a, labels=a.labels.unsqueeze(1)) for a in second.value), (*second.shape, 1))
+    left, left_summed, left_zero = _summed(labels, first.value, -1)
+    right, right_summed, right_zero = _summed(labels, second.value, -2)
+    if left_summed is not None and right_summed is not None and not (left_zero or right_zero):
+        labels.freeze(left_summed, f"{name} sums over it, and what is pruned would not be zero")
+    _meet(labels, left_summed, right_summed, f"{name} sums over channels that stay in its other factor")
+    sides = [
+        Operand(tuple(a for a in left), (*first.shape[:-1], 1)),
+        Operand(tuple(a for a in right), (*second.shape[:-2], 1, second.shape[-1])),
+    ]
+    value = broadcast(labels, sides, "mul", name)
+    for dim in [-2] * vector_first + [-1] * vector_second:
+        value = tuple(replace(a, labels=a.labels.squeeze(dim)) for a in value)
+    return value
+
+
+def _summed(labels: Labels, value: Value, dim: int) -> tuple[list[Axis], Tensor | None, bool]:
+    """The axes that a product keeps, the labels ``[k]`` that it sums over, and whether those are zeros when pruned.
+
+    Channels that lie along the summed dimension and another, as heads do, go whole.
+    """
+    kept: list[Axis] = []
+    summed = []
+    for axis in value:
+        place = axis.labels.dim() + dim
+        if axis.labels.shape[place] > 1 and len(axis.varying()) > 1:
+            kept.append(labels.couple(axis, [place]))
+        elif axis.labels.shape[place] > 1:
+            summed.append(axis)
+        else:
+            kept.append(axis)
+    vector = labels.vector(tuple(summed), summed[0].labels.dim() + dim) if summed else None
+    return kept, vector, all(axis.is_zero for axis in summed)
+
+
+@rule("scaled_dot_product_attention")
+def attention(reading: Reading, node: fx.Node) -> Value:
+    """Scores of queries and keys, softmax, and the scores' product with the values."""
+    labels = reading.labels
+    query, key, value = (_operand(reading, a) for a in node.args[:3])
+    if argument(node, "enable_gqa", False):
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (_repeat_heads(side, repeats) for side in (key, value))
+    turned = Operand(
+        tuple(replace(a, labels=a.labels.transpose(-1, -2)) for a in key.value),
+        (*key.shape[:-2], key.shape[-1], key.shape[-2]),
+    )
+    scores = _product(reading, query, turned, "attention")
+    leading = tuple(max(a, b) for a, b in zip(query.shape[:-2], key.shape[:-2], strict=True))
+    shape = (*leading, query.shape[-2], key.shape[-2])
+    mask = argument(node, "attn_mask", None)
+    if isinstance(mask, fx.Node):
+        scores = broadcast(labels, [Operand(scores, shape), _operand(reading, mask)], "other", "attention's mask")
+    kept = _across(labels, scores, len(shape) - 1, "attention's softmax sums over it")
+    return _product(reading, Operand(_unzeroed(kept), shape), value, "attention")
+
+
+def _repeat_heads(side: Operand, repeats: int) -> Operand:
+    def wider(axis: Axis) -> Axis:
+        labels = axis.labels
+        return replace(axis, labels=labels.repeat_interleave(repeats, -3) if labels.shape[-3] > 1 else labels)
+
+    return Operand(tuple(map(wider, side.value)), (*side.shape[:-3], side.shape[-3] * repeats, *side.shape[-2:]))
+
+
+@rule("einsum")
+def einsum(reading: Reading, node: fx.Node) -> Value:
+    """Every operand laid out over all letters; those that the result lacks are summed over."""
+    equation = str(node.args[0]).replace(" ", "")
+    nodes = list(node.args[1])  # type: ignore[arg-type]
+    if "." in equation or "->" not in equation:
+        return unknown_value(reading, node)
+    terms, result = equation.split("->")
+    letters = result + "".join(sorted({x for x in terms if x.isalpha()} - set(result)))
+    sizes = {
+        x: s for term, a in zip(terms.split(","), nodes, strict=True) for x, s in zip(term, shape_of(a), strict=True)
+    }
+    operands = []
+    for term, source in zip(terms.split(","), nodes, strict=True):
+        if len(set(term)) != len(term):
+            return unknown_value(reading, node)
+        order = sorted(range(len(term)), key=lambda i, t=term: letters.index(t[i]))  # type: ignore[misc]
+        layout = [1 if x not in term else 0 for x in letters]
+
+        def laid(axis: Axis, order: list[int] = order, layout: list[int] = layout) -> Axis:
+            labels = axis.labels.permute(order)
+            for d, missing in enumerate(layout):
+                labels = labels.unsqueeze(d) if missing else labels
+            return replace(axis, labels=labels)
+
+        shape = tuple(sizes[x] if x in term else 1 for x in letters)
+        operands.append(Operand(tuple(laid(a) for a in reading.value(source)), shape))
+    found = []
+    gone = range(len(result), len(letters))
+    for axis in broadcast(reading.labels, operands, "mul", "einsum"):
+        summed = [d for d in gone if axis.labels.shape[d] > 1]
+        if summed and len(summed) == len(axis.varying()):
+            if not axis.is_zero:
+                reading.labels.freeze(axis.labels, "einsum sums over it, and what is pruned would not be zero")
+            continue
+        axis = reading.labels.couple(axis, summed)
+        found.append(replace(axis, labels=axis.labels.reshape(axis.labels.shape[: len(result)])))
+    return tuple(found)
+
+
+def unknown_value(reading: Reading, node: fx.Node) -> Value:
+    """``unknown`` for an op of one output."""
+    unknown(reading, node)
+    return ()
+
+
+# -- across a dimension ----------------------------------------------------------------------------------------------
+
+
+def _across(labels: Labels, value: Value, dim: int, reason: str) -> Value:
+    """Labels that an op over ``dim`` leaves; those that lie along it alone stay as they are."""
+    found = []
+    for axis in value:
+        if axis.labels.shape[dim] == 1:
+            found.append(axis)
+        elif len(axis.varying()) > 1:
+            found.append(labels.couple(axis, [dim]))
+        else:
+            labels.freeze(axis.labels, reason)
+    return tuple(found)
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "_safe_softmax")
+def over_dim(reading: Reading, node: fx.Node) -> Value:
+    dim = int(operand(node, 1)) % len(shape_of(node))
+    kept = _across(reading.labels, reading.value(node.args[0]), dim, f"{op_name(node)} runs over it")
+    return kept if op_name(node).startswith("cum") else _unzeroed(kept)
+
+
+@rule("sort", "topk")
+def ordered(reading: Reading, node: fx.Node) -> Result:
+    dim = argument(node, "dim", -1)
+    dims = len(shape_of(node.args[0]))
+    kept = _across(reading.labels, reading.value(node.args[0]), int(dim) % dims, f"{op_name(node)} runs over it")
+    return [_unzeroed(kept), _unzeroed(kept)]
+
+
+@rule(
+    "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "std", "var", "norm", "linalg_vector_norm", "prod",
+    "logsumexp", "any", "all", "std_mean", "var_mean", "median", "count_nonzero",
+)  # fmt: skip
+def reduction(reading: Reading, node: fx.Node) -> Result:
+    """Zeros add nothing to a sum; any other statistic needs all that it is taken over."""
+    name, value = op_name(node), reading.value(node.args[0])
+    if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return pointwise(reading, node)  # maximum and minimum of two tensors
+    shape = shape_of(node.args[0])
+    given = argument(node, "dim", None)
+    axes = range(len(shape)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
+    gone = {int(d) % max(len(shape), 1) for d in axes}
+    keepdim = bool(argument(node, "keepdim", False))
+    found = []
+    for axis in value:
+        over = [d for d in axis.varying() if d in gone]
+        if over and len(over) == len(axis.varying()):
+            if not (name == "sum" and axis.is_zero):
+                reading.labels.freeze(axis.labels, f"{name} runs over it")
+            continue
+        axis = reading.labels.couple(axis, over)
+        labels = axis.labels
+        if not keepdim:
+            labels = labels.reshape([s for d, s in enumerate(labels.shape) if d not in gone])
+        found.append(
+            Axis(labels, axis.is_zero and name in ("sum", "mean", "amax", "amin", "norm", "linalg_vector_norm"))
+        )
+    outputs = node.meta.get("val")
+    return [tuple(found) for _ in outputs] if isinstance(outputs, (list, tuple)) else tuple(found)
+
+
+@rule("glu")
+def glu(reading: Reading, node: fx.Node) -> Value:
+    """The first half times the sigmoid of the second."""
+    dim = int(argument(node, "dim", -1)) % len(shape_of(node))
+    half = shape_of(node)[dim]
+    parts = []
+    for start in (0, half):
+        value = tuple(_narrow(axis, dim, start, half) for axis in reading.value(node.args[0]))
+        parts.append(Operand(value, shape_of(node)))
+    return broadcast(reading.labels, parts, "first", "glu")
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
+POSITIONAL = (
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d_with_indices", "grid_sampler",
+)  # fmt: skip
+
+
+@rule(*POSITIONAL)
+def positional(reading: Reading, node: fx.Node) -> Result:
+    """Rows and columns are mixed; batch and channels stay apart."""
+    first = 2 if op_name(node)[-1] != "d" or len(shape_of(node.args[0])) > _rank(op_name(node)) + 1 else 1
+    found = []
+    for axis in reading.value(node.args[0]):
+        if any(d >= first for d in axis.varying()):
+            reading.labels.freeze(axis.labels, f"{op_name(node)} slides over it")
+        else:
+            found.append(axis)
+    for other in node.all_input_nodes[1:]:
+        reading.freeze(reading.value(other), f"{op_name(node)} reads it as positions")
+    outputs = node.meta.get("val")
+    return [tuple(found) for _ in outputs] if isinstance(outputs, (list, tuple)) else tuple(found)
+
+
+def _rank(name: str) -> int:
+    return next((int(name[i]) for i in range(len(name) - 1, -1, -1) if name[i].isdigit()), 2)
+
+
+@rule("constant_pad_nd", "pad")
+def pad(reading: Reading, node: fx.Node) -> Value:
+    """Added channels are zeros that go with whatever they are added to."""
+    amounts, value, dims = list(node.args[1]), reading.value(node.args[0]), len(shape_of(node))  # type: ignore[arg-type]
+    mode = argument(node, "mode", "constant") if op_name(node) == "pad" else "constant"
+    fill = argument(node, "value", None)
+    padded = {dims - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
+    padded = {d: (low, high) for d, (low, high) in padded.items() if low or high}
+    found = []
+    for axis in value:
+        if not any(d in padded for d in axis.varying()):
+            found.append(axis)
+        elif mode != "constant" or len(axis.varying()) > 1 or any(not isinstance(x, int) or x < 0 for x in amounts):
+            reading.labels.freeze(axis.labels, "pad mixes it with its neighbours")
+        else:
+            (dim,) = axis.varying()
+            low, high = padded[dim]
+            parts = [reading.labels.fresh(low), axis.labels.reshape(-1), reading.labels.fresh(high)]
+            found.append(Axis(along(torch.cat(parts), dim, dims), axis.is_zero and fill in (None, 0)))
+    return tuple(found)
+
+
+# -- moves -----------------------------------------------------------------------------------------------------------
+
+
+@rule("view", "reshape", "flatten", "_unsafe_view", "unflatten", "view_as", "reshape_as")
+def view(reading: Reading, node: fx.Node) -> Value:
+    before, after = shape_of(node.args[0]), shape_of(node)
+    moved = (reshaped(reading.labels, axis, before, after) for axis in reading.value(node.args[0]))
+    return tuple(axis for axis in moved if axis is not None)
+
+
+@rule("permute", "transpose", "t", "swapaxes", "movedim", "numpy_T", "mT", "squeeze", "unsqueeze", "swapdims")
+def turn(reading: Reading, node: fx.Node) -> Value:
+    """The same move on the labels. Dimensions of size 1 are theirs where the tensor's aren't: squeeze by place."""
+    before, name = shape_of(node.args[0]), op_name(node)
+    found = []
+    for axis in reading.value(node.args[0]):
+        if name == "squeeze":
+            given = argument(node, "dim", None)
+            axes = range(len(before)) if given is None else [given] if isinstance(given, int) else list(given)
+            gone = {int(d) % len(before) for d in axes if before[int(d)] == 1}
+            labels = axis.labels.reshape([s for d, s in enumerate(axis.labels.shape) if d not in gone])
+        else:
+            labels = node.target(axis.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        found.append(replace(axis, labels=labels))
+    return tuple(found)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(reading: Reading, node: fx.Node) -> Value:
+    dims = len(shape_of(node))
+    return tuple(
+        replace(axis, labels=axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape)))
+        for axis in reading.value(node.args[0])
+    )
+
+
+@rule("repeat", "tile")
+def repeat(reading: Reading, node: fx.Node) -> Value:
+    dims, times = len(shape_of(node)), list(node.args[1])  # type: ignore[arg-type]
+    times = [1] * (dims - len(times)) + times
+    found = []
+    for axis in reading.value(node.args[0]):
+        labels = axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape))
+        found.append(
+            replace(
+                axis,
+                labels=labels.repeat([hint_of(t) if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]),
+            )
+        )
+    return tuple(found)
+
+
+def hint_of(value: Any) -> int:
+    """An integer argument at the traced batch."""
+    return hint(value.meta["val"]) if isinstance(value, fx.Node) else int(value)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(reading: Reading, node: fx.Node) -> Value:
+    times, dim = node.args[1], argument(node, "dim", None)
+    if not isinstance(times, int) or dim is None:
+        return unknown_value(reading, node)
+    return tuple(
+        replace(axis, labels=axis.labels.repeat_interleave(times, dim) if axis.labels.shape[dim] > 1 else axis.labels)
+        for axis in reading.value(node.args[0])
+    )
+
+
+def _narrow(axis: Axis, dim: int, start: int, length: int, step: int = 1) -> Axis:
+    if axis.labels.shape[dim] == 1:
+        return axis
+    chosen = [slice(None)] * axis.labels.dim()
+    chosen[dim] = slice(start, start + length, step)
+    return replace(axis, labels=shrink(axis.labels[tuple(chosen)]))
+
+
+def slice_bounds(node: fx.Node) -> tuple[int, int, int, int]:
+    """``(dim, start, length read, step)`` of a slice at the traced batch."""
+    shape = shape_of(node.args[0])
+    dim = int(argument(node, "dim", 0)) % len(shape)
+    size = shape[dim]
+    start, end = argument(node, "start", None), argument(node, "end", None)
+    low, high = (0 if start is None else hint_of(start)), (size if end is None else hint_of(end))
+    low, high, step = slice(low, high, int(argument(node, "step", 1))).indices(size)
+    return dim, low, max(high - low, 0), step
+
+
+@rule("slice")
+def slice_(reading: Reading, node: fx.Node) -> Value:
+    dim, start, length, step = slice_bounds(node)
+    return tuple(_narrow(axis, dim, start, length, step) for axis in reading.value(node.args[0]))
+
+
+@rule("narrow")
+def narrow(reading: Reading, node: fx.Node) -> Value:
+    dim = int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
+    if not all(isinstance(a, int) for a in node.args[2:4]):
+        return unknown_value(reading, node)
+    return tuple(_narrow(axis, dim, int(node.args[2]), int(node.args[3])) for axis in reading.value(node.args[0]))  # type: ignore[arg-type]
+
+
+@rule("select")
+def select(reading: Reading, node: fx.Node) -> Value:
+    dim = int(node.args[1]) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    index = hint_of(node.args[2]) % max(shape_of(node.args[0])[dim], 1)
+    return _picked(reading, node, dim, index)
+
+
+def _picked(reading: Reading, node: fx.Node, dim: int, index: int) -> Value:
+    found = []
+    for axis in reading.value(node.args[0]):
+        if axis.labels.shape[dim] > 1:
+            reading.fixed.append((axis.labels, dim, f"{op_name(node)} takes one of them", node.name))
+        labels = axis.labels.select(dim, index if axis.labels.shape[dim] > 1 else 0)
+        if labels.numel() > 1:
+            found.append(replace(axis, labels=shrink(labels)))
+    return tuple(found)
+
+
+@rule("unbind")
+def unbind(reading: Reading, node: fx.Node) -> Result:
+    dim = int(argument(node, "dim", 0)) % len(shape_of(node.args[0]))
+    return [_picked(reading, node, dim, index) for index in range(shape_of(node.args[0])[dim])]
+
+
+def split_sizes(node: fx.Node) -> tuple[int, list[int]]:
+    """The dimension and the sizes of a split's pieces."""
+    dim = int(argument(node, "dim", 0)) % len(shape_of(node.args[0]))
+    return dim, [hint(piece.shape[dim]) for piece in node.meta["val"]]
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
+def split(reading: Reading, node: fx.Node) -> Result:
+    dim, sizes = split_sizes(node)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        tuple(_narrow(axis, dim, start, size) for axis in reading.value(node.args[0]))
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+@rule("getitem")
+def getitem(reading: Reading, node: fx.Node) -> Value:
+    source = reading.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    index = node.args[1]
+    return source[index] if isinstance(source, list) and isinstance(index, int) and index < len(source) else ()
+
+
+@rule("cat", "concat", "concatenate")
+def cat(reading: Reading, node: fx.Node) -> Value:
+    parts = [a for a in node.args[0] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
+    dim = int(argument(node, "dim", 0)) % len(shape_of(node))
+    return _joined(reading, [_operand(reading, a) for a in parts], dim, len(shape_of(node)))
+
+
+@rule("stack")
+def stack(reading: Reading, node: fx.Node) -> Value:
+    dims = len(shape_of(node))
+    dim = int(argument(node, "dim", 0)) % dims
+    parts = []
+    for a in node.args[0]:  # type: ignore[union-attr]
+        value = tuple(replace(axis, labels=axis.labels.unsqueeze(dim)) for axis in reading.value(a))
+        shape = shape_of(a)
+        parts.append(Operand(value, (*shape[:dim], 1, *shape[dim:])))
+    return _joined(reading, parts, dim, dims)
+
+
+def _joined(reading: Reading, parts: Sequence[Operand], dim: int, dims: int) -> Value:
+    """Tensors one after another along ``dim``: channels along it side by side, those along others bound."""
+    labels = reading.labels
+    vectors, others = [], []
+    is_labelled, is_zero = False, True
+    for part in parts:
+        lying = tuple(axis for axis in part.value if axis.labels.shape[dim] > 1)
+        rest = tuple(axis for axis in part.value if axis.labels.shape[dim] == 1)
+        vector = labels.vector(lying, dim)
+        is_labelled |= vector is not None
+        is_zero &= all(axis.is_zero for axis in lying) and vector is not None
+        if vector is None:
+            vector = labels.fresh(part.shape[dim])
+            vectors.append((vector, False))
+        else:
+            vectors.append((vector, True))
+        others.append(Operand(rest, (*part.shape[:dim], 1, *part.shape[dim + 1 :])))
+    found = list(broadcast(labels, others, "add", "cat"))
+    if is_labelled:
+        for vector, known in vectors:
+            if not known:
+                labels.freeze(vector, "cat joins it with a tensor that has no channels there")
+        found.append(Axis(along(torch.cat([v for v, _ in vectors]), dim, dims), is_zero))
+    return tuple(found)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(reading: Reading, node: fx.Node) -> Value:
+    """The ``r x r`` sub-pixels of a channel go together."""
+    shape, factor = shape_of(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+    return _by_place(reading, node, lambda labels: _coupled(reading, labels.reshape(-1, factor**2)), len(shape) - 3)
+
+
+def _coupled(reading: Reading, labels: Tensor) -> Tensor:
+    reading.labels.bind(labels[:, :1], labels)
+    return labels[:, 0]
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(reading: Reading, node: fx.Node) -> Value:
+    shape, factor = shape_of(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+    return _by_place(reading, node, lambda labels: labels.repeat_interleave(factor**2), len(shape) - 3)
+
+
+@rule("channel_shuffle")
+def channel_shuffle(reading: Reading, node: fx.Node) -> Value:
+    groups = int(node.args[1])  # type: ignore[arg-type]
+
+    def shuffled(labels: Tensor) -> Tensor:
+        grid = labels.reshape(groups, -1)
+        reading.labels.bind(grid[:1], grid)
+        return grid.T.reshape(-1)
+
+    return _by_place(reading, node, shuffled, 1)
+
+
+def _by_place(reading: Reading, node: fx.Node, move: Callable[[Tensor], Tensor], dim: int) -> Value:
+    """Labels along ``dim`` moved; those along the positions after it stay."""
+    found = []
+    for axis in reading.value(node.args[0]):
+        if axis.labels.shape[dim] > 1:
+            vector = reading.labels.vector((axis,), dim)
+            assert vector is not None
+            found.append(Axis(along(move(vector), dim, len(shape_of(node))), axis.is_zero))
+        elif any(d > dim for d in axis.varying()):
+            reading.labels.freeze(axis.labels, f"{op_name(node)} mixes its positions")
+        else:
+            found.append(axis)
+    return tuple(found)
+
+
+@rule("flip")
+def flip(reading: Reading, node: fx.Node) -> Value:
+    dims = list(node.args[1])  # type: ignore[arg-type]
+    return tuple(replace(axis, labels=axis.labels.flip(dims)) for axis in reading.value(node.args[0]))
+
+
+@rule("roll")
+def roll(reading: Reading, node: fx.Node) -> Value:
+    """Channels may not be rolled, as the distance is one of places."""
+    over = {int(d) % len(shape_of(node)) for d in argument(node, "dims", [])}
+    return _untouched(reading, node, over)
+
+
+def _untouched(reading: Reading, node: fx.Node, over: set[int]) -> Value:
+    found = []
+    for axis in reading.value(node.args[0]):
+        if over & set(axis.varying()) or not over:
+            reading.labels.freeze(axis.labels, f"{op_name(node)} moves it by places")
+        else:
+            found.append(axis)
+    return tuple(found)
+
+
+@rule("index")
+def index(reading: Reading, node: fx.Node) -> Value:
+    """Rows looked up by a tensor stay; the dimensions beside them are kept, where they follow or lead."""
+    chosen = list(node.args[1])  # type: ignore[arg-type]
+    places = [d for d, part in enumerate(chosen) if part is not None]
+    shape = shape_of(node.args[0])
+    for part in chosen:
+        reading.freeze(reading.value(part), "index reads it as places")
+    if places != list(range(places[0], places[-1] + 1)) or any(_is_mask(part) for part in chosen):
+        return unknown_value(reading, node)
+    added = len(shape_of(node)) - (len(shape) - len(places))
+    found = []
+    for axis in reading.value(node.args[0]):
+        if any(d in places for d in axis.varying()):
+            reading.labels.freeze(axis.labels, "index looks it up")
+            continue
+        sizes = list(axis.labels.shape)
+        sizes[places[0] : places[-1] + 1] = [1] * added
+        found.append(replace(axis, labels=axis.labels.reshape(sizes)))
+    return tuple(found)
+
+
+def _is_mask(part: Any) -> bool:
+    value = part.meta.get("val") if isinstance(part, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+@rule("index_select")
+def index_select(reading: Reading, node: fx.Node) -> Value:
+    return _untouched(reading, node, {int(node.args[1]) % len(shape_of(node))})  # type: ignore[arg-type]
+
+
+# -- made from sizes -------------------------------------------------------------------------------------------------
+
+MADE = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+
+
+@rule(*MADE)
+def made(reading: Reading, node: fx.Node) -> Value:
+    """A constant of any size: it is as large as what it is joined with."""
+    value = node.meta["val"]
+    sizes = [None if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+    is_zero = op_name(node) in ("zeros", "new_zeros") or argument(node, "fill_value", 1) == 0
+    return tuple(
+        Axis(along(reading.labels.fresh(size), d, len(sizes)), is_zero)
+        for d, size in enumerate(sizes)
+        if size is not None and size > 1
+    )
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(reading: Reading, node: fx.Node) -> Result:
+    """A recurrent layer's state, inputs and outputs stay."""
+    for source in node.all_input_nodes:
+        reading.freeze(reading.value(source), f"{op_name(node)} keeps its state and inputs")
+    return [() for _ in node.meta["val"]]
+
+
+@rule(
+    "sym_size",
+    "arange",
+    "size",
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "sym_constrain_range_for_size",
+    "scalar_tensor",
+)
+def nothing(reading: Reading, node: fx.Node) -> Value:
+    """No tensor, or one of positions."""
+    return ()
