@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -258,7 +259,7 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
     """
     module = randomised(channels.module, seed=seed)
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    with torch.no_grad():
+    with torch.no_grad(), _float64():
         whole = _tensors(masked(channels, module, kept)(*wide))
         small = _tensors(cut(channels, module, kept)(*wide))
     worst = 0.0
@@ -268,6 +269,17 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
         if a.is_floating_point() and a.numel():
             worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-300)))
     return worst
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    """What a graph makes without saying of which dtype is float64, as its tensors are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
