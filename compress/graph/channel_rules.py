@@ -325,8 +325,17 @@ def embedding(reading: Reading, node: fx.Node) -> Value:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 def batch_norm(reading: Reading, node: fx.Node) -> Value:
-    """Statistics of each channel alone."""
+    """Statistics of each channel alone, over all that lies beside it where they aren't stored."""
+    if argument(node, "training", False) or argument(node, "use_input_stats", False):
+        _freeze_beside(reading, node)
     return _by_channel(reading, node, node.args[1:5], zeroes=node.args[1] is not None)
+
+
+def _freeze_beside(reading: Reading, node: fx.Node) -> None:
+    """Statistics over a channel's elements: a network without some of them has others."""
+    for axis in reading.value(node.args[0]):
+        if any(d != 1 for d in axis.varying()):
+            reading.labels.freeze(axis.labels, f"{op_name(node)} takes its statistics over it")
 
 
 def _by_channel(reading: Reading, node: fx.Node, stored: Sequence[Any], *, zeroes: bool) -> Value:
@@ -380,6 +389,7 @@ def weight_norm(reading: Reading, node: fx.Node) -> Value:
 def group_norm(reading: Reading, node: fx.Node) -> Value:
     """Statistics of each group: whole ones may go."""
     groups = int(node.args[1])  # type: ignore[arg-type]
+    _freeze_beside(reading, node)
     value = _by_channel(reading, node, (argument(node, "weight", None), argument(node, "bias", None)), zeroes=True)
     channels = reading.labels.vector(value, 1)
     if channels is not None:

@@ -87,12 +87,8 @@ def cut(channels: Channels, module: fx.GraphModule, kept: Tensor) -> fx.GraphMod
         kept: bool over all channels, as ``kept_channels`` gives it.
     """
     small = copy.deepcopy(module)
-    for target, vectors in channels.weights.items():
-        tensor = tensor_at(small, target)
-        for dim, labels in enumerate(vectors):
-            if labels is not None:
-                tensor = tensor.index_select(dim, stays(channels, kept, labels).nonzero().reshape(-1))
-        put_tensor(small, target, tensor.contiguous())
+    for target in channels.weights:
+        put_tensor(small, target, sliced_tensor(channels, kept, target, tensor_at(small, target)))
     originals = {node.name: node for node in channels.module.graph.nodes}
     for node in reversed(small.graph.nodes):  # what no output needs has no labels
         if originals[node.name] not in channels.values and not node.users:
@@ -104,6 +100,14 @@ def cut(channels: Channels, module: fx.GraphModule, kept: Tensor) -> fx.GraphMod
     small.graph.lint()
     small.recompile()
     return small
+
+
+def sliced_tensor(channels: Channels, kept: Tensor, target: str, tensor: Tensor) -> Tensor:
+    """What is left of the tensor called ``target``."""
+    for dim, labels in enumerate(channels.weights.get(target, ())):
+        if labels is not None:
+            tensor = tensor.index_select(dim, stays(channels, kept, labels).nonzero().reshape(-1))
+    return tensor.contiguous()
 
 
 class _Cut:
@@ -242,9 +246,11 @@ def randomised(module: fx.GraphModule, *, seed: int) -> fx.GraphModule:
                 fan_in = max(1, tensor[0].numel()) if tensor.dim() > 1 else 1
                 value = spread / fan_in**0.5 if tensor.dim() > 1 else 0.5 + 0.5 * spread.abs()
                 put_tensor(made, str(node.target), value)
-        elif node.op == "call_function":
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _doubled)
-    made.recompile()
+    for part in made.modules():  # a block with a context of its own, such as autocast, is a graph in the graph
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _doubled)
+            part.recompile()
     return made
 
 
