@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import canonical
 from ..errors import InputError, escape
-from ..plan import CorrectBias, Decision, MaskWeights
+from ..plan import CorrectBias, Decision, MaskWeights, PruneChannels, Replace
 from ..verdict import Check
 from .output import print_line, print_table
 
@@ -153,6 +153,10 @@ def decision_text(decision: Decision) -> str:
         return f"keeps {decision.kept:,} of {decision.total:,}, {decision.pattern}"
     if isinstance(decision, CorrectBias):
         return f"corrected, values {decision.values_sha256[:12]}"
+    if isinstance(decision, Replace):
+        return f"new values {decision.values_sha256[:12]}"
+    if isinstance(decision, PruneChannels):
+        return f"keeps {len(decision.keep):,} of {decision.size:,} channels"
     per = "one scale" if decision.axis is None else f"a scale for each index of dimension {decision.axis}"
     # A range for each channel is as long as the layer is wide.
     given = decision.range

@@ -25,7 +25,8 @@ from .graph.rewrite import (
 )
 from .graph.trace import Graph
 from .numerics.rounding import activation_grid, round_weight
-from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, grid_bits
+from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, Replace, grid_bits
+from .pruned import Pruned
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -89,7 +90,7 @@ def values_sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias, count: int) -> Tensor:
+def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias | Replace, count: int) -> Tensor:
     values = sidecar.get(values_key(decision.tensor))
     if values is None or values.numel() != count or values_sha256(values) != decision.values_sha256:
         raise InputError(
@@ -100,27 +101,38 @@ def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias, 
 
 
 def apply_plan(
-    module: nn.Module, tied: tuple[tuple[str, ...], ...], plan: Plan, sidecar: Mapping[str, Tensor]
+    module: nn.Module,
+    tied: tuple[tuple[str, ...], ...],
+    plan: Plan,
+    sidecar: Mapping[str, Tensor],
+    pruned: Pruned | None = None,
 ) -> Compressed:
     """Apply every weight decision of a plan to a module's state dict.
 
     Args:
         module: The source's; not changed.
         tied: State-dict keys of one tensor, the canonical key first.
-        plan: Its decisions name canonical keys.
-        sidecar: Packed masks by tensor.
+        plan: Its decisions name canonical keys; those on weights hold for what is left after the channels' cut.
+        sidecar: Packed masks and new values by tensor.
+        pruned: The cut of the plan's channels, where it has any.
 
     Raises:
         InputError: A decision names a tensor that the checkpoint lacks, or doesn't fit it.
         NumericsError: The result isn't finite; names the tensor.
     """
     tensors: Tensors = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    named = (*plan.masks(), *plan.quantized("weight"), *plan.corrections())
+    named = (*plan.masks(), *plan.quantized("weight"), *plan.corrections(), *plan.replaced())
     unknown = [name for name in named if name not in tensors]
     if unknown:
         raise InputError(
             f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
         )
+    if pruned is not None:
+        tensors = dict(pruned.sliced(module.state_dict(), tied))
+    for name, replaced in plan.replaced().items():
+        before = tensors[name]
+        assert isinstance(before, Tensor)
+        tensors[name] = _values(sidecar, replaced, before.numel()).reshape(before.shape).to(before.dtype)
     for name, decision in plan.masks().items():
         weight = tensors[name]
         assert isinstance(weight, Tensor)
@@ -170,10 +182,11 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
     """
     module = unlift(graph.program, graph.tied)
     if compressed.plan is not None:
-        for name in compressed.plan.corrections():
-            bias = compressed.tensors[name]
-            assert isinstance(bias, Tensor)
-            put_tensor(module, name, bias)
+        # Batch norms are folded before weights are set: their tensors must be the plan's by then.
+        for name in (*compressed.plan.corrections(), *compressed.plan.replaced()):
+            value = compressed.tensors[name]
+            if isinstance(value, Tensor) and _is_used(module, name):
+                put_tensor(module, name, value)
     factors = fold_batch_norms(module)
     activations = {} if compressed.plan is None else compressed.plan.quantized("activation")
     targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
@@ -192,6 +205,10 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
         grids[name] = Grid(scale, zero_point, decision.bits)
     quantize_activations(module, grids)
     return finish(module)
+
+
+def _is_used(module: fx.GraphModule, target: str) -> bool:
+    return any(node.op == "get_attr" and node.target == target for node in module.graph.nodes)
 
 
 def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:

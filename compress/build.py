@@ -20,9 +20,11 @@ from .errors import BudgetError, InputError
 from .export import onnx_model, safetensors_bytes, serialize, write_program
 from .formats.checkpoint import read_checkpoint
 from .formats.planes import packed_size
-from .job import Job, device_of
+from .graph.trace import Graph
+from .job import Job, device_of, input_specs
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
+from .pruned import Cut, check_cut, prune
 from .sensitivity import Sensitivity
 from .settings import Settings
 
@@ -70,7 +72,7 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
         return base + (overhead if choices else 0) - now + sum(stored(n, storage) for n, storage in choices.items())
 
     generator = torch.Generator().manual_seed(int(job.value("seed")))
-    return Context(generator, device_of(job.settings), job.progress, model_bytes, [])
+    return Context(generator, device_of(job.settings), job.progress, model_bytes, [], overhead=overhead)
 
 
 def absolute_budget(budget: Budget | None, dense: Dense) -> Budget | None:
@@ -91,6 +93,9 @@ def overhead_of(job: Job, built: Built, plan: Plan, budget: Budget | None, dense
 
 def _predicted_bytes(job: Job, plan: Plan, dense: Dense) -> int:
     """Bytes of the delivered file as the storage of the weights predicts them."""
+    if plan.channels():
+        whole = sum(parameter.numel() for parameter in job.source.module.parameters())
+        return planning_context(job, dense, 0).model_bytes({}) - round(4 * (whole - plan.predicted["params"]))
     state = job.source.module.state_dict()
     choices = {name: Storage(mask.kept, 32) for name, mask in plan.masks().items()}
     for name, choice in plan.quantized("weight").items():
@@ -165,32 +170,50 @@ def dry_run_record(job: Job, plan: Plan, built: Built) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A compressed network with its files written."""
+    """A compressed network with its files written.
+
+    Attributes:
+        graph: What is left of the job's; the same one where no channels were cut.
+        original: The source's state dict, less what was cut.
+    """
 
     compressed: Compressed
     module: fx.GraphModule
     onnx: bytes
     sizes: dict[str, int]
+    graph: Graph
+    original: Mapping[str, Tensor]
 
 
 def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> Built:
-    """Apply the plan and write the model files into the stage."""
+    """Apply the plan and write the model files into the stage.
+
+    Raises:
+        GateError: The network without the plan's channels isn't what it is with them at zero.
+    """
     job.progress("apply", 0, None)
+    original, graph, cuts = dict(job.source.module.state_dict()), job.graph, job.source.cuts
     if plan is None:
-        compressed = Compressed(dict(job.source.module.state_dict()), None)
+        compressed = Compressed(original, None)
     else:
-        compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar)
-    module = assemble(job.graph, compressed)
+        pruned = prune(job.graph, plan)
+        if pruned is not None:
+            job.progress("prove the cut", 0, None)
+            check_cut(pruned, plan.seed)
+            original, graph = pruned.sliced(original, job.graph.tied), pruned.graph
+            cuts = (*cuts, Cut(tuple(plan.channels().values()), input_specs(job.graph.example_inputs)))
+        compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)
+    module = assemble(graph, compressed)
     job.progress("export", 0, None)
-    onnx = serialize(onnx_model(job.graph, compressed, module))
+    onnx = serialize(onnx_model(graph, compressed, module))
     store.write_file(stage / ONNX, onnx)
-    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed))
+    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
     try:
-        write_program(module, job.graph.example_inputs, stage / PROGRAM)
+        write_program(module, graph.example_inputs, stage / PROGRAM)
     except OSError as error:
         raise store.disk_error(stage / PROGRAM, error) from error
     sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
-    return Built(compressed, module, onnx, sizes)
+    return Built(compressed, module, onnx, sizes, graph, original)
 
 
 def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:

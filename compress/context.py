@@ -32,6 +32,7 @@ class Context:
         model_bytes: Bytes of the delivered file if the weights named were stored so, and all others as they are.
         notes: What the user should know about the plan; a method appends sentences.
         costs: Measured tables by quantity, such as ``latency``.
+        overhead: Bytes that a written file of this run was found to have beyond what was predicted of it.
         frontiers: The frontier that the plan is a point of; a method that has one appends it.
     """
 
@@ -42,3 +43,4 @@ class Context:
     notes: list[str]
     costs: Mapping[str, CostTable] = field(default_factory=dict)
     frontiers: list[FrontierRecord] = field(default_factory=list)
+    overhead: int = 0

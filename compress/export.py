@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from .formats.onnx_packed import pack_weights, sparsify
 from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import to_aten
 from .graph.trace import Graph, trace_module
+from .pruned import Cut, cuts_metadata
 
 OPSET = 21
 IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the file
@@ -182,9 +183,9 @@ def serialize(model: ModelProto) -> bytes:
     return data
 
 
-def safetensors_bytes(compressed: Compressed) -> bytes:
+def safetensors_bytes(compressed: Compressed, cuts: Sequence[Cut] = ()) -> bytes:
     """model.safetensors: packed integers, masked floats, the rest as it was (docs/plan-format.md)."""
-    return encode(compressed.tensors, {"format": "pt"})
+    return encode(compressed.tensors, {"format": "pt", **cuts_metadata(cuts)})
 
 
 def write_program(module: fx.GraphModule, example_inputs: tuple[Tensor, ...], path: Path) -> None:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import __version__, canonical
 from .apply import Tensors
@@ -18,7 +19,6 @@ from .data import Data
 from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.trace import Graph
-from .model import Source
 from .plan import BY_CHANNEL, Plan
 from .sensitivity import Sensitivity
 from .task import Task
@@ -71,8 +71,8 @@ def budget_checks(
     """The check of a budget against what came out.
 
     Args:
-        reached: ``average_bits``, ``sparsity``, ``bytes`` and ``latency`` in milliseconds.
-        dense: ``bytes`` and ``latency`` of the dense network, for relative budgets.
+        reached: ``average_bits``, ``sparsity``, ``bytes``, ``macs``, ``params`` and ``latency`` in milliseconds.
+        dense: The same of the dense network, for relative budgets.
         frontier: Of the plan; bit operations are known from it.
     """
     if budget is None:
@@ -85,6 +85,9 @@ def budget_checks(
         limit = budget.absolute(dense["latency"])
         # Two measurements of one network differ by some percent.
         return [Check("budget", reached["latency"], limit, "ms", reached["latency"] <= LATENCY_SLACK * limit)]
+    if budget.quantity in ("macs", "params"):
+        limit = budget.absolute(dense[budget.quantity])
+        return limit_check("budget", reached[budget.quantity], limit, budget.quantity)
     if budget.quantity == "bops":
         # A frontier is cut at the budget: what the point costs is what was asked for, or less.
         return [] if frontier is None else _bops_check(budget, frontier)
@@ -151,15 +154,19 @@ def _sensitivities(records: Mapping[str, Sensitivity]) -> dict[str, dict[str, An
 
 
 def layer_records(
-    source: Source,
+    state: Mapping[str, Tensor],
     graph: Graph,
     tensors: Tensors,
     plan: Plan | None,
     frontier: FrontierRecord | None = None,
     sensitivities: Mapping[str, Sensitivity] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """One entry a weight: what was decided, why, what else there was, and what it did to the weight."""
-    state = source.module.state_dict()
+    """One entry a weight: what was decided, why, what else there was, and what it did to the weight.
+
+    Args:
+        state: The weights before, less what was cut.
+        graph: The network that is left.
+    """
     alternatives, measured = _alternatives(frontier), _sensitivities(sensitivities)
     masks = {} if plan is None else plan.masks()
     quantized = {} if plan is None else plan.quantized("weight")
@@ -192,6 +199,31 @@ def layer_records(
             }
         )
     return entries
+
+
+def mark_pruned(layers: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Layers that lost channels: their decision, and what is left of them.
+
+    Args:
+        shapes: Of the dense network's weights.
+    """
+    for layer in layers:
+        before = shapes[layer["tensor"]]
+        if tuple(layer["shape"]) == before:
+            continue
+        layer["decision"] = "prune" if layer["decision"] == "keep" else layer["decision"]
+        lost = [
+            f"{now} of {was} {'outputs' if dim == 0 else 'inputs' if dim == 1 else 'places'}"
+            for dim, (now, was) in enumerate(zip(layer["shape"], before, strict=True))
+            if now != was
+        ]
+        left = f"{' and '.join(lost)} are left"
+        layer["why"] = left if layer["decision"] == "prune" else f"{left}; {layer['why']}"
+
+
+def group_records(plan: Plan) -> list[dict[str, Any]]:
+    """The groups that lost channels."""
+    return [{"name": d.tensor, "channels": d.size, "kept": len(d.keep)} for d in plan.channels().values()]
 
 
 def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: int, error: float) -> str:

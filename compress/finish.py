@@ -147,20 +147,26 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     latency = _timed(sessions, single, target.budget, progress)
     delivered = delivered_name(settings)
     layers = figures.layer_records(
-        job.source, job.graph, built.compressed.tensors, plan, target.frontier, target.sensitivities
+        built.original, built.graph, built.compressed.tensors, plan, target.frontier, target.sensitivities
     )
+    figures.mark_pruned(layers, {layer.tensor: layer.shape for layer in job.graph.layers})
     totals = figures.totals(layers)
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
     milliseconds = {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")}
+    parameters = dict(job.source.module.named_parameters())
+    left = {name: built.original.get(name, parameter) for name, parameter in parameters.items()}
+    params = {"dense": _num_elements(parameters), "compressed": _num_elements(left)}
+    macs = {"dense": job.graph.macs, "compressed": built.graph.macs}
     reached = {**totals, "bytes": built.sizes[delivered], "latency": milliseconds["compressed"]}
     whole = {"bytes": len(dense.onnx), "latency": milliseconds["dense"]}
+    reached |= {"params": params["compressed"], "macs": macs["compressed"]}
+    whole |= {"params": params["dense"], "macs": macs["dense"]}
     checks += figures.budget_checks(target.budget, reached, whole, target.frontier)
     origin = figures.origin(job.source.path)
     if origin is not None:
         job.notes.append(f"'dense' is {job.source.path.name}, itself a run; {figures.describe_origin(origin)}")
     job.notes.extend(figures.warnings(layers))
-    parameters = sum(p.numel() for p in job.source.module.parameters())
     return {
         "schema": figures.REPORT_SCHEMA,
         "command": target.job,
@@ -175,13 +181,14 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "dense_bytes": len(dense.onnx),
         "average_bits": totals["average_bits"],
         "sparsity": totals["sparsity"],
-        "params": {"dense": parameters, "compressed": parameters},
-        "macs": {"dense": job.graph.macs, "compressed": job.graph.macs},
+        "params": params,
+        "macs": macs,
         "latency_ms": milliseconds,
         "latency_threads": threads or LATENCY_THREADS,
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
+        "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
         "loss": None if plan is None else _loss(job, built, plan),
         "notes": job.notes,
@@ -189,6 +196,10 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _num_elements(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _timed(

@@ -14,11 +14,12 @@ from torch import Tensor
 from .budget import parse_budget
 from .context import Progress
 from .data import Data, check_forward, read_data
-from .errors import InputError, UsageError
+from .errors import UsageError
 from .graph.rewrite import convolutional
 from .graph.trace import Graph, batch_statistics, trace_graph
 from .model import Source, guess_inputs, load_source
 from .plan import InputSpec, read_plan
+from .pruned import recorded_inputs
 from .settings import Settings
 from .task import Calibration, Task, check_targets, load_task
 from .verdict import Gates
@@ -154,7 +155,7 @@ def _example_inputs(
         return two_of(calibration.data)
     shape = settings["input_shape"].value
     if shape is None and inputs:
-        return _as_recorded(inputs)
+        return recorded_inputs(inputs)
     if source.example_inputs is not None and all(len(x) >= 2 for x in source.example_inputs if x.dim()):
         return source.example_inputs
     if shape is None and notes is None:
@@ -165,19 +166,6 @@ def _example_inputs(
     if notes is not None:
         notes.append(note)
     return example
-
-
-def _as_recorded(inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for spec in inputs:
-        dtype = getattr(torch, spec.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise InputError(f"plan: input dtype {spec.dtype!r} is unknown", hint="float32, int64, ...")
-        size = (2, *spec.shape)
-        is_float = dtype.is_floating_point
-        made.append(torch.randn(size, generator=generator, dtype=dtype) if is_float else torch.zeros(size, dtype=dtype))
-    return tuple(made)
 
 
 def input_specs(example_inputs: Sequence[Tensor]) -> tuple[InputSpec, ...]:

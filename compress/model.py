@@ -25,6 +25,7 @@ from .formats.packed import QuantizedTensor, decode
 from .graph.trace import require_dynamic_batch, tied_names
 from .manifest import NAME as MANIFEST
 from .manifest import check_files, read_manifest
+from .pruned import Cut, cut_module, read_cuts
 
 MAX_LISTED = 8
 WEIGHTS, PROGRAM = "model.safetensors", "model.pt2"
@@ -41,6 +42,7 @@ class Source:
         format: ``torch``, ``safetensors``, ``pt2`` or ``run``.
         example_inputs: What an exported program carries; else None.
         stored: Quantized tensors of a run folder by key, as stored.
+        cuts: What was cut out of the factory's architecture, as a file's metadata record it.
         parents: sha256 of a run folder's manifest, by role.
         notes: What was picked or stripped while reading.
     """
@@ -53,6 +55,7 @@ class Source:
     stored: Mapping[str, QuantizedTensor]
     parents: Mapping[str, str]
     notes: tuple[str, ...]
+    cuts: tuple[Cut, ...] = ()
 
 
 def load_source(path: Path, factory: str | None, factory_args: str | None) -> Source:
@@ -79,9 +82,10 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
             hint="pass --model FILE.py:FACTORY (or PACKAGE.MODULE:FACTORY), or set [model] factory in hcompress.toml",
         )
     state, stored = _unpack(checkpoint)
-    module = build_module(factory, factory_args)
+    cuts = read_cuts(checkpoint.metadata, path)
+    module = cut_module(build_module(factory, factory_args), cuts, path)
     notes = (*checkpoint.notes, *load_state(module, state, path))
-    return Source(path, sha256, _ready(module), checkpoint.format, None, stored, {}, notes)
+    return Source(path, sha256, _ready(module), checkpoint.format, None, stored, {}, notes, cuts)
 
 
 def _require_float32(program: nn.Module, path: Path) -> None:
@@ -109,7 +113,10 @@ def _load_run(folder: Path, factory: str | None, factory_args: str | None) -> So
         notes = (*notes, f"{folder.name} is quantized: its rounded weights are the starting point")
     parents = {"manifest": sha256_of_file(folder / MANIFEST)}
     weights_hash = sha256_of_file(folder / WEIGHTS if WEIGHTS in manifest.files else folder / name)
-    return Source(folder, weights_hash, inner.module, "run", inner.example_inputs, inner.stored, parents, notes)
+    cuts = inner.cuts
+    if factory is None and WEIGHTS in manifest.files:
+        cuts = read_cuts(read_checkpoint(folder / WEIGHTS).metadata, folder / WEIGHTS)
+    return Source(folder, weights_hash, inner.module, "run", inner.example_inputs, inner.stored, parents, notes, cuts)
 
 
 def _unpack(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
@@ -305,9 +312,12 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
         return load_source(Path(run), factory, None).module
     manifest = read_manifest(Path(run))
     check_files(Path(run), manifest)
-    state, _ = _unpack(read_checkpoint(Path(run) / WEIGHTS))
+    path = Path(run) / WEIGHTS
+    checkpoint = read_checkpoint(path)
+    state, _ = _unpack(checkpoint)
     module = call_factory(factory, {}, getattr(factory, "__name__", "factory"))
-    load_state(module, state, Path(run) / WEIGHTS)
+    module = cut_module(module, read_cuts(checkpoint.metadata, path), path)
+    load_state(module, state, path)
     return _ready(module)
 
 

@@ -177,11 +177,15 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
         return given
     if plan.corrections():
         return sealed(*planning.corrected(job, plan, {}, context))
+    method = find_method("prune", plan.method)
     if job.calibration is None:
         raise UsageError(
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
+    if plan.channels():
+        refitted, tensors = load_module(method).refit(plan, job.source, job.graph, job.calibration, context)
+        return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
     state = job.source.module.state_dict()
     unknown = [name for name in plan.masks() if name not in state]
     if unknown:
@@ -189,7 +193,6 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
             f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
         )
     masks = {name: unpack_mask(sidecar[name], d, state[name].shape) for name, d in plan.masks().items()}
-    method = find_method("prune", plan.method)
     refitted, tensors = load_module(method).refit(plan, job.source, job.graph, masks, job.calibration, context)
     return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
 

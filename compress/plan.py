@@ -85,11 +85,43 @@ class CorrectBias:
     kind: str = field(default="correct_bias", init=False)
 
 
-Decision = MaskWeights | Quantize | CorrectBias
-KINDS: dict[str, type[MaskWeights] | type[Quantize] | type[CorrectBias]] = {
+@dataclass(frozen=True, slots=True)
+class PruneChannels:
+    """Cut all channels of a group but those of ``keep`` out of the network.
+
+    Attributes:
+        tensor: The group's name: the weight that makes its channels first; ``hcompress inspect --channels`` lists them.
+        size: Channels that the group has in the source.
+        keep: Those that stay, ascending from 0.
+    """
+
+    tensor: str
+    size: int
+    keep: tuple[int, ...]
+    kind: str = field(default="prune_channels", init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """New values of a tensor, trained or computed: all of it, in the shape that the cut network has.
+
+    Attributes:
+        tensor: State-dict key of a parameter or buffer.
+        values_sha256: Hash of the new values, which lie in the sidecar under the key and ``#values``.
+    """
+
+    tensor: str
+    values_sha256: str
+    kind: str = field(default="replace", init=False)
+
+
+Decision = MaskWeights | Quantize | CorrectBias | PruneChannels | Replace
+KINDS: dict[str, type[Decision]] = {
     "mask": MaskWeights,
     "quantize": Quantize,
     "correct_bias": CorrectBias,
+    "prune_channels": PruneChannels,
+    "replace": Replace,
 }
 
 
@@ -133,7 +165,16 @@ class Plan:
 
     def has_values(self) -> bool:
         """Whether the plan holds new values of weights, which belong to the checkpoint that it was made on."""
-        return bool(self.corrections()) or any(mask.values_sha256 is not None for mask in self.masks().values())
+        masks = self.masks().values()
+        return bool(self.corrections() or self.replaced()) or any(mask.values_sha256 is not None for mask in masks)
+
+    def channels(self) -> dict[str, PruneChannels]:
+        """The channel decisions by group."""
+        return {d.tensor: d for d in self.decisions if isinstance(d, PruneChannels)}
+
+    def replaced(self) -> dict[str, Replace]:
+        """The tensors with new values."""
+        return {d.tensor: d for d in self.decisions if isinstance(d, Replace)}
 
     def corrections(self) -> dict[str, CorrectBias]:
         """The corrected biases by tensor."""
@@ -209,6 +250,8 @@ def _decision(path: Path, entry: dict[str, Any]) -> Decision:
     if isinstance(fields.get("range"), list):
         low, high = fields["range"]
         fields["range"] = (float(low), float(high))
+    if isinstance(fields.get("keep"), list):
+        fields["keep"] = tuple(fields["keep"])
     decision = KINDS[kind](**fields)
     _check(path, decision)
     return decision
@@ -220,7 +263,10 @@ def _check(path: Path, decision: Decision) -> None:
         if not 0 <= decision.kept <= decision.total:
             raise InputError(f"{path}: {name} keeps {decision.kept} of {decision.total}", hint="kept lies in 0..total")
         return
-    if isinstance(decision, CorrectBias):
+    if isinstance(decision, PruneChannels):
+        _check_channels(path, name, decision)
+        return
+    if isinstance(decision, CorrectBias | Replace):
         return
     if decision.bits not in range(2, 9):
         raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")
@@ -239,6 +285,17 @@ def _check(path: Path, decision: Decision) -> None:
         )
     if not isinstance(decision.range, tuple):
         _check_range(path, name, str(decision.range))
+
+
+def _check_channels(path: Path, name: str, decision: PruneChannels) -> None:
+    keep = decision.keep
+    if not isinstance(keep, tuple) or any(not isinstance(i, int) or isinstance(i, bool) for i in keep):
+        raise InputError(f"{path}: {name} keeps {keep!r}", hint="keep lists the channels that stay, ascending")
+    if list(keep) != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= decision.size:
+        raise InputError(
+            f"{path}: {name} keeps {len(keep)} of {decision.size} channels, out of order, twice or beyond the last",
+            hint=f"keep lists one or more of 0 to {decision.size - 1}, ascending",
+        )
 
 
 def _check_range(path: Path, name: str, found: str) -> None:

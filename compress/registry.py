@@ -64,6 +64,15 @@ METHODS = (
         needs_data=False,
     ),
     Method(
+        name="structured-obs",
+        job="prune",
+        module="compress.prune.structured_obs",
+        summary="cut the channels that the loss misses least, and fit the layers around them; no training",
+        source="Hassibi and Stork 1993, OBS; He et al. 2017 (arXiv:1707.06168)",
+        options=("exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes", "latency"),
+    ),
+    Method(
         name="hawq",
         job="quantize",
         module="compress.quantize.hawq",

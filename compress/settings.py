@@ -85,6 +85,15 @@ SETTINGS = (
     Setting("sparsity", "run.sparsity", "float", "Share of weights to zero: --budget sparsity=S.", in_preset=True),
     Setting("scope", "run.scope", "str", "Where magnitudes compete.", "global", ("global", "layer"), in_preset=True),
     Setting("pattern", "run.pattern", "str", "unstructured, or n:m along inputs.", "unstructured", in_preset=True),
+    Setting(
+        "multiple_of",
+        "run.multiple_of",
+        "int",
+        "Groups keep a multiple of N channels; else 8 where there are many.",
+        None,
+        in_preset=True,
+        minimum=1,
+    ),
     Setting("rounds", "run.rounds", "int", "Recomputations of the curvature.", 8, in_preset=True, minimum=1),
     Setting("exclude", "run.exclude", "words", "Weights left alone, by glob.", (), in_preset=True, metavar="GLOB,..."),
     Setting(

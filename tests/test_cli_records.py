@@ -269,13 +269,18 @@ WRONG = [
     ("prune model.pt --scope all", 2, "'all' is not one of 'global', 'layer'", "hcompress prune --help"),
     ("bench run --batch 0", 2, "0 is not in the range x>=1", "hcompress bench --help"),
     ("completion tcsh", 2, "'tcsh' is not one of 'bash', 'zsh', 'fish'", "hcompress completion --help"),
-    ("prune model.pt --method nope --plan here", 2, "method 'nope' is unknown", "choices: obs, magnitude"),
-    ("prune model.pt --method nope", 2, "method 'nope' is unknown", "choices: obs, magnitude"),
+    (
+        "prune model.pt --method nope --plan here",
+        2,
+        "method 'nope' is unknown",
+        "choices: obs, magnitude, structured-obs",
+    ),
+    ("prune model.pt --method nope", 2, "method 'nope' is unknown", "choices: obs, magnitude, structured-obs"),
     (
         "prune model.pt --preset edge-int8",
         2,
         "method 'hawq' is a method of hcompress quantize",
-        "choices: obs, magnitude",
+        "choices: obs, magnitude, structured-obs",
     ),
     ("prune model.pt --budget zonk", 2, "budget 'zonk' is not understood", "examples: 0.3MB"),
     ("prune model.pt --sparsity 1.5", 2, "budget 'sparsity=1.5' is out of range", "between 0 and 1"),
@@ -922,7 +927,13 @@ def test_methods_lists_the_registry(run: Capture) -> None:
     assert run("methods") == 0
     assert "magnitude  hcompress prune " in run.out
     assert run("methods --json") == 0
-    assert {entry["name"] for entry in run.document()["methods"]} == {"obs", "magnitude", "hawq", "uniform"}
+    assert {entry["name"] for entry in run.document()["methods"]} == {
+        "obs",
+        "magnitude",
+        "structured-obs",
+        "hawq",
+        "uniform",
+    }
 
 
 def test_presets_lists_them_or_prints_one(run: Capture) -> None:

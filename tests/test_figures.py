@@ -70,7 +70,7 @@ def test_a_dense_network_has_32_bits_and_its_own_zeros(dense: tuple[Source, Grap
     source, graph = dense
     with torch.no_grad():
         source.module.get_parameter("0.weight")[:2] = 0
-    layers = figures.layer_records(source, graph, dict(source.module.state_dict()), None)
+    layers = figures.layer_records(source.module.state_dict(), graph, dict(source.module.state_dict()), None)
     assert [(layer["tensor"], layer["bits"], layer["decision"]) for layer in layers] == [
         ("0.weight", 32, "keep"),
         ("2.weight", 32, "keep"),
@@ -92,7 +92,7 @@ def test_totals_weigh_layers_by_their_elements(dense: tuple[Source, Graph]) -> N
         MaskWeights("2.weight", 4, 16, "unstructured", mask_sha256(pack_mask(mask))),
     )
     plan = Plan("mixed", {"scope": "global"}, 0, source.sha256, None, None, decisions, {})
-    layers = figures.layer_records(source, graph, tensors, plan)
+    layers = figures.layer_records(source.module.state_dict(), graph, tensors, plan)
     assert [(layer["bits"], layer["decision"]) for layer in layers] == [(4, "quantize"), (32, "mask")]
     assert layers[0]["why"].startswith("mixed chose 4 bits with mse ranges: the weights move by ")
     assert layers[1]["why"] == "12 of 16 weights zeroed: those below the magnitude that all layers share"
@@ -112,7 +112,7 @@ def test_a_layer_has_its_own_sensitivity_and_what_else_there_was(dense: tuple[So
         "weight-error": Sensitivity("weight-error", "squared weight", source.sha256, None, by_width),
     }
     state = dict(source.module.state_dict())
-    first, second = figures.layer_records(source, graph, state, None, make_frontier(), records)
+    first, second = figures.layer_records(source.module.state_dict(), graph, state, None, make_frontier(), records)
     assert first["sensitivity"] == {
         "measure": "hessian-trace", "value": 2.0, "stderr": 0.5, "unit": "loss per squared weight",
     }  # fmt: skip
@@ -122,7 +122,7 @@ def test_a_layer_has_its_own_sensitivity_and_what_else_there_was(dense: tuple[So
         {"option": "float", "cost": 800.0, "unit": "bytes", "loss": 0.0, "chosen": False},
     ]
     assert [entry["chosen"] for entry in second["alternatives"]] == [False, True]
-    alone, _ = figures.layer_records(source, graph, state, None)
+    alone, _ = figures.layer_records(source.module.state_dict(), graph, state, None)
     assert alone["sensitivity"] is None and alone["alternatives"] == []
 
 
@@ -130,7 +130,7 @@ def test_tied_tensors_share_their_alternatives_and_bits_are_not_scaled(dense: tu
     source, graph = dense
     item = Item(("0.weight", "2.weight"), (Choice(3, 3, 0.5, ("mse", "mse")), Choice(8, 8, 0.0, ("mse", "mse"))))
     frontier = make_frontier(quantity="bits", scale=0.02, items=(item,), chosen=(1,))
-    layers = figures.layer_records(source, graph, dict(source.module.state_dict()), None, frontier)
+    layers = figures.layer_records(source.module.state_dict(), graph, dict(source.module.state_dict()), None, frontier)
     expected = [
         {"option": "3 bits", "cost": 3.0, "unit": "bits", "loss": 0.5, "chosen": False},
         {"option": "8 bits", "cost": 8.0, "unit": "bits", "loss": 0.0, "chosen": True},
@@ -165,7 +165,7 @@ def test_a_range_for_each_channel_is_not_spelled_out_in_a_reason(dense: tuple[So
     tensors["0.weight"] = QuantizedTensor(levels, 4, torch.full((8,), 0.1), 0)
     decisions = (Quantize("0.weight", "weight", 4, "symmetric", 0, "channels:mmmsssss"),)
     plan = Plan("hawq", {}, 0, source.sha256, None, None, decisions, {})
-    layers = figures.layer_records(source, graph, tensors, plan)
+    layers = figures.layer_records(source.module.state_dict(), graph, tensors, plan)
     assert layers[0]["why"].startswith("hawq chose 4 bits with a range for each channel: the weights move by ")
 
 
@@ -175,7 +175,7 @@ def test_a_network_without_layers_has_no_division_by_zero() -> None:
 
 def test_a_tied_weight_counts_once() -> None:
     source, graph = traced(Tied(), torch.zeros(2, 3, dtype=torch.int64))
-    layers = figures.layer_records(source, graph, dict(source.module.state_dict()), None)
+    layers = figures.layer_records(source.module.state_dict(), graph, dict(source.module.state_dict()), None)
     assert sorted(layer["elements"] for layer in layers) == [16, 24]
 
 
@@ -269,7 +269,7 @@ def test_a_weight_that_isnt_saved_is_inspected_too() -> None:
     source, graph = traced(Buffered(), torch.randn(2, 4))
     record = inspection.describe_network(Path("net.pt"), source, graph, [])
     assert [layer["dtype"] for layer in record["layers"]] in ([], ["float32"])
-    assert figures.layer_records(source, graph, dict(source.module.state_dict()), None) == []
+    assert figures.layer_records(source.module.state_dict(), graph, dict(source.module.state_dict()), None) == []
 
 
 def test_inspect_without_an_architecture_lists_tensors(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ RANKS = (
     ("errors", "canonical"),
     ("budget", "plan", "frontier", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
-    ("context", "data", "task", "model", "train"),
-    ("apply", "reconstruct", "curvature"),
+    ("context", "data", "task", "pruned", "model", "train"),
+    ("apply", "curvature", "reconstruct"),
     (
         "measure",
         "prune",

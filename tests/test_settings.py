@@ -187,10 +187,12 @@ def test_every_option_of_a_method_is_a_setting() -> None:
     assert {option for method in METHODS for option in method.options} <= set(BY_NAME)
 
 
-@pytest.mark.parametrize(("job", "names"), [("prune", ["obs", "magnitude"]), ("quantize", ["hawq", "uniform"])])
+@pytest.mark.parametrize(
+    ("job", "names"), [("prune", ["obs", "magnitude", "structured-obs"]), ("quantize", ["hawq", "uniform"])]
+)
 def test_the_first_method_of_a_command_is_its_default_and_needs_no_budget(job: str, names: list[str]) -> None:
     assert [method.name for method in methods_for(job)] == names
-    assert [method.searches for method in methods_for(job)] == [True, False]
+    assert [method.searches for method in methods_for(job)] == [True] + [False] * (len(names) - 1)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_an_unknown_method_shows_the_choices_of_its_command(job: str, name: str,
     with pytest.raises(UsageError) as caught:
         find_method(job, name)
     assert caught.value.message == words
-    assert caught.value.hint == "choices: obs, magnitude"
+    assert caught.value.hint == "choices: obs, magnitude, structured-obs"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""What all methods that cut channels share: the budget in terms of channels, and the plan of a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..apply import values_key, values_sha256
+from ..budget import Budget
+from ..context import Context
+from ..errors import UsageError
+from ..graph.channel_cost import ChannelCosts, Term, total
+from ..graph.cut import sliced_tensor
+from ..graph.groups import Channels
+from ..graph.rewrite import tensor_at
+from ..graph.trace import Graph
+from ..model import Source
+from ..plan import Decision, Plan, Replace
+from ..pruned import prune_decisions
+from ..task import Calibration
+
+FLOAT_BYTES = 4
+
+
+def movable_channels(channels: Channels, graph: Graph, exclude: Sequence[str]) -> Tensor:
+    """bool over all channels: those of no group that a weight matching one of the globs has a part in.
+
+    Raises:
+        UsageError: A glob matches no weight.
+    """
+    held = {layer.tensor for glob in exclude for layer in graph.matching(glob, "--exclude")}
+    parts = [
+        torch.full((group.size,), not any(member.tensor in held for member in group.members))
+        for group in channels.groups
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+
+def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context) -> tuple[Sequence[Term], float]:
+    """The terms that a budget limits, and the limit.
+
+    Raises:
+        UsageError: Its quantity isn't one of channels.
+    """
+    if budget.quantity == "macs":
+        return costs.macs, budget.absolute(sum(term.amount for term in costs.macs))
+    whole = sum(term.amount for term in costs.params)
+    if budget.quantity == "params":
+        return costs.params, budget.absolute(whole)
+    if budget.quantity == "bytes":
+        # A file loses four bytes with each parameter.
+        return costs.params, whole - (context.model_bytes({}) + context.overhead - budget.limit) / FLOAT_BYTES
+    raise UsageError(f"{budget.quantity} isn't a budget of channels", hint="use macs=50%, params=50% or 0.3MB")
+
+
+def channel_plan(
+    method: str,
+    source: Source,
+    channels: Channels,
+    kept: Tensor,
+    module: fx.GraphModule,
+    changed: Iterable[str],
+    *,
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    predicted: Mapping[str, float],
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan of a cut, and its sidecar.
+
+    Args:
+        module: Of the whole shape; holds the new values.
+        changed: Tensors that have any.
+    """
+    state = source.module.state_dict()
+    values = {
+        name: sliced_tensor(channels, kept, name, tensor_at(module, name)).clone()
+        for name in sorted(set(changed) & state.keys())
+    }
+    decisions: tuple[Decision, ...] = (
+        *prune_decisions(channels, kept),
+        *(Replace(name, values_sha256(value)) for name, value in values.items()),
+    )
+    made = Plan(method, dict(options), 0, source.sha256, calibration.sha256(), budget, decisions, dict(predicted), None)
+    return made, {values_key(name): value for name, value in values.items()}
+
+
+def cost_figures(costs: ChannelCosts, kept: Tensor) -> dict[str, float]:
+    """What a plan predicts: exact, as tracing the smaller network would give."""
+    return {"macs": float(total(costs.macs, kept)), "params": float(total(costs.params, kept))}

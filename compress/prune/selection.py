@@ -1,0 +1,225 @@
+"""Which channels go for a budget: the ones that cost the loss least for what they save, until the limit is met.
+
+Greedy: a step cuts, of the group where it is cheapest, the least salient channels that may go. What they save depends
+on what else was cut: it is kept exactly, term by term.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError
+from ..graph.channel_cost import Term, total
+from ..graph.groups import Channels
+
+BLOCKS = (8, 4, 2, 1)
+NEAR = 0.98  # of the limit
+
+
+def choose(
+    channels: Channels,
+    scores: Tensor,
+    terms: Sequence[Term],
+    limit: float,
+    *,
+    multiple_of: int | None = 1,
+    least: float = 0.0,
+    movable: Tensor | None = None,
+) -> Tensor:
+    """The channels that stay, bool ``[c]``, so that the sum of ``terms`` is at most ``limit``.
+
+    Args:
+        scores: What the loss gains without each channel, ``[c]``, of any unit.
+        terms: Of the budget's quantity (``channel_cost.channel_costs``).
+        multiple_of: What each group that loses channels keeps is a multiple of this. None for what runtimes compute in
+            one go: 8 in groups of 16 or more, 4 of 8 or more; finer where that would miss the limit by far.
+        least: The share of a group's channels that stays in any case; one channel always does.
+        movable: Channels that may go, bool ``[c]``; all where None.
+
+    Raises:
+        BudgetError: The limit is out of reach; gives the least that is left. Or no channel may go: lists the reasons.
+    """
+    if multiple_of is None:
+        return _aligned(channels, scores, terms, limit, least, movable)
+    return _chosen(channels, scores, terms, limit, [multiple_of] * len(channels.groups), least, movable)
+
+
+def _aligned(
+    channels: Channels, scores: Tensor, terms: Sequence[Term], limit: float, least: float, movable: Tensor | None
+) -> Tensor:
+    """By the coarsest blocks that come near the limit."""
+    for block in BLOCKS:
+        sizes = [next((b for b in (block, block // 2) if b and group.size >= 2 * b), 1) for group in channels.groups]
+        try:
+            kept = _chosen(channels, scores, terms, limit, sizes, least, movable)
+        except BudgetError:
+            if block == 1:
+                raise
+            continue
+        if block == 1 or total(terms, kept) >= NEAR * limit:
+            return kept
+    raise AssertionError("the finest blocks always return or raise")
+
+
+def _chosen(
+    channels: Channels,
+    scores: Tensor,
+    terms: Sequence[Term],
+    limit: float,
+    multiples: Sequence[int],
+    least: float,
+    movable: Tensor | None,
+) -> Tensor:
+    scores = scores.double()
+    movable = torch.ones(len(scores), dtype=torch.bool) if movable is None else movable
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    queues = _queues(channels, scores, movable, multiples, least)
+    require_prunable(channels, is_any=any(queues))
+    tally = _Tally(channels, terms)
+    heap: list[tuple[float, int, int]] = []
+
+    def push(group: int) -> None:
+        if queues[group]:
+            saved = tally.saved(group, len(queues[group][0]))
+            if saved > 0:
+                heapq.heappush(heap, (float(scores[queues[group][0]].sum()) / saved, group, tally.versions[group]))
+
+    for group in range(len(queues)):
+        push(group)
+    removed: list[Tensor] = []
+    while tally.amount > limit and heap:
+        _, group, version = heapq.heappop(heap)
+        if version != tally.versions[group]:
+            push(group)
+            continue
+        block = queues[group].pop(0)
+        kept[block] = False
+        removed.append(block)
+        tally.remove(group, len(block))
+        push(group)
+    if tally.amount > limit and total(terms, kept) > limit:
+        reached = total(terms, kept)
+        raise BudgetError(
+            f"the budget is out of reach: with all that may be cut, {reached:,} are left",
+            hint=f"raise --budget to {reached:,} or more ({100 * reached / total(terms, torch.ones_like(kept)):.1f}%)",
+        )
+    # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
+    for block in sorted(removed, key=lambda b: -float(scores[b].sum())):
+        kept[block] = True
+        if total(terms, kept) > limit or not _is_whole(channels, kept, multiples):
+            kept[block] = False
+    return kept
+
+
+def require_prunable(channels: Channels, *, is_any: bool) -> None:
+    """Refuse a network where nothing can be cut.
+
+    Raises:
+        BudgetError: Lists the reasons.
+    """
+    if is_any:
+        return
+    counts: dict[str, int] = defaultdict(int)
+    for frozen in channels.frozen:
+        counts[frozen.reason] += 1
+    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
+    reasons = "; ".join(f"{reason} ({count} times)" for reason, count in most) or "no layer has channels"
+    raise BudgetError(
+        f"no channel of the network can be cut: {reasons}",
+        hint="hcompress inspect --channels lists what stays and why; check --exclude and --multiple-of",
+    )
+
+
+def _queues(
+    channels: Channels, scores: Tensor, movable: Tensor, multiples: Sequence[int], least: float
+) -> list[list[Tensor]]:
+    """By group, the blocks of channels that go one after another."""
+    found, first = [], 0
+    for group, multiple in zip(channels.groups, multiples, strict=True):
+        numbers = torch.arange(first, first + group.size)
+        first += group.size
+        free = numbers[movable[numbers]]
+        order = free[scores[free].argsort(stable=True)]
+        fewest = max(1, math.ceil(least * group.size), multiple)
+        blocks, place = [], 0
+        block = group.size % multiple or multiple
+        while place + block <= len(order) and group.size - place - block >= fewest:
+            blocks.append(order[place : place + block])
+            place, block = place + block, multiple
+        found.append(blocks)
+    return found
+
+
+def _is_whole(channels: Channels, kept: Tensor, multiples: Sequence[int]) -> bool:
+    """Whether each group that lost channels keeps a multiple."""
+    first = 0
+    for group, multiple in zip(channels.groups, multiples, strict=True):
+        count = int(kept[first : first + group.size].sum())
+        first += group.size
+        if count != group.size and count % multiple:
+            return False
+    return True
+
+
+class _Tally:
+    """The sum of the terms while channels go; those of a group are alike."""
+
+    def __init__(self, channels: Channels, terms: Sequence[Term]) -> None:
+        first = 0
+        group_of = []
+        for number, group in enumerate(channels.groups):
+            group_of += [number] * group.size
+            first += group.size
+        sizes = [group.size for group in channels.groups]
+        owner = torch.tensor([*group_of, -1])
+        self.amounts = [term.amount for term in terms]
+        self.lengths: list[list[int]] = []
+        self.left: list[list[float]] = []
+        self.touched: list[list[tuple[int, int, float]]] = [[] for _ in channels.groups]
+        for t, term in enumerate(terms):
+            self.lengths.append([len(factor) for factor in term.factors])
+            self.left.append([float(len(factor)) for factor in term.factors])
+            for f, factor in enumerate(term.factors):
+                groups, counts = torch.unique(owner[factor], return_counts=True)
+                for g, count in zip(groups.tolist(), counts.tolist(), strict=True):
+                    if g >= 0:
+                        self.touched[g].append((t, f, count / sizes[g]))
+        self.neighbours = self._neighbours()
+        self.versions = [0] * len(sizes)
+        self.amount = sum(self._value(t) for t in range(len(terms)))
+
+    def _neighbours(self) -> list[set[int]]:
+        by_term: dict[int, set[int]] = defaultdict(set)
+        for g, entries in enumerate(self.touched):
+            for t, _, _ in entries:
+                by_term[t].add(g)
+        return [set().union(*(by_term[t] for t, _, _ in entries)) if entries else set() for entries in self.touched]
+
+    def _value(self, t: int) -> float:
+        return self.amounts[t] * math.prod(
+            left / length for left, length in zip(self.left[t], self.lengths[t], strict=True)
+        )
+
+    def saved(self, group: int, count: int) -> float:
+        """What ``count`` more channels of a group save."""
+        terms = {t for t, _, _ in self.touched[group]}
+        before = sum(self._value(t) for t in terms)
+        for t, f, each in self.touched[group]:
+            self.left[t][f] -= each * count
+        after = sum(self._value(t) for t in terms)
+        for t, f, each in self.touched[group]:
+            self.left[t][f] += each * count
+        return before - after
+
+    def remove(self, group: int, count: int) -> None:
+        self.amount -= self.saved(group, count)
+        for t, f, each in self.touched[group]:
+            self.left[t][f] -= each * count
+        for neighbour in self.neighbours[group]:
+            self.versions[neighbour] += 1

@@ -1,0 +1,122 @@
+"""One-shot structured pruning: channels ranked by curvature, the layers around them fitted again. No training.
+
+A channel's saliency is half its entry in the Gauss-Newton matrix of gates on all channels: what the loss gains when it
+is cut. Channels go in the order of saliency for what they save. Then every layer that lost inputs is solved by least
+squares for the weights that bring its output nearest to the dense network's on calibration data, one after another.
+Source: Hassibi and Stork 1993, OBS, for saliency and update; He et al. 2017 (arXiv:1707.06168) for the fit.
+Cost: ten passes over the data and back, two forward passes, and for a layer with k inputs k^2 a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..budget import Budget
+from ..context import Context
+from ..curvature.gates import gate_curvature
+from ..graph.channel_cost import channel_costs
+from ..graph.cut import masked
+from ..graph.groups import Channels, find_channels
+from ..graph.trace import Graph
+from ..model import Source
+from ..plan import Plan
+from ..pruned import kept_of
+from ..reconstruct.least_squares import fitting_examples, refit_layers
+from ..sensitivity import Sensitivity
+from ..task import Calibration
+from .channel_plan import channel_plan, cost_figures, movable_channels, terms_of
+from .selection import choose, require_prunable
+
+NAME = "structured-obs"
+PROBES = 10
+DEFAULT = Budget("macs", 0.5, "dense")
+LEAST = 0.1  # of a group's channels stays in any case
+
+
+def plan(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Choose the channels to cut, and new values for the layers around them.
+
+    Args:
+        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
+        options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
+
+    Returns:
+        The plan and its sidecar: the new values by tensor.
+
+    Raises:
+        BudgetError: More is to be removed than can be cut, or nothing can; gives the feasible minimum.
+        UsageError: A glob matches no weight.
+    """
+    channels = find_channels(graph)
+    exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
+    costs = channel_costs(channels, len(graph.example_inputs[0]))
+    terms, limit = terms_of(budget or DEFAULT, costs, graph, context)
+    movable = movable_channels(channels, graph, exclude)
+    require_prunable(channels, is_any=bool(movable.any()))
+    scores = saliencies(channels, calibration, context)
+    kept = choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
+    recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
+    predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}
+    return _fitted(source, graph, channels, kept, calibration, budget, recorded, predicted, context)
+
+
+def refit(
+    given: Plan, source: Source, graph: Graph, calibration: Calibration, context: Context
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew."""
+    channels = find_channels(graph)
+    kept = kept_of(channels, given.channels())
+    return _fitted(source, graph, channels, kept, calibration, given.budget, given.options, given.predicted, context)
+
+
+def saliencies(channels: Channels, calibration: Calibration, context: Context) -> Tensor:
+    """What the loss gains when a channel alone is cut, to second order, float64 ``[c]``; in units of the loss."""
+    curvature = gate_curvature(
+        channels,
+        channels.module,
+        calibration.task,
+        calibration.data,
+        probes=PROBES,
+        seed=int(context.generator.initial_seed()),
+        progress=context.progress,
+    )
+    return curvature.diagonal() / 2
+
+
+def _fitted(
+    source: Source,
+    graph: Graph,
+    channels: Channels,
+    kept: Tensor,
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    predicted: Mapping[str, float],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    module = masked(channels, channels.module, kept)
+    data = fitting_examples(graph, calibration.data)
+    changed = refit_layers(channels, kept, module, data.inputs, progress=context.progress)
+    return channel_plan(
+        NAME,
+        source,
+        channels,
+        kept,
+        module,
+        changed,
+        calibration=calibration,
+        budget=budget,
+        options=options,
+        predicted=predicted,
+    )
