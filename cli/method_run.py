@@ -38,6 +38,7 @@ def run_job(
     plan: Path | None,
     pick: str | None = None,
     force: bool,
+    resume: bool = False,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -64,6 +65,7 @@ def run_job(
             dry_run=dry_run,
             plan=plan,
             pick=pick,
+            resume=resume,
             command=options.command_line(),
             progress=progress,
         )

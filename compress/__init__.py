@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .model import load as load
+    from .prune.cric import Cric as Cric
+    from .prune.hesso import Hesso as Hesso
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["Cric", "Hesso", "__version__", "load"]
+LAZY = {"load": "model", "Hesso": "prune.hesso", "Cric": "prune.cric"}
 
 
 def __getattr__(name: str) -> object:
     # `hcompress --help` imports this package first: torch is imported only when something needs it.
-    if name == "load":
-        from .model import load
+    if name in LAZY:
+        from importlib import import_module
 
-        return load
+        return getattr(import_module(f".{LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class Context:
         model_bytes: Bytes of the delivered file if the weights named were stored so, and all others as they are.
         notes: What the user should know about the plan; a method appends sentences.
         costs: Measured tables by quantity, such as ``latency``.
+        training: The ``train.recipe.Training`` of a method that trains.
+        memo: What a method may keep from one plan to the next of a run, such as saliencies.
         overhead: Bytes that a written file of this run was found to have beyond what was predicted of it.
         frontiers: The frontier that the plan is a point of; a method that has one appends it.
     """
@@ -44,3 +47,5 @@ class Context:
     costs: Mapping[str, CostTable] = field(default_factory=dict)
     frontiers: list[FrontierRecord] = field(default_factory=list)
     overhead: int = 0
+    training: Any = None
+    memo: dict[str, Any] = field(default_factory=dict)

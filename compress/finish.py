@@ -70,6 +70,11 @@ class Target:
     budget: Budget | None
     frontier: FrontierRecord | None = None
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
+    resume: bool = False
+
+    def journal(self) -> Path | None:
+        """Where the state of a training is kept while it runs: beside the run folder."""
+        return None if self.out is None else self.out.with_name(f"{self.out.name}.journal")
 
 
 def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Target) -> dict[str, Any]:

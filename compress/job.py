@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ MOST_NAMED = 3  # parameters that a note names
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A network read and traced, with what the settings say about it."""
+    """A network read and traced, with what the settings say about it.
+
+    Attributes:
+        memo: What a method keeps from one plan to the next.
+    """
 
     source: Source
     graph: Graph
@@ -39,6 +43,7 @@ class Job:
     progress: Progress
     notes: list[str]
     started: float
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def value(self, name: str) -> Any:
         """A setting's value."""

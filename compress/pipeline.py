@@ -71,6 +71,7 @@ def run_method(
     dry_run: bool,
     plan: Path | None,
     pick: str | None = None,
+    resume: bool = False,
     command: list[str],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def run_method(
     Args:
         plan: A run folder or plan.json whose decisions are kept.
         pick: Another point of that run's frontier: its number, or a budget.
+        resume: Go on with the training of an interrupted run into the same folder.
 
     Returns:
         The report record; with ``dry_run``, what would be decided.
@@ -109,7 +111,7 @@ def run_method(
             return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
     with store.staged(out, force, [checkpoint]) as stage:
         target = Target(stage, out, job, gates_of(settings), command, budget)
-        return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
+        return _plan_and_finish(method, checkpoint, settings, plan, pick, replace(target, resume=resume), progress)
 
 
 def _plan_and_finish(
@@ -137,7 +139,7 @@ def _plan_and_finish(
     if given is None or plan is None:
         gates = planning.search_gates(method, target.budget, target.gates, settings, opened.task)
         target = replace(target, gates=gates)
-        goal = planning.Goal(method, target.budget, gates, dense, target.stage)
+        goal = planning.Goal(method, target.budget, gates, dense, target.stage, target.journal(), target.resume)
         decided, built, sensitivities = planning.make_plan(opened, goal)
     else:
         if pick is not None:

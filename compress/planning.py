@@ -6,6 +6,7 @@ model is searched for whose metric the gates let through: the one step that sele
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import canonical, measuring, store
+from . import canonical, measuring, recovery, store
 from .apply import apply_plan, assemble
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
@@ -43,6 +44,7 @@ from .registry import METHODS, Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
 from .settings import Settings
 from .task import Task
+from .train.recipe import Training
 from .verdict import Gates, metric_checks
 from .verify import evaluate, open_session, runtime_forward
 
@@ -50,6 +52,7 @@ DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be los
 RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
 LATENCY_REPEATS = 60
 LATENCY_TRIES = 8
+LEAST_SHARE = 0.02  # of the MACs: a search ends when two networks are nearer
 CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
 WIDTHS = (*range(2, 9), FLOAT_BITS)
 
@@ -69,6 +72,8 @@ class Goal:
 
     Attributes:
         gates: What the search looks at where there is no budget.
+        journal: Where a training keeps its state.
+        resume: Whether it goes on from there.
     """
 
     method: Method
@@ -76,6 +81,8 @@ class Goal:
     gates: Gates
     dense: Dense
     stage: Path
+    journal: Path | None = None
+    resume: bool = False
 
 
 def is_searched(method: Method, budget: Budget | None, settings: Settings) -> bool:
@@ -106,20 +113,30 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     Raises:
         BudgetError: The goal is out of reach; gives the feasible minimum.
     """
+    training = None
+    if goal.method.trains:
+        training = recovery.training(job, journal=goal.journal, resume=goal.resume)
     context = planning_context(job, goal.dense, 0)
     sensitivities = {name: measuring.take(job, name, context).record for name in goal.method.measures}
     costs = {}
-    if goal.budget is not None and goal.budget.quantity == "latency":
+    if goal.budget is not None and goal.budget.quantity == "latency" and goal.method.job == "quantize":
         costs["latency"] = _latency_table(job, goal.method, context)
     if is_searched(goal.method, goal.budget, job.settings):
         decided, built = _search(job, goal, sensitivities)
     else:
-        decided = _decide(job, goal, sensitivities, costs, overhead=0)
+        decided = _decide(job, goal, sensitivities, costs, overhead=0, training=training)
         decided, built = publish(job, decided, goal.stage)
-        if costs:
+        if goal.budget is not None and goal.budget.quantity == "latency" and decided.frontier is None:
+            decided, built = _within_latency_of_channels(job, goal, decided, built)
+        elif costs:
             decided, built = _within_latency(job, goal, decided, built)
         else:
-            decided, built = _within_bytes(job, goal, decided, built, sensitivities)
+            decided, built = _within_bytes(job, goal, decided, built, sensitivities, training)
+    if goal.method.job == "prune" and not goal.method.trains and recovery.is_asked(job):
+        plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=goal.journal, resume=goal.resume)
+        decided, built = publish(job, Decided(*sealed(plan, tensors), decided.frontier), goal.stage)
+    if goal.journal is not None:
+        goal.journal.unlink(missing_ok=True)
     return decided, built, sensitivities
 
 
@@ -130,15 +147,18 @@ def _decide(
     costs: Mapping[str, CostTable],
     *,
     overhead: int,
+    training: Training | None = None,
+    budget: Budget | None = None,
 ) -> Decided:
+    """The plan for the goal's budget, or for another one on the way to it."""
     job.progress("plan", 0, None)
-    context = replace(planning_context(job, goal.dense, overhead), costs=costs)
+    context = replace(planning_context(job, goal.dense, overhead), costs=costs, training=training, memo=job.memo)
     plan, tensors = load_module(goal.method).plan(
         job.source,
         job.graph,
         sensitivities,
         job.calibration,
-        absolute_budget(goal.budget, goal.dense),
+        absolute_budget(budget or goal.budget, goal.dense),
         method_options(job, goal.method.options),
         context,
     )
@@ -199,13 +219,18 @@ def _settled(decided: Decided, amount: float) -> Decided:
 
 
 def _within_bytes(
-    job: Job, goal: Goal, decided: Decided, built: Built, sensitivities: Mapping[str, Sensitivity]
+    job: Job,
+    goal: Goal,
+    decided: Decided,
+    built: Built,
+    sensitivities: Mapping[str, Sensitivity],
+    training: Training | None,
 ) -> tuple[Decided, Built]:
     """Lower what the weights may take by what the written file has beyond its budget, until it fits."""
     while (overhead := overhead_of(job, built, decided.plan, goal.budget, goal.dense)) is not None:
         before = decided.plan.decisions
         if decided.frontier is None:
-            decided = _decide(job, goal, sensitivities, {}, overhead=overhead)
+            decided = _decide(job, goal, sensitivities, {}, overhead=overhead, training=training)
         else:
             limit = absolute_budget(goal.budget, goal.dense)
             assert limit is not None
@@ -247,6 +272,44 @@ def _within_latency(job: Job, goal: Goal, decided: Decided, built: Built) -> tup
     if decided.frontier.index != low:
         decided = _moved(job, goal, decided, low)
     return publish(job, _settled(decided, tried[low]), goal.stage)
+
+
+def _within_latency_of_channels(job: Job, goal: Goal, decided: Decided, built: Built) -> tuple[Decided, Built]:
+    """The most MACs whose written file is measured within the budget.
+
+    Latency isn't a sum over channels, as runtimes compute them in blocks: each network that is tried is measured.
+    """
+    assert goal.budget is not None
+    dense = _measured_latency(job, goal.dense.onnx)
+    limit = goal.budget.absolute(dense)
+    low, high, best, least = 0.0, 1.0, None, math.inf
+    share = decided.plan.predicted["macs"] / job.graph.macs
+    for _ in range(LATENCY_TRIES):
+        found = _measured_latency(job, built.onnx)
+        least = min(least, found)
+        if found <= limit:
+            best, low = decided, max(low, share)
+            if found >= CLOSE_LATENCY * limit:
+                break
+        else:
+            high = min(high, share)
+        share = min(max(share * (limit / found), low + 0.05 * (high - low)), high - 0.05 * (high - low))
+        if high - low < LEAST_SHARE:
+            break
+        try:
+            decided = _decide(job, goal, {}, {}, overhead=0, budget=Budget("macs", share, "dense"))
+        except BudgetError:
+            if best is None and low == 0.0 and share < LEAST_SHARE:
+                break
+            low = share
+            continue
+        decided, built = publish(job, decided, goal.stage)
+    if best is None:
+        raise BudgetError(
+            f"{goal.budget} is out of reach: the fastest network that was tried takes {least:.3g} ms",
+            hint=f"raise --budget to latency={1.03 * least:.3g}ms",
+        )
+    return publish(job, best, goal.stage)
 
 
 def _measured_latency(job: Job, model: bytes) -> float:

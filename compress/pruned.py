@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import canonical
 from .errors import GateError, HCompressError, InputError
 from .graph.cut import cut, kept_channels, sliced_tensor, worst_difference
 from .graph.groups import Channels, find_channels
+from .graph.rewrite import put_tensor, unlift
 from .graph.trace import Graph, trace_graph
 from .plan import InputSpec, Plan, PruneChannels
 
@@ -194,3 +196,11 @@ def recorded_inputs(inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
         is_float = dtype.is_floating_point
         made.append(torch.randn(size, generator=generator, dtype=dtype) if is_float else torch.zeros(size, dtype=dtype))
     return tuple(made)
+
+
+def trainable_copy(graph: Graph, state: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A graph as a network with tensors of its own: those of ``state``, where it has them."""
+    module = copy.deepcopy(unlift(graph.program, graph.tied))
+    for target in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys()):
+        put_tensor(module, target, state[target].detach().clone())
+    return module

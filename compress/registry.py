@@ -26,6 +26,7 @@ class Method:
         needs_data: Whether it decides on calibration data.
         searches: Whether it finds the smallest model that passes the gates where no budget is given: by the points of
             its frontier (``at_point``), or by ever smaller ``candidates``.
+        trains: Whether it trains the network while it decides, by the settings of recovery.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     measures: tuple[str, ...] = ()
     needs_data: bool = True
     searches: bool = False
+    trains: bool = False
 
 
 METHODS = (
@@ -71,6 +73,26 @@ METHODS = (
         source="Hassibi and Stork 1993, OBS; He et al. 2017 (arXiv:1707.06168)",
         options=("exclude", "multiple_of"),
         budgets=("macs", "params", "bytes", "latency"),
+    ),
+    Method(
+        name="hesso",
+        job="prune",
+        module="compress.prune.hesso_plan",
+        summary="cut channels while the network trains: the least salient ones shrink to zero, the others train on",
+        source="Chen et al. 2024, HESSO (arXiv:2409.09085); OTO (arXiv:2107.07467, 2312.09411)",
+        options=("exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes"),
+        trains=True,
+    ),
+    Method(
+        name="cric",
+        job="prune",
+        module="compress.prune.cric_plan",
+        summary="hesso whose channels are tried at zero, and put back, before any of them goes",
+        source="Chen et al. 2024, HESSO-CRIC (arXiv:2409.09085)",
+        options=("exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes"),
+        trains=True,
     ),
     Method(
         name="hawq",

@@ -37,13 +37,14 @@ RANKS = (
         "figures",
         "inspection",
     ),
-    ("job", "build", "finish", "measuring", "planning", "pipeline"),
+    ("job", "build", "recovery", "finish", "measuring", "planning", "pipeline"),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.
 STRANGERS = {"numerics", "graph", "formats", "demo", "measure", "prune", "quantize", "joint"}
 # The package itself loads lazily, and presets holds no code.
 WITHOUT_IMPORTS = {"__init__", "presets"}
+OFFERED = {"prune"}  # by the package itself, to training loops of the user's own
 PLACES = {name: (rank, place) for rank, names in enumerate(RANKS) for place, name in enumerate(names)}
 RECORDS, CLI = 1, 7
 
@@ -114,7 +115,9 @@ def violations(name: str, source: str) -> list[str]:
     if unit in WITHOUT_IMPORTS:
         heavy = [i for i in found if i.is_at_top and i.module.split(".")[0] not in sys.stdlib_module_names]
         return [f"{name} imports {i.module} at its top" for i in heavy] + [
-            f"{name} imports {i.module}" for i in found if i.unit and PLACES[i.unit][0] > PLACES["model"][0]
+            f"{name} imports {i.module}"
+            for i in found
+            if i.unit and i.unit not in OFFERED and PLACES[i.unit][0] > PLACES["model"][0]
         ]
     return [reason for entry in found for reason in _reasons(name, unit, entry)]
 

@@ -142,7 +142,7 @@ def test_an_unknown_key_shows_the_known_ones(tmp_path: Path) -> None:
     assert error.hint == "keys of [gate]: gate.max_drop, gate.min_metric, gate.max_bytes, gate.max_latency"
     error = refused(write(tmp_path, "[gates]\nmax_drop = 1"))
     assert "unknown key gates.max_drop" in error.message
-    assert error.hint == "tables: data, gate, measure, model, output, run, task"
+    assert error.hint == "tables: data, gate, measure, model, output, recover, run, task"
 
 
 def test_a_value_outside_a_table_is_refused(tmp_path: Path) -> None:
@@ -188,7 +188,8 @@ def test_every_option_of_a_method_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "names"), [("prune", ["obs", "magnitude", "structured-obs"]), ("quantize", ["hawq", "uniform"])]
+    ("job", "names"),
+    [("prune", ["obs", "magnitude", "structured-obs", "hesso", "cric"]), ("quantize", ["hawq", "uniform"])],
 )
 def test_the_first_method_of_a_command_is_its_default_and_needs_no_budget(job: str, names: list[str]) -> None:
     assert [method.name for method in methods_for(job)] == names
@@ -206,7 +207,7 @@ def test_an_unknown_method_shows_the_choices_of_its_command(job: str, name: str,
     with pytest.raises(UsageError) as caught:
         find_method(job, name)
     assert caught.value.message == words
-    assert caught.value.hint == "choices: obs, magnitude, structured-obs"
+    assert caught.value.hint == "choices: obs, magnitude, structured-obs, hesso, cric"
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,16 @@ def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str)
         for axis in side.value:
             varying = set(axis.varying())
             for place, (known, zeros) in enumerate(merged):
-                if varying & {d for d, size in enumerate(known.shape) if size > 1}:
+                others = {d for d, size in enumerate(known.shape) if size > 1}
+                few, many = sorted((varying, others), key=len)
+                if few < many and min(few) > min(many - few):
+                    known, axis = _whole(labels, known, axis, name)
+                    merged[place] = (known, zeros)
+                    if known.numel() == 1 or axis.labels.numel() == 1:
+                        zeros[number] = zeros.get(number, False) or axis.is_zero
+                        merged[place] = (known if axis.labels.numel() == 1 else axis.labels, zeros)
+                        break
+                if varying & others:
                     labels.bind(known, axis.labels)
                     wider = known if known.numel() >= axis.labels.numel() else axis.labels
                     zeros[number] = zeros.get(number, False) or axis.is_zero
@@ -188,6 +197,21 @@ def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str)
             is_zero = kind in ("first", "unary") and zeros.get(0, False)
         found.append(Axis(known, is_zero))
     return tuple(found)
+
+
+def _whole(labels: Labels, known: Tensor, axis: Axis, name: str) -> tuple[Tensor, Axis]:
+    """What varies on fewer dimensions stays, and the other is bound along them: heads go whole.
+
+    Positions within a head that each meet a value of their own, as in rotary embeddings, could only go from all heads
+    at once; a head can go alone.
+    """
+    few, many = (axis.labels, known) if axis.labels.numel() < known.numel() else (known, axis.labels)
+    labels.freeze(few, f"{name} meets it in every head")
+    whole = labels.couple(Axis(many, False), [d for d, size in enumerate(few.shape) if size > 1]).labels
+    none = few.reshape(-1)[:1].reshape([1] * few.dim())
+    if few is known:
+        return none, replace(axis, labels=whole)
+    return whole, replace(axis, labels=none)
 
 
 def _aligned(side: Operand, dims: int) -> Operand:

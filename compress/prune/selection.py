@@ -28,7 +28,7 @@ def choose(
     terms: Sequence[Term],
     limit: float,
     *,
-    multiple_of: int | None = 1,
+    multiple_of: int | Sequence[int] | None = 1,
     least: float = 0.0,
     movable: Tensor | None = None,
 ) -> Tensor:
@@ -37,8 +37,9 @@ def choose(
     Args:
         scores: What the loss gains without each channel, ``[c]``, of any unit.
         terms: Of the budget's quantity (``channel_cost.channel_costs``).
-        multiple_of: What each group that loses channels keeps is a multiple of this. None for what runtimes compute in
-            one go: 8 in groups of 16 or more, 4 of 8 or more; finer where that would miss the limit by far.
+        multiple_of: What each group that loses channels keeps is a multiple of this, or of its own number. None for
+            what runtimes compute in one go: 8 in groups of 16 or more, 4 of 8 or more; finer where that would miss the
+            limit by far.
         least: The share of a group's channels that stays in any case; one channel always does.
         movable: Channels that may go, bool ``[c]``; all where None.
 
@@ -46,14 +47,26 @@ def choose(
         BudgetError: The limit is out of reach; gives the least that is left. Or no channel may go: lists the reasons.
     """
     if multiple_of is None:
-        return _aligned(channels, scores, terms, limit, least, movable)
-    return _chosen(channels, scores, terms, limit, [multiple_of] * len(channels.groups), least, movable)
+        multiple_of = aligned_multiples(channels, scores, terms, limit, least=least, movable=movable)
+    if isinstance(multiple_of, int):
+        multiple_of = [multiple_of] * len(channels.groups)
+    return _chosen(channels, scores, terms, limit, multiple_of, least, movable)
 
 
-def _aligned(
-    channels: Channels, scores: Tensor, terms: Sequence[Term], limit: float, least: float, movable: Tensor | None
-) -> Tensor:
-    """By the coarsest blocks that come near the limit."""
+def aligned_multiples(
+    channels: Channels,
+    scores: Tensor,
+    terms: Sequence[Term],
+    limit: float,
+    *,
+    least: float = 0.0,
+    movable: Tensor | None = None,
+) -> list[int]:
+    """For each group the coarsest number that runtimes compute in one go, and that comes near the limit.
+
+    Raises:
+        BudgetError: As for ``choose``.
+    """
     for block in BLOCKS:
         sizes = [next((b for b in (block, block // 2) if b and group.size >= 2 * b), 1) for group in channels.groups]
         try:
@@ -63,7 +76,7 @@ def _aligned(
                 raise
             continue
         if block == 1 or total(terms, kept) >= NEAR * limit:
-            return kept
+            return sizes
     raise AssertionError("the finest blocks always return or raise")
 
 

@@ -33,6 +33,7 @@ from .selection import choose, require_prunable
 NAME = "structured-obs"
 PROBES = 10
 DEFAULT = Budget("macs", 0.5, "dense")
+FIRST = Budget("macs", 0.6, "dense")
 LEAST = 0.1  # of a group's channels stays in any case
 
 
@@ -48,7 +49,8 @@ def plan(
     """Choose the channels to cut, and new values for the layers around them.
 
     Args:
-        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
+        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs. For ``latency`` a
+            plan to measure.
         options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
 
     Returns:
@@ -61,10 +63,15 @@ def plan(
     channels = find_channels(graph)
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     costs = channel_costs(channels, len(graph.example_inputs[0]))
-    terms, limit = terms_of(budget or DEFAULT, costs, graph, context)
+    budget = budget or DEFAULT
+    if budget.quantity == "latency":  # a first guess, which the written file is measured of
+        budget = FIRST
+    terms, limit = terms_of(budget, costs, graph, context)
     movable = movable_channels(channels, graph, exclude)
     require_prunable(channels, is_any=bool(movable.any()))
-    scores = saliencies(channels, calibration, context)
+    if NAME not in context.memo:
+        context.memo[NAME] = saliencies(channels, calibration, context)
+    scores = context.memo[NAME]
     kept = choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}

@@ -1,0 +1,437 @@
+"""HESSO: channels go while the network trains, inside any training loop and with any torch optimizer.
+
+After a warm-up, each of a few periods picks the least salient channels up to its part of the budget. While the period
+lasts, all that belongs to them is multiplied by a factor that falls to zero; then it is held at zero, the optimizer's
+state too, and the rest trains on. What is left is cut out: the smaller network computes what the whole one does.
+
+    hesso = Hesso(model, optimizer, example_inputs, budget="macs=50%", steps=250)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        hesso.step()
+    small = hesso.compress()
+
+Source: Chen et al. 2024 (arXiv:2409.09085), algorithms 1 and 2; here the budget is one of cost, not a count of groups.
+Cost: of a step in the warm-up and the periods, three products the size of the parameters; after them, one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..budget import Budget, parse_budget
+from ..errors import BudgetError, InputError, UsageError
+from ..graph.cut import cut
+from ..graph.groups import find_channels
+from ..graph.rewrite import put_tensor
+from ..graph.trace import Graph, trace_graph
+from ..pruned import check_cut, pruned
+from .channel_plan import movable_channels
+from .cut_target import Cost, CutTarget, keep_of
+from .group_saliency import CRITERIA, Places, RunningScores, channel_sums, find_places
+from .selection import require_prunable
+
+DEFAULT = "macs=50%"
+LEAST = 0.1  # of a group's channels stays in any case
+WEIGHTS: Mapping[str, float] = {
+    "magnitude": 1,
+    "average-magnitude": 1,
+    "cosine": 1,
+    "first-order": 1,
+    "second-order": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When what happens, as shares of the training's steps.
+
+    Attributes:
+        warm_up: Ordinary training, in which saliencies are taken.
+        pruning: All periods together; what is left of the steps trains the smaller network.
+        periods: The most; no more than there are steps for.
+    """
+
+    warm_up: float = 0.1
+    pruning: float = 0.4
+    periods: int = 10
+
+    def __post_init__(self) -> None:
+        if not (0 < self.warm_up < 1 and self.pruning > 0 and self.warm_up + self.pruning <= 1 and self.periods > 0):
+            raise UsageError(
+                f"a warm-up of {self.warm_up:g} and {self.periods} periods of {self.pruning:g} of the steps together",
+                hint="both are shares above 0, at most 1 together; 1 period or more",
+            )
+
+
+class Hesso:
+    """A training that ends in a smaller network.
+
+    Args:
+        model: Of any class, or an exported graph; its tensors are changed in place.
+        optimizer: Steps on the model's parameters. May be set later, as ``hesso.optimizer``.
+        example_inputs: Tensors ``[n, ...]``; forward's arguments.
+        budget: ``macs``, ``params``, ``bytes`` of the parameters, ``sparsity`` (share of all channels that goes), or
+            any other quantity that ``cost`` gives.
+        steps: Of the whole training.
+        schedule: When channels are picked and shrunk.
+        weights: Of the criteria in ``group_saliency.CRITERIA``, by name.
+        multiple_of: What a group that loses channels keeps is a multiple of this.
+        least: Share of each group that stays in any case; one channel always does.
+        exclude: Globs of weights whose channels stay.
+        cost: The budget's quantity for the channels that stay, by group; measured latency, say. Called about thirty
+            times.
+
+    Raises:
+        BudgetError: The budget is out of reach; gives the least that is left. Or no channel can go: lists the reasons.
+        UsageError: An option that is none, or a glob that matches nothing.
+        InputError: torch.export can't trace the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        example_inputs: Sequence[Tensor] | Tensor,
+        *,
+        budget: str | Budget = DEFAULT,
+        steps: int,
+        schedule: Schedule | None = None,
+        weights: Mapping[str, float] = WEIGHTS,
+        multiple_of: int | None = 1,
+        least: float = LEAST,
+        exclude: Sequence[str] = (),
+        cost: Cost | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.schedule = schedule or Schedule()
+        self.budget = parse_budget(budget) if isinstance(budget, str) else budget
+        self.weights = _checked(weights)
+        self.graph = _traced(model, example_inputs)
+        self.channels = find_channels(self.graph)
+        self.count = sum(group.size for group in self.channels.groups)
+        self.places = find_places(self.channels)
+        self.number = 0
+        self.steps = steps
+        self._bounds = self._periods(steps)
+        if self.num_steps > steps:
+            raise UsageError(
+                f"all that goes is at zero after {self.num_steps} steps, and steps={steps}",
+                hint="give more steps, or shorter shares of them",
+            )
+
+        self._movable = movable_channels(self.channels, self.graph, exclude) & self._is_own()
+        require_prunable(self.channels, is_any=bool(self._movable.any()))
+        self.target = CutTarget(
+            self.channels, self.graph, self.budget, self._movable, multiple_of=multiple_of, least=least, cost=cost
+        )
+
+        self.scores = RunningScores(tuple(self.weights), self.count)
+        self._is_trained = torch.zeros(self.count, dtype=torch.bool)
+        self._gone = torch.zeros(self.count, dtype=torch.bool)  # at zero
+        self._leaving = torch.zeros(self.count, dtype=torch.bool)  # on their way
+
+    @property
+    def kept(self) -> dict[str, list[int]]:
+        """The channels of each group that stay, as far as it is decided."""
+        return keep_of(self.channels, ~(self._gone | self._leaving))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps after which the cut is decided and all of it is at zero."""
+        return self._bounds[-1]
+
+    def cost(self) -> float:
+        """What stays costs this, in the budget's quantity; the number of channels for a sparsity."""
+        return self.target.cost_of(~(self._gone | self._leaving))
+
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
+        """The optimizer's step, and what the schedule has for it. Call it after ``backward``.
+
+        Args:
+            closure: For optimizers that evaluate the loss themselves.
+            scaler: Of mixed precision; its own ``update`` is left to the caller.
+
+        Returns:
+            What the optimizer's step returns.
+
+        Raises:
+            NumericsError: A saliency isn't finite.
+        """
+        if self.optimizer is None:
+            raise UsageError("there is no optimizer to step", hint="set hesso.optimizer, or pass it to Hesso")
+        if scaler is not None and scaler.is_enabled():
+            scaler.unscale_(self.optimizer)
+        self._before(closure is not None)
+        result: Any
+        if closure is not None:
+            result = self.optimizer.step(self._observing(closure))
+        elif scaler is not None:
+            result = scaler.step(self.optimizer)
+        else:
+            result = self.optimizer.step()
+        with torch.no_grad():
+            self._after()
+        self.number += 1
+        return result
+
+    def compress(self) -> nn.Module:
+        """The smaller network with the trained weights: of the model's class, or a graph where that can't hold it.
+
+        Raises:
+            UsageError: Channels are still on their way out.
+            GateError: The cut network isn't the masked one; names the group.
+        """
+        if self.number < self.num_steps:
+            raise UsageError(
+                f"{self.number} of the {self.num_steps} steps are made after which all that goes is at zero",
+                hint=f"call hesso.step() in every step, or lower steps={self.steps}",
+            )
+        kept = ~self._gone
+        check_cut(pruned(self.graph, self.channels, kept), seed=0)
+        copied = _copy_of(self.model)
+        parameter = next(self.model.parameters())
+        small = self._sliced(copied, kept)
+        return small.to(parameter.device)
+
+    def _sliced(self, copied: nn.Module, kept: Tensor) -> nn.Module:
+        if not isinstance(copied, fx.GraphModule):
+            from ..graph.reload import sliced
+
+            try:
+                return sliced(copied, self.graph, self.channels, kept)
+            except InputError:  # the exported graph always can
+                pass
+        whole = copy.deepcopy(self.channels.module)
+        held = _tensors(copied)
+        for node in whole.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in held:
+                put_tensor(whole, str(node.target), held[str(node.target)].detach().clone())
+        small = cut(self.channels, whole, kept)
+        read = {str(node.target) for node in small.graph.nodes if node.op == "get_attr"}
+        for name, _ in list(small.named_parameters(remove_duplicate=False)):
+            if name not in read:  # other names of tied weights, which still have the whole's shape
+                path, _, last = name.rpartition(".")
+                del small.get_submodule(path)._parameters[last]
+        trained = dict(copied.named_parameters(remove_duplicate=False))
+        for name, parameter in small.named_parameters():
+            parameter.requires_grad_(name in trained and trained[name].requires_grad)
+        return small
+
+    # -- saliency
+
+    def _is_observing(self) -> bool:
+        """Whether this step's gradients are looked at: up to where the last period picks."""
+        return self.number <= self._bounds[-2]
+
+    def _before(self, has_closure: bool) -> None:
+        if self._is_observing() and not has_closure:
+            self._observe()
+
+    def _observing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, whose first gradients are those of the parameters as they are."""
+        is_seen = not self._is_observing()
+
+        def observed() -> Any:
+            nonlocal is_seen
+            loss = closure()
+            if not is_seen:
+                is_seen = True
+                self._observe()
+            return loss
+
+        return observed
+
+    def _observe(self) -> None:
+        gradients = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
+        sums = channel_sums(self.places, self._reference(), gradients, self.count)
+        self._is_trained |= sums.is_trained
+        # The gradients of a scaled loss that overflowed say nothing, and their step is left out.
+        if bool(torch.isfinite(sums.gg).all()):
+            self.scores.add(sums, self._stays())
+
+    def _reference(self) -> dict[str, Tensor]:
+        """The parameters whose channels the gradients are to weigh."""
+        return self._parameters()
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """By every name that the places may use."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def _stays(self) -> Tensor:
+        return self._movable & ~self._gone & ~self._leaving
+
+    # -- the schedule
+
+    def _periods(self, steps: int) -> list[int]:
+        """The step at which each period starts, and after them the one at which the last ends."""
+        first = max(1, round(self.schedule.warm_up * steps))
+        length = max(1, round(self.schedule.pruning * steps))
+        if steps < 2:
+            raise UsageError(f"steps={steps} leave no time to prune", hint="a warm-up and a period need 2 at least")
+        periods = min(self.schedule.periods, length)
+        return [first + round(length * p / periods) for p in range(periods + 1)]
+
+    def _after(self) -> None:
+        """Pick, shrink, and hold at zero."""
+        number, bounds = self.number, self._bounds
+        if bounds[0] <= number < bounds[-1]:
+            period = sum(bound <= number for bound in bounds) - 1
+            if number == bounds[period]:
+                self._pick(period)
+            left = bounds[period + 1] - number
+            # From one step to the next by (left - 1) / left: at the period's end, by any path, zero.
+            self._scale(self._leaving, (left - 1) / left)
+            if left == 1:
+                self._gone |= self._leaving
+                self._leaving = torch.zeros_like(self._gone)
+        self._hold()
+
+    def _pick(self, period: int) -> None:
+        """The next channels that go: the cut at this period's part of the budget."""
+        share = (period + 1) / (len(self._bounds) - 1)
+        scores = self._scores()
+        if self.scores.steps:
+            self.scores.clear()
+        self._leaving = self._select(scores, share) & ~self._gone
+
+    def _scores(self) -> Tensor:
+        """float64 ``[c]``; zero for what is gone already."""
+        if not bool((self._movable & self._is_trained).any()):
+            raise BudgetError("no channel's parameters have gradients", hint="call hesso.step() after loss.backward()")
+        self._movable &= self._is_trained
+        return torch.where(self._gone, 0.0, self.scores.combined(self.weights, self._stays()))
+
+    def _select(self, scores: Tensor, share: float = 1.0) -> Tensor:
+        """bool ``[c]``: what goes for a share of all that the budget removes."""
+        return ~self.target.choose(scores, share, self._movable | self._gone)
+
+    def _is_own(self) -> Tensor:
+        """bool ``[c]``: channels all of whose tensors are the model's, and can be held at zero."""
+        own = _tensors(self.model).keys()
+        found = torch.ones(self.count + 1, dtype=torch.bool)
+        for place in self.places:
+            if place.tensor not in own:
+                found[place.channel] = False
+        return found[: self.count]
+
+    # -- tensors
+
+    def _scale(self, which: Tensor, factor: float | Tensor) -> None:
+        """Multiply the parameters of some channels, and of each of its own."""
+        factors = torch.ones(self.count + 1, dtype=torch.float64)
+        factors[: self.count][which] = factor if isinstance(factor, float) else factor[which].double()
+        scale_channels(self.places, self._parameters(), factors)
+
+    def _hold(self) -> None:
+        """Parameters, buffers and optimizer state of what is gone to zero: momentum would revive it."""
+        if not bool(self._gone.any()):
+            return
+        factors = torch.cat([(~self._gone).double(), torch.ones(1, dtype=torch.float64)])
+        tensors = _tensors(self.model)
+        scale_channels(self.places, tensors, factors)
+        if self.optimizer is not None:
+            for place in self.places:
+                parameter = tensors.get(place.tensor)
+                if parameter is not None and parameter in self.optimizer.state:
+                    for value in self.optimizer.state[parameter].values():
+                        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                            scale_channels([place], {place.tensor: value}, factors)
+
+    # -- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs beside the model's and the optimizer's own state."""
+        return {
+            "number": self.number,
+            "bounds": list(self._bounds),
+            "groups": [(group.name, group.size) for group in self.channels.groups],
+            "gone": self._gone.clone(),
+            "leaving": self._leaving.clone(),
+            "movable": self._movable.clone(),
+            "is_trained": self._is_trained.clone(),
+            "target": self.target.state_dict(),
+            "scores": self.scores.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            InputError: It is of another network.
+        """
+        groups = [(group.name, group.size) for group in self.channels.groups]
+        if [tuple(group) for group in state["groups"]] != groups:
+            raise InputError(
+                f"the state is of a network with {len(state['groups'])} channel groups, this one has {len(groups)}",
+                hint="resume with the model that was trained",
+            )
+        self.number, self._bounds = int(state["number"]), [int(bound) for bound in state["bounds"]]
+        self._gone, self._leaving = state["gone"].clone(), state["leaving"].clone()
+        self._movable, self._is_trained = state["movable"].clone(), state["is_trained"].clone()
+        self.target.load_state_dict(state["target"])
+        self.scores.load_state_dict(state["scores"])
+
+
+def scale_channels(places: Sequence[Places], tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+    """Multiply, in place, what lies along each channel by the channel's factor; zero makes it exactly zero.
+
+    Args:
+        factors: ``[c + 1]``, the last for what always stays.
+    """
+    for place in places:
+        tensor = tensors.get(place.tensor)
+        if tensor is None:
+            continue
+        factor = factors[place.channel]  # -1 is the last
+        partial = (factor != 1) & (factor != 0)
+        if bool(partial.any()):
+            shape = [1] * tensor.dim()
+            shape[place.dim] = -1
+            tensor.detach().mul_(factor.to(tensor).reshape(shape))
+        gone = (factor == 0).nonzero().reshape(-1)
+        if len(gone):  # not by multiplication, which keeps NaN
+            tensor.detach().index_fill_(place.dim, gone.to(tensor.device), 0)
+
+
+def _checked(weights: Mapping[str, float]) -> dict[str, float]:
+    unknown = [name for name in weights if name not in CRITERIA]
+    if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise UsageError(
+            f"criteria {dict(weights)}"
+            + (f": {unknown[0]!r} is none" if unknown else ": they need weights above zero"),
+            hint=f"choices: {', '.join(CRITERIA)}",
+        )
+    return {name: float(weight) for name, weight in weights.items() if weight > 0}
+
+
+def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor) -> Graph:
+    """Of a copy on the processor in evaluation mode: the model itself keeps its mode, device and gradients."""
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    # Tracing takes a batch of one for a constant.
+    pairs = tuple(torch.cat([x, x]) if len(x) == 1 else x[:2] for x in (x.detach().cpu() for x in inputs))
+    copied = _copy_of(model).float().eval().requires_grad_(False)
+    return trace_graph(copied, tuple(x.float() if x.is_floating_point() else x for x in pairs))
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """On the processor, without gradients: one with a graph can't be copied."""
+    held = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in held:
+            p.grad = None
+        return copy.deepcopy(model).cpu()
+    finally:
+        for p, grad in held:
+            p.grad = grad
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

@@ -1,0 +1,113 @@
+"""The plan of a method that trains: what it cut, and the values that the rest came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..context import Context
+from ..errors import UsageError
+from ..graph.channel_cost import channel_costs
+from ..graph.cut import kept_channels
+from ..graph.groups import find_channels
+from ..graph.rewrite import tensor_at
+from ..graph.trace import Graph
+from ..model import Source
+from ..plan import Plan
+from ..pruned import trainable_copy
+from ..task import Calibration
+from ..train.loop import Hooks, train
+from ..train.recipe import Training
+from .channel_plan import channel_plan, cost_figures, terms_of
+from .hesso import Hesso
+
+DEFAULT = Budget("macs", 0.5, "dense")
+
+
+def trained_plan(
+    name: str,
+    make: type[Hesso],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Train a network while its channels go.
+
+    Args:
+        name: Of the method.
+        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
+        options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
+        context: Its ``training`` says on what and for how long.
+
+    Returns:
+        The plan and its sidecar: the new values by tensor.
+
+    Raises:
+        BudgetError: More is to be removed than can be cut, or nothing can; gives the feasible minimum.
+        UsageError: A glob matches no weight, or there are too few steps.
+        NumericsError: The loss is no longer finite.
+    """
+    training: Training | None = context.training
+    if training is None:
+        raise UsageError(f"method {name} trains", hint="pass --train DATA")
+    channels = find_channels(graph)
+    costs = channel_costs(channels, len(graph.example_inputs[0]))
+    terms, limit = terms_of(budget or DEFAULT, costs, graph, context)
+    quantity = "macs" if terms is costs.macs else "params"
+    exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
+    state = dict(source.module.state_dict())
+    module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
+    method = make(
+        module,
+        None,
+        graph.example_inputs,
+        budget=Budget(quantity, limit),
+        steps=training.recipe.steps,
+        multiple_of=multiple_of,
+        exclude=exclude,
+    )
+    context.notes.append(f"{name}: all that goes is at zero after {method.num_steps} of {training.recipe.steps} steps")
+
+    def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+        method.optimizer = optimizer
+        method.step()
+
+    trained = train(
+        module,
+        training.data,
+        calibration.task,
+        training.recipe,
+        teacher=teacher,
+        calibration=calibration.data,
+        seed=training.seed,
+        device=context.device,
+        progress=context.progress,
+        hooks=Hooks(step=step, state=method.state_dict, restore=method.load_state_dict),
+        journal=training.journal,
+        resume=training.resume,
+    )
+    context.notes.append(trained.moved())
+    kept = kept_channels(channels, method.kept)
+    targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys()
+    changed = {target for target in targets if not torch.equal(tensor_at(module, target), state[target])}
+    recorded = {"exclude": list(exclude), "multiple_of": multiple_of, "recover": asdict(training.recipe)}
+    return channel_plan(
+        name,
+        source,
+        channels,
+        kept,
+        module,
+        changed,
+        calibration=calibration,
+        budget=budget,
+        options=recorded,
+        predicted=cost_figures(costs, kept),
+    )

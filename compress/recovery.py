@@ -1,0 +1,157 @@
+"""Training after a cut: a plan's network learns from the dense one, and what it learnt becomes part of the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .apply import apply_plan, unpack_mask, values_key, values_sha256
+from .data import Data, check_forward
+from .errors import UsageError
+from .graph.rewrite import tensor_at
+from .job import Job, device_of, read_named
+from .plan import Decision, MaskWeights, Plan, Replace
+from .pruned import prune, trainable_copy
+from .task import check_targets
+from .train.augment import NAMES
+from .train.loop import Hooks, train
+from .train.masks import hold_masks
+from .train.recipe import Recipe, Training
+
+DEFAULT_STEPS = 250
+
+
+def recipe_of(job: Job, examples: int, *, default: int = 0) -> Recipe | None:
+    """How the settings say that a network is trained; None where they don't ask for it.
+
+    Raises:
+        UsageError: Both steps and epochs are given, or an augmentation is unknown.
+    """
+    steps, epochs = int(job.value("recover_steps") or 0), float(job.value("recover_epochs") or 0.0)
+    if steps and epochs:
+        raise UsageError("--recover-steps and --recover-epochs say the same", hint="pass one of them")
+    batch_size = int(job.value("batch_size"))
+    steps = steps or math.ceil(epochs * examples / batch_size)
+    steps = steps or default
+    if not steps:
+        return None
+    augment = tuple(name for name in job.value("augment") or () if name != "none")
+    unknown = [name for name in augment if name not in NAMES]
+    if unknown:
+        raise UsageError(f"--augment {unknown[0]!r} is unknown", hint=f"choices: none, {', '.join(NAMES)}")
+    lr, patience = job.value("lr"), job.value("patience")
+    return Recipe(
+        steps,
+        optimizer=str(job.value("optimizer")),
+        lr=None if lr is None else float(lr),
+        schedule=str(job.value("schedule")),
+        batch_size=batch_size,
+        augment=augment,
+        distill=min(1.0, float(job.value("distill"))),
+        patience=None if patience is None else int(patience),
+    )
+
+
+def is_asked(job: Job) -> bool:
+    """Whether the settings ask for training."""
+    return bool(job.value("recover_steps") or job.value("recover_epochs"))
+
+
+def training(job: Job, *, journal: Path | None, resume: bool) -> Training:
+    """What a method that trains is handed: by default for ``DEFAULT_STEPS``."""
+    job.progress("read training data", 0, None)
+    data = training_data(job)
+    recipe = recipe_of(job, len(data), default=DEFAULT_STEPS)
+    assert recipe is not None
+    job.notes.append(described(recipe, data))
+    return Training(data, recipe, int(job.value("seed")), journal, resume)
+
+
+def described(recipe: Recipe, data: Data) -> str:
+    """A training in words."""
+    return f"{recipe.steps} training steps of {recipe.batch_size} on {len(data):,} examples of {data.name}"
+
+
+def training_data(job: Job) -> Data:
+    """``--train``, or all of ``--data``; checked against the network.
+
+    Raises:
+        UsageError: Neither is given.
+    """
+    name = "train" if job.value("train") is not None else "data"
+    data = job.task.prepare(read_named(job.settings, name))
+    check_targets(job.task, check_forward(job.source.module, data, f"--{name}"), data)
+    return data
+
+
+def recovered(
+    job: Job, plan: Plan, sidecar: Mapping[str, Tensor], *, journal: Path | None, resume: bool
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan of the network after training, and its sidecar.
+
+    Raises:
+        NumericsError: The loss is no longer finite.
+        UsageError: Nothing to train on.
+    """
+    job.progress("read training data", 0, None)
+    data = training_data(job)
+    recipe = recipe_of(job, len(data))
+    assert recipe is not None
+    pruned = prune(job.graph, plan)
+    graph = job.graph if pruned is None else pruned.graph
+    state = apply_plan(job.source.module, job.graph.tied, plan, sidecar, pruned).state()
+    module = trainable_copy(graph, state)
+    teacher = trainable_copy(job.graph, dict(job.source.module.state_dict()))
+    masks = {n: unpack_mask(sidecar[n], d, state[n].shape) for n, d in plan.masks().items()}
+    calibration = None if job.calibration is None else job.calibration.data
+    trained = train(
+        module,
+        data,
+        job.task,
+        recipe,
+        teacher=teacher,
+        calibration=calibration,
+        seed=plan.seed,
+        device=device_of(job.settings),
+        progress=job.progress,
+        hooks=Hooks(after=hold_masks(module, masks)),
+        journal=journal,
+        resume=resume,
+    )
+    job.notes.append(f"{described(recipe, data)}; {trained.moved()}")
+    if recipe.patience is not None and trained.step < recipe.steps:
+        job.notes.append(f"the weights are those of step {trained.step}, nearest to the dense network")
+    return with_values(plan, sidecar, module, state, masks, {"recover": asdict(recipe)})
+
+
+def with_values(
+    plan: Plan,
+    sidecar: Mapping[str, Tensor],
+    module: fx.GraphModule,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with the values that a network has now, where they differ from ``state``."""
+    targets = sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys())
+    values = {name: tensor_at(module, name).cpu() for name in targets}
+    moved = {name: value for name, value in values.items() if not torch.equal(value, state[name])}
+    tensors = dict(sidecar)
+    decisions: list[Decision] = []
+    for decision in plan.decisions:
+        if isinstance(decision, MaskWeights) and decision.tensor in moved:
+            found = moved.pop(decision.tensor)[masks[decision.tensor]].clone()
+            tensors[values_key(decision.tensor)] = found
+            decisions.append(replace(decision, values_sha256=values_sha256(found)))
+        elif not isinstance(decision, Replace) or decision.tensor not in moved:
+            decisions.append(decision)
+    for name, value in moved.items():
+        tensors[values_key(name)] = value.clone()
+        decisions.append(Replace(name, values_sha256(value)))
+    return replace(plan, decisions=tuple(decisions), options={**plan.options, **options}), tensors

@@ -1,0 +1,444 @@
+"""A module with sliced tensors and patched attributes computes what the cut graph does, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import zoo
+import zoo_families
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
+from zoo import Network
+from zoo_sequences import SEQUENCES
+from zoo_traps import TRAPS, UNTRACEABLE
+
+from compress.graph.cut import cut, kept_channels
+from compress.graph.groups import Channels, find_channels
+from compress.graph.reload import ReloadError, sliced
+from compress.graph.trace import Graph, trace_graph
+
+OTHERS = [*zoo.NETWORKS, *SEQUENCES, *(n for n in zoo_families.FAMILIES if {"timm", "transformers"} & n.traits)]
+# Their forward has a number of channels or heads in its code, or halves channels that are cut unevenly.
+LITERAL = {
+    "cifar_resnet", "Res2Net", "Ghost", "SpaceToDepth", "Maxout", "TemporalShift", "SelectiveKernel", "NonLocal",
+    "DiffusionBlock",
+}  # fmt: skip
+
+
+def drawn(channels: Channels, share: float = 0.5) -> Tensor:
+    """A random share of the channels of each group, one of each at least."""
+    generator = torch.Generator().manual_seed(0)
+    keep = {}
+    for group in channels.groups:
+        count = max(1, round(group.size * share))
+        keep[group.name] = torch.randperm(group.size, generator=generator)[:count].sort().values.tolist()
+    return kept_channels(channels, keep)
+
+
+def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Graph, Channels]:
+    graph = trace_graph(module.eval().requires_grad_(False), inputs)
+    return graph, find_channels(graph)
+
+
+def reloaded(module: nn.Module, *inputs: Tensor, share: float = 0.5) -> nn.Module:
+    """The smaller module, after a look that it computes what the cut graph does in float32 too."""
+    graph, channels = read(module, inputs)
+    kept = drawn(channels, share)
+    assert not kept.all()
+    small = sliced(module, graph, channels, kept)
+    assert_same(small, cut(channels, channels.module, kept), inputs)
+    return small
+
+
+def assert_same(found: nn.Module, expected: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        values = zip(tree_leaves(found(*inputs)), tree_leaves(expected(*inputs)), strict=True)
+        for f, e in values:
+            if isinstance(e, Tensor) and e.is_floating_point():
+                assert float((f - e).abs().max()) <= 1e-4 * float(e.abs().max())
+
+
+def assert_reloads_or_refuses(network: Network) -> bool:
+    """Whether it reloads."""
+    module, inputs = network.make(), network.inputs(2)
+    graph, channels = read(module, inputs)
+    kept = drawn(channels)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    try:
+        small = sliced(module, graph, channels, kept)
+    except ReloadError as error:
+        assert "(" in error.message and error.hint
+        return False
+    finally:
+        assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert_same(small, cut(channels, channels.module, kept), network.inputs(3))
+    return True
+
+
+@pytest.mark.parametrize("case", [n for n in TRAPS if UNTRACEABLE not in n.traits], ids=lambda n: n.name)
+def test_the_users_class_computes_what_the_cut_graph_does(case: Network) -> None:
+    assert assert_reloads_or_refuses(case) is (case.name not in LITERAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS, ids=lambda n: n.name)
+def test_other_packages_classes_compute_what_the_cut_graph_does_or_are_refused(case: Network) -> None:
+    for package in ("timm", "transformers"):
+        if package in case.traits:
+            pytest.importorskip(package, reason="pip install '.[zoo]'", exc_type=ImportError)
+    assert_reloads_or_refuses(case)
+
+
+# -- layers of torch -------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_torch_say_their_new_widths() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3, groups=8), nn.GroupNorm(4, 8),
+        nn.ConvTranspose2d(8, 6, 2), nn.InstanceNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )  # fmt: skip
+    small: Any = reloaded(module, torch.randn(2, 3, 8, 8))
+    conv, norm, prelu, depthwise, groups, transposed, instance, _, _, linear = small
+    assert (conv.in_channels, conv.out_channels, norm.num_features, prelu.num_parameters) == (3, 4, 4, 4)
+    assert (depthwise.in_channels, depthwise.out_channels, depthwise.groups) == (4, 4, 4)
+    assert (groups.num_channels, groups.num_groups) == (4, 2)
+    assert (transposed.in_channels, transposed.out_channels, instance.num_features) == (4, 3, 3)
+    assert (linear.in_features, linear.out_features) == (3, 5)
+
+
+def test_a_residual_stream_is_one_width() -> None:
+    small: Any = reloaded(zoo_families_named("Highway").make(), torch.randn(2, 3, 8, 8))
+    assert {m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)} == {4}
+
+
+def zoo_families_named(name: str) -> Network:
+    return next(network for network in zoo_families.FAMILIES if network.name == name)
+
+
+def test_tied_weights_stay_tied() -> None:
+    network = zoo.named("TiedEmbedding")
+    small = reloaded(network.make(), *network.inputs(2))
+    names = [name for name, _ in small.named_parameters(remove_duplicate=False)]
+    assert len(names) == len(list(small.parameters())) + 1
+
+
+def test_parametrizations_stay() -> None:
+    module = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(8, 4)),
+        nn.ReLU(), nn.Linear(4, 3),
+    )  # fmt: skip
+    small = reloaded(module, torch.randn(2, 6))
+    shapes = {key: tuple(value.shape) for key, value in small.state_dict().items()}
+    assert shapes["0.parametrizations.weight.original0"] == (4, 1)
+    assert shapes["0.parametrizations.weight.original1"] == (4, 6)
+    assert shapes["2.parametrizations.weight.0._v"] == (4,)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_no_obstacle() -> None:
+    module = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+    inputs = (torch.randn(2, 6),)
+    graph, channels = read(module, inputs)
+    module.requires_grad_(True)(*inputs)
+    assert not module[0].weight.is_leaf
+    small = sliced(module, graph, channels, drawn(channels))
+    assert_same(small, cut(channels, channels.module, drawn(channels)), inputs)
+    assert small.state_dict()["0.weight_v"].shape == (4, 6)
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("it holds a lock")
+
+
+def test_a_module_that_can_not_be_copied_is_refused() -> None:
+    with pytest.raises(ReloadError, match=r"^Sequential can't be copied \(it holds a lock\)"):
+        reloaded(nn.Sequential(Uncopied(6, 8), nn.Linear(8, 3)), torch.randn(2, 6))
+
+
+class Gates(nn.Module):
+    """A buffer outside of the state dict, and a plain tensor, along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.rand(8), persistent=False)
+        self.offset = torch.rand(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second((self.first(x) * self.scale) * self.offset)
+
+
+def test_buffers_outside_of_the_state_dict_and_plain_tensors_are_sliced() -> None:
+    small: Any = reloaded(Gates(), torch.randn(2, 6))
+    assert (small.scale.shape, small.offset.shape) == ((4,), (4,))
+    assert "scale" not in small.state_dict()
+
+
+class Cached(nn.Module):
+    """A table that is made once, in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.table = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.rand(8))
+        self.tables: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.tables:
+            self.tables["table"] = self.table.exp() - 1
+        return self.second(self.first(x) * self.tables["table"])
+
+
+def test_tables_that_forward_keeps_are_made_again() -> None:
+    module, inputs = Cached(), (torch.randn(2, 6),)
+    graph, channels = read(module, inputs)
+    module(*inputs)
+    small: Any = sliced(module, graph, channels, drawn(channels))
+    assert (module.tables.keys(), small.tables) == ({"table"}, {})
+    assert_same(small, cut(channels, channels.module, drawn(channels)), inputs)
+
+
+# -- the user's attributes -------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Attention whose heads and their width are attributes, maybe equal; another one only looks like them."""
+
+    def __init__(self, width: int = 12, heads: int = 4, head_dim: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.inner, self.depth = heads, head_dim, heads * head_dim, heads
+        self.scale = head_dim**-0.5
+        self.qkv, self.out, self.fc = (
+            nn.Linear(width, 3 * self.inner),
+            nn.Linear(self.inner, width),
+            nn.Linear(width, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (
+            u.view(n, t, self.num_heads, self.head_dim).transpose(1, 2) for u in self.qkv(x).split(self.inner, -1)
+        )
+        y = ((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).reshape(n, t, self.inner)
+        return self.fc(x + self.out(y))
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 4), (2, 8), (8, 2)])
+def test_heads_or_their_width_are_found_by_what_the_module_computes(heads: int, head_dim: int) -> None:
+    small: Any = reloaded(Heads(heads=heads, head_dim=head_dim), torch.randn(2, 7, 12))
+    assert small.inner == heads * head_dim // 2
+    assert small.num_heads * small.head_dim == small.inner
+    assert small.scale == head_dim**-0.5
+    assert small.depth == heads
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.heads = nn.Embedding(20, 12), Heads()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.heads(self.embedding(ids.view(-1, ids.shape[-1])))
+
+
+def test_heads_are_found_where_every_example_is_the_same_token() -> None:
+    graph, channels = read(module := Tokens(), (torch.zeros(2, 7, dtype=torch.int64),))
+    kept = drawn(channels)
+    ids = (torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(0)),)
+    assert_same(sliced(module, graph, channels, kept), cut(channels, channels.module, kept), ids)
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.sizes, self.out = nn.Linear(6, 16), (8, 4, 4), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.stem(x).split(self.sizes, -1)
+        return self.out(torch.cat([F.relu(a), b.sigmoid() - 0.5 * 0, c.tanh()], -1))
+
+
+def test_split_sizes_in_a_tuple_follow() -> None:
+    small: Any = reloaded(Parts(), torch.randn(2, 6))
+    assert isinstance(small.sizes, tuple)
+    assert sum(small.sizes) == small.out.in_features == 8
+
+
+class Configured(nn.Module):
+    """Two blocks that read their width from one configuration, nested in it, at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(mlp={"shape": [4, 3], "name": "mlp"}, layers=2)
+        self.blocks = nn.ModuleList(Reshaped(self.config) for _ in range(2))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x)
+
+
+class Reshaped(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.up, self.down = config, nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).view(-1, *self.config.mlp["shape"]).softmax(-1)
+        return self.down(y.flatten(1))
+
+
+def test_a_shared_configuration_is_copied_for_the_module_that_needs_another() -> None:
+    module = Configured()
+    graph, channels = read(module, (torch.randn(2, 6),))
+    first, second = channels.groups
+    kept = kept_channels(channels, {first.name: [0, 2], second.name: [0, 1, 3]})
+    small: Any = sliced(module, graph, channels, kept)
+    assert [block.config.mlp["shape"] for block in small.blocks] == [[2, 3], [3, 3]]
+    assert small.config.mlp["shape"] == module.config.mlp["shape"] == [4, 3]
+    assert small.blocks[0].config.mlp["name"] == "mlp"
+
+
+class Halves(nn.Module):
+    """A size that is a class's, and twice what the code needs."""
+
+    width = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(x).split(self.width // 2, -1)
+        return self.out(a * b)
+
+
+def test_a_size_that_the_code_divides_follows() -> None:
+    small: Any = reloaded(Halves(), torch.randn(2, 6))
+    assert (small.width, Halves.width) == (8, 16)
+
+
+class Checked(nn.Module):
+    """Code that checks what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.width, self.out = nn.Linear(6, 16), 16, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        if y.shape[-1] != self.width:
+            raise ValueError(f"{self.width} channels expected")
+        return self.out(y)
+
+
+def test_a_size_that_is_only_checked_follows() -> None:
+    small: Any = reloaded(Checked(), torch.randn(2, 6))
+    assert small.width == 8
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Closed(nn.Module):
+    def __init__(self, shape: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.shape, self.out = nn.Linear(6, 12), shape, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.shape(self.stem(x)).softmax(-1).flatten(1))
+
+
+def closure(width: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.view(-1, width, 3)
+
+
+@pytest.mark.parametrize("shape", [closure(4), functools.partial(torch.reshape, shape=(-1, 4, 3))], ids=str)
+def test_a_size_in_a_closure_is_refused_by_name(shape: Callable[[Tensor], Tensor]) -> None:
+    module = nn.Sequential(Closed(shape))
+    message = (
+        r"^0 \(Closed\): (view|reshape) at test_reload\.py:\d+ needs 2 where it has 4, and no attribute holds that$"
+    )
+    with pytest.raises(ReloadError, match=message) as caught:
+        reloaded(module, torch.randn(2, 6))
+    assert "model.pt2" in caught.value.hint
+
+
+class Scaled(nn.Module):
+    """Attention of one head, whose scale is taken from its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(self.q(x)[:, None], self.k(x)[:, None], self.v(x)[:, None])
+        return self.out(y[:, 0])
+
+
+def test_a_scale_that_follows_the_width_is_refused_by_name() -> None:
+    message = r"the network \(Scaled\): scaled_dot_product_attention at .*takes its scale from the width of its heads"
+    with pytest.raises(ReloadError, match=message) as caught:
+        reloaded(Scaled(), torch.randn(2, 5, 6))
+    assert "pass scale=" in caught.value.hint
+
+
+def test_heads_of_torchs_own_attention_are_refused_by_name() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
+    message = r"^self_attn \(MultiheadAttention\): torch's class is as wide inside as its embedding"
+    with pytest.raises(ReloadError, match=message) as caught:
+        reloaded(layer, torch.randn(2, 7, 12))
+    assert "--exclude" in caught.value.hint
+
+
+def test_a_feed_forward_beside_torchs_own_attention_reloads() -> None:
+    module, inputs = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), (torch.randn(2, 7, 12),)
+    graph, channels = read(module, inputs)
+    kept = kept_channels(channels, {"linear1.weight": list(range(0, 20, 2))})
+    small: Any = sliced(module, graph, channels, kept)
+    assert (small.linear1.out_features, small.linear2.in_features) == (10, 10)
+    assert_same(small, cut(channels, channels.module, kept), inputs)
+
+
+# -- the two modules -------------------------------------------------------------------------------------------------
+
+
+def test_the_users_module_is_left_as_found() -> None:
+    module = Heads()
+    graph, channels = read(module, (torch.randn(2, 7, 12),))
+    module.train().requires_grad_(True)
+    module.register_forward_hook(lambda *_: None)
+    before, state = dict(vars(module)), copy.deepcopy(module.state_dict())
+    small = sliced(module, graph, channels, drawn(channels))
+    assert vars(module) == before
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+    assert small.training and all(p.requires_grad and p.dtype is torch.float32 for p in small.parameters())
+    assert len(small._forward_hooks) == 1
+
+
+def test_a_smaller_state_dict_loads_into_another_sliced_module() -> None:
+    inputs = (torch.randn(2, 7, 12),)
+    first, second = Heads(), Heads()
+    small = reloaded(first, *inputs)
+    other = reloaded(second, *inputs)
+    other.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(small(*inputs), other(*inputs))
+
+
+def test_nothing_cut_changes_nothing() -> None:
+    module = Heads()
+    graph, channels = read(module, (torch.randn(2, 7, 12),))
+    same: Any = sliced(module, graph, channels, torch.ones(len(drawn(channels)), dtype=torch.bool))
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in module.state_dict().items())
+    assert (same.num_heads, same.inner) == (4, 16)
