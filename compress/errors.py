@@ -49,10 +49,18 @@ class GateError(HCompressError):
 
 
 class BudgetError(HCompressError):
-    """No decision of the method meets the budget; the message gives the feasible minimum."""
+    """No decision of the method meets the budget; the message gives the feasible minimum.
+
+    Attributes:
+        least: The minimum, where a caller may go on with it.
+    """
 
     exit_code = 5
     title = "infeasible budget"
+
+    def __init__(self, message: str, *, hint: str = "", least: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.least = least
 
 
 class LockedError(HCompressError):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from . import canonical
 from .errors import GateError, HCompressError, InputError
-from .graph.cut import cut, kept_channels, sliced_tensor, worst_difference
+from .graph.cut import cut, kept_channels, probe_inputs, sliced_tensor, worst_difference
 from .graph.groups import Channels, find_channels
 from .graph.rewrite import put_tensor, unlift
 from .graph.trace import Graph, trace_graph
@@ -115,7 +115,7 @@ def check_cut(made: Pruned, seed: int) -> float:
     Raises:
         GateError: It doesn't; names the group that breaks it.
     """
-    inputs = made.graph.example_inputs
+    inputs = probe_inputs(made.graph, seed=seed)
     worst = worst_difference(made.channels, made.kept, inputs, seed=seed)
     if worst <= CUT_TOLERANCE:
         return worst

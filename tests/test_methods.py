@@ -42,6 +42,8 @@ GOALS = {
     "bops": ("bops=10%",),
     "latency": ("latency=500ms",),  # any network meets it
     "sparsity": ("sparsity=0.75",),
+    "macs": ("macs=60%",),
+    "params": ("params=70%",),
 }
 CASES = [
     (method, goal, "safetensors" if goal == "25KB" else "onnx")
@@ -49,6 +51,7 @@ CASES = [
     for quantity in method.budgets
     for goal in GOALS[quantity]
 ]
+METHODS_THAT_TRAIN = {method.name for method in METHODS if method.trains}
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
 
@@ -98,6 +101,8 @@ def settings(data: Data, out: Path, **given: Any) -> Mapping[str, Value]:
         "num_calibration": 64,
         "passes": 2,
         "rounds": 2,
+        "recover_steps": 20 if METHODS_THAT_TRAIN & {given.get("method")} else 0,
+        "batch_size": 16,
         "out": str(out),
         **given,
     }
@@ -152,6 +157,10 @@ def test_budget_is_met_by_the_written_file(
     elif budget.quantity == "bops":
         frontier = read_frontier(folder / "frontier.json")
         assert frontier.amount(frontier.costs[frontier.index]) <= budget.absolute(frontier.dense_amount)
+    elif budget.quantity in ("macs", "params"):
+        figure = report[budget.quantity]
+        limit = budget.absolute(figure["dense"])
+        assert 0.9 * limit <= figure["compressed"] <= limit
     else:
         assert report["sparsity"] == pytest.approx(budget.limit, abs=1e-4)
     assert all(check["ok"] for check in report["checks"])

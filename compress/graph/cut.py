@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from ..errors import UsageError
 from .channel_rules import MADE, hint, op_name, shape_of, slice_bounds, split_sizes
 from .groups import Channels
-from .rewrite import put_tensor, tensor_at
-from .trace import argument, aten
+from .rewrite import MOVES, put_tensor, tensor_at
+from .trace import Graph, argument, aten
 
 Keep = Mapping[str, Sequence[int]]
 
@@ -292,3 +292,33 @@ def _tensors(outputs: Any) -> list[Tensor]:
     from torch.utils import _pytree as pytree
 
     return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+
+
+def probe_inputs(graph: Graph, *, seed: int) -> tuple[Tensor, ...]:
+    """The traced examples with one more, floats in float64 and moved a little; random rows for what an embedding reads.
+
+    Equal tokens would make all queries alike, and hide heads that are split in the wrong places.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    placeholders = {node.name: node for node in graph.program.graph.nodes if node.op == "placeholder"}
+    made = []
+    for x, name in zip(graph.example_inputs, graph.program.graph_signature.user_inputs, strict=True):
+        more = torch.cat([x, x[:1]]).cpu()
+        if more.is_floating_point():
+            noise = torch.rand(more.shape, generator=generator, dtype=torch.float64)
+            made.append(more.double() * (0.9 + 0.2 * noise) if more.any() else noise)
+            continue
+        rows = [shape_of(reader.args[0])[0] for reader in _embedding_readers(placeholders[str(name)])]
+        made.append(torch.randint(min(rows), more.shape, generator=generator).to(more.dtype) if rows else more)
+    return tuple(made)
+
+
+def _embedding_readers(node: fx.Node) -> list[fx.Node]:
+    """Those that read a node's values as their rows."""
+    found = []
+    for user in node.users:
+        if user.target is aten.embedding.default and user.args[1] is node:
+            found.append(user)
+        elif user.target in MOVES or op_name(user) == "to":
+            found += _embedding_readers(user)
+    return found

@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .channel_rules import op_name, shape_of
-from .cut import cut, randomised, sliced_tensor
+from .cut import cut, probe_inputs, randomised, sliced_tensor
 from .groups import Channels, source_line
-from .rewrite import MOVES, put_tensor, tensor_at
+from .rewrite import put_tensor, tensor_at
 from .sizes import (
     PRIVATE,
     Need,
@@ -110,7 +110,7 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
     for target in channels.weights.keys() - stored.keys():  # made by the user's code: no other values can be had
         constant = tensor_at(channels.module, target)
         put_tensor(whole, target, constant.double() if constant.is_floating_point() else constant)
-    small, inputs = cut(channels, whole, kept), _inputs(graph, seed)
+    small, inputs = cut(channels, whole, kept), probe_inputs(graph, seed=seed)
     reference = _reference(small, inputs)
     trial = copy.deepcopy(base).cpu().double().eval()
     for target, aliases in stored.items():
@@ -173,36 +173,6 @@ def _forget(module: nn.Module) -> None:
             is_cache = name not in PRIVATE and isinstance(held, dict) and held
             if is_cache and all(isinstance(value, Tensor) for value in held.values()):
                 vars(part)[name] = type(held)()
-
-
-def _inputs(graph: Graph, seed: int) -> tuple[Tensor, ...]:
-    """The examples with one more, floats in float64 and moved a little; random rows for what an embedding reads.
-
-    Equal tokens would make all queries alike, and hide heads that are split in the wrong places.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    placeholders = {node.name: node for node in graph.program.graph.nodes if node.op == "placeholder"}
-    made = []
-    for x, name in zip(graph.example_inputs, graph.program.graph_signature.user_inputs, strict=True):
-        more = torch.cat([x, x[:1]]).cpu()
-        if more.is_floating_point():
-            noise = torch.rand(more.shape, generator=generator, dtype=torch.float64)
-            made.append(more.double() * (0.9 + 0.2 * noise) if more.any() else noise)
-            continue
-        rows = [shape_of(reader.args[0])[0] for reader in _embeddings(placeholders[str(name)])]
-        made.append(torch.randint(min(rows), more.shape, generator=generator).to(more.dtype) if rows else more)
-    return tuple(made)
-
-
-def _embeddings(node: fx.Node) -> list[fx.Node]:
-    """Those that read a node's values as their rows."""
-    found = []
-    for user in node.users:
-        if user.target is aten.embedding.default and user.args[1] is node:
-            found.append(user)
-        elif user.target in MOVES or op_name(user) == "to":
-            found += _embeddings(user)
-    return found
 
 
 # -- the reference ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..apply import values_key, values_sha256
 from ..budget import Budget
 from ..context import Context
-from ..errors import UsageError
+from ..errors import BudgetError, UsageError
 from ..graph.channel_cost import ChannelCosts, Term, total
 from ..graph.cut import sliced_tensor
 from ..graph.groups import Channels
@@ -23,6 +23,7 @@ from ..pruned import prune_decisions
 from ..task import Calibration
 
 FLOAT_BYTES = 4
+T = TypeVar("T")
 
 
 def movable_channels(channels: Channels, graph: Graph, exclude: Sequence[str]) -> Tensor:
@@ -54,6 +55,20 @@ def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context
         # A file loses four bytes with each parameter.
         return costs.params, whole - (context.model_bytes({}) + context.overhead - budget.limit) / FLOAT_BYTES
     raise UsageError(f"{budget.quantity} isn't a budget of channels", hint="use macs=50%, params=50% or 0.3MB")
+
+
+def within_reach(budget: Budget, decide: Callable[[float], T], limit: float) -> T:
+    """What ``decide`` gives for the limit; of bytes the least there is, whose written file then says what is feasible.
+
+    Raises:
+        BudgetError: Another quantity is out of reach, or nothing can be cut.
+    """
+    try:
+        return decide(limit)
+    except BudgetError as error:
+        if budget.quantity != "bytes" or error.least is None:
+            raise
+        return decide(error.least)
 
 
 def channel_plan(

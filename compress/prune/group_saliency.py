@@ -18,21 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..graph.groups import Channels
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """A dimension of a tensor that channels lie along.
-
-    Attributes:
-        tensor: State-dict key.
-        channel: int64 ``[n]``: the channel of each place along ``dim``; -1 where it always stays.
-    """
-
-    tensor: str
-    dim: int
-    channel: Tensor
+from .channel_places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +38,6 @@ class Sums:
     gg: Tensor
     size: Tensor
     is_trained: Tensor
-
-
-def find_places(channels: Channels) -> tuple[Places, ...]:
-    """Where the channels lie; what is divided by its norm has no size of its own and is left out."""
-    found = []
-    for tensor, vectors in channels.weights.items():
-        for dim, labels in enumerate(vectors):
-            if labels is not None and (tensor, dim) not in channels.directions:
-                channel = channels.channel_of[labels]
-                if bool((channel >= 0).any()):
-                    found.append(Places(tensor, dim, channel))
-    return tuple(found)
 
 
 def channel_sums(
@@ -154,6 +128,7 @@ class RunningScores:
         self.criteria = tuple(criteria)
         self.totals = torch.zeros(len(self.criteria), count, dtype=torch.float64)
         self.steps = 0
+        self.is_over = False
 
     def add(self, sums: Sums, among: Tensor) -> None:
         """Add a step.
@@ -165,6 +140,9 @@ class RunningScores:
         Raises:
             NumericsError: A score isn't finite.
         """
+        if self.is_over:
+            self.totals.zero_()
+            self.steps, self.is_over = 0, False
         for number, name in enumerate(self.criteria):
             score = CRITERIA[name](sums).double()
             if not bool(torch.isfinite(score).all()):
@@ -184,17 +162,16 @@ class RunningScores:
         ]
         return torch.stack(parts).sum(0)
 
-    def clear(self) -> None:
-        """Forget all steps."""
-        self.totals.zero_()
-        self.steps = 0
+    def begin_anew(self) -> None:
+        """Forget all steps as soon as there is another."""
+        self.is_over = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals.clone(), "steps": self.steps}
+        return {"totals": self.totals.clone(), "steps": self.steps, "is_over": self.is_over}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.totals.copy_(state["totals"])
-        self.steps = int(state["steps"])
+        self.steps, self.is_over = int(state["steps"]), bool(state["is_over"])
 
 
 def normalised(score: Tensor, among: Tensor) -> Tensor:

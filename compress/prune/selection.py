@@ -121,6 +121,7 @@ def _chosen(
         raise BudgetError(
             f"the budget is out of reach: with all that may be cut, {reached:,} are left",
             hint=f"raise --budget to {reached:,} or more ({100 * reached / total(terms, torch.ones_like(kept)):.1f}%)",
+            least=reached,
         )
     # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
     for block in sorted(removed, key=lambda b: -float(scores[b].sum())):

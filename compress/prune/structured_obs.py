@@ -27,7 +27,7 @@ from ..pruned import kept_of
 from ..reconstruct.least_squares import fitting_examples, refit_layers
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-from .channel_plan import channel_plan, cost_figures, movable_channels, terms_of
+from .channel_plan import channel_plan, cost_figures, movable_channels, terms_of, within_reach
 from .selection import choose, require_prunable
 
 NAME = "structured-obs"
@@ -72,7 +72,11 @@ def plan(
     if NAME not in context.memo:
         context.memo[NAME] = saliencies(channels, calibration, context)
     scores = context.memo[NAME]
-    kept = choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
+
+    def chosen(limit: float) -> Tensor:
+        return choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
+
+    kept = within_reach(budget, chosen, limit)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}
     return _fitted(source, graph, channels, kept, calibration, budget, recorded, predicted, context)

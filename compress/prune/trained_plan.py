@@ -23,7 +23,7 @@ from ..pruned import trainable_copy
 from ..task import Calibration
 from ..train.loop import Hooks, train
 from ..train.recipe import Training
-from .channel_plan import channel_plan, cost_figures, terms_of
+from .channel_plan import channel_plan, cost_figures, terms_of, within_reach
 from .hesso import Hesso
 
 DEFAULT = Budget("macs", 0.5, "dense")
@@ -65,15 +65,19 @@ def trained_plan(
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     state = dict(source.module.state_dict())
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
-    method = make(
-        module,
-        None,
-        graph.example_inputs,
-        budget=Budget(quantity, limit),
-        steps=training.recipe.steps,
-        multiple_of=multiple_of,
-        exclude=exclude,
-    )
+
+    def opened(limit: float) -> Hesso:
+        return make(
+            module,
+            None,
+            graph.example_inputs,
+            budget=Budget(quantity, limit),
+            steps=training.recipe.steps,
+            multiple_of=multiple_of,
+            exclude=exclude,
+        )
+
+    method = within_reach(budget or DEFAULT, opened, limit)
     context.notes.append(f"{name}: all that goes is at zero after {method.num_steps} of {training.recipe.steps} steps")
 
     def step(optimizer: torch.optim.Optimizer, number: int) -> None:

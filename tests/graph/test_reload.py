@@ -362,7 +362,9 @@ def closure(width: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.view(-1, width, 3)
 
 
-@pytest.mark.parametrize("shape", [closure(4), functools.partial(torch.reshape, shape=(-1, 4, 3))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [closure(4), functools.partial(torch.reshape, shape=(-1, 4, 3))], ids=["lambda", "partial"]
+)
 def test_a_size_in_a_closure_is_refused_by_name(shape: Callable[[Tensor], Tensor]) -> None:
     module = nn.Sequential(Closed(shape))
     message = (

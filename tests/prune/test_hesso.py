@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from zoo import Network, named
 
+from compress.data import load_object
 from compress.errors import BudgetError, InputError, NumericsError, UsageError
 from compress.graph.channel_cost import channel_costs, total
 from compress.graph.cut import cut, kept_channels, masked, randomised
 from compress.graph.groups import find_channels
 from compress.graph.trace import trace_graph
-from compress.prune.group_saliency import CRITERIA, RunningScores, channel_sums, find_places
-from compress.prune.hesso import Hesso, Schedule
+from compress.prune.channel_places import find_places
+from compress.prune.group_saliency import CRITERIA, RunningScores, channel_sums
+from compress.prune.hesso import PUBLISHED, WEIGHTS, Hesso, Schedule
 from compress.train.adahessian import AdaHessian
+from compress.train.augment import augmented
 
 STEPS = 8
 CASES = ["plain_cnn", "padded_residual", "depthwise", "SqueezeExcite", "unaffine_batch_norm", "mlp", "Gpt", "UNet",
@@ -218,6 +224,26 @@ def test_without_gradients_there_is_nothing_to_decide_by() -> None:
     hesso.step()
     with pytest.raises(BudgetError, match="no channel's parameters have gradients"):
         hesso.step()
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, PUBLISHED])
+def test_gradients_that_are_not_finite_are_an_error(weights: dict[str, float]) -> None:
+    hesso = opened(weights=weights)
+    hesso.model[3].weight.grad = torch.full_like(hesso.model[3].weight, torch.nan)
+    with pytest.raises(NumericsError, match="isn't finite"):
+        hesso.step()
+
+
+def test_scores_last_until_there_are_others() -> None:
+    running = RunningScores(["magnitude"], 2)
+    sums = channel_sums((), {}, {}, 2)
+    both = torch.ones(2, dtype=torch.bool)
+    for ww in (torch.tensor([1.0, 9.0]), torch.tensor([4.0, 4.0])):
+        sums.ww.copy_(ww)
+        running.add(sums, both)
+        assert running.combined({"magnitude": 1.0}, both).tolist() == (ww.sqrt() / ww.sqrt().mean()).tolist()
+        running.begin_anew()
+        assert running.combined({"magnitude": 1.0}, both).tolist() == (ww.sqrt() / ww.sqrt().mean()).tolist()
 
 
 def test_a_diverged_training_is_an_error() -> None:
@@ -460,3 +486,60 @@ def test_running_scores_are_means_of_normalised_steps() -> None:
         seen.append(CRITERIA["first-order"](sums) / CRITERIA["first-order"](sums).mean())
     torch.testing.assert_close(running.combined({"first-order": 1.0, "magnitude": 0.0}, among), sum(seen) / 2)
     assert running.combined({"first-order": 1.0, "magnitude": 3.0}, among).mean() == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_resnet20_keeps_83_percent_at_half_the_macs() -> None:
+    """CIFAR-10: 250 steps of 128 on the 5,000 calibration images, crops and flips; all test images."""
+    root = os.environ.get("HCOMPRESS_TEST_DATA")
+    if not root:
+        pytest.skip("HCOMPRESS_TEST_DATA is not set: the real ResNet-20 is not here")
+    tensors = load_object(f"{root}/cifar.py:tensors", "--data")
+    hesso, accuracy = resnet20_run(Path(root), tensors("calib"), tensors("test"))
+    print(f"accuracy {accuracy:.2f} at {hesso.cost() / hesso.target.dense:.4f} of the MACs")
+    assert 0.49 <= hesso.cost() / hesso.target.dense <= 0.5
+    assert accuracy >= 83
+
+
+def resnet20_run(
+    root: Path,
+    training: tuple[Tensor, Tensor],
+    evaluation: tuple[Tensor, Tensor],
+    *,
+    make: type[Hesso] = Hesso,
+    seed: int = 0,
+    lr: float = 0.05,
+    steps: int = 250,
+    **options: Any,
+) -> tuple[Hesso, float]:
+    """Train ResNet-20 to half of its MACs; nine tenths of the loss are the divergence from the dense network."""
+    factory = load_object(f"{root}/resnet_cifar.py:resnet20", "--model")
+    saved = torch.load(root / "cifar10" / "resnet20-12fca82f.th", map_location="cpu", weights_only=False)["state_dict"]
+    state = {name.removeprefix("module."): value for name, value in saved.items()}
+    model, dense = (factory().to(memory_format=torch.channels_last) for _ in range(2))
+    model.load_state_dict(state)
+    dense.load_state_dict(state)
+    dense.eval()
+    x, y = training
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+    hesso = make(model, optimizer, x[:2], budget="macs=50%", steps=steps, **options)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(-(-steps * 128 // len(x)))])
+    model.train()
+    for number in range(steps):
+        chosen = order[128 * number : 128 * (number + 1)]
+        part = augmented(x[chosen], ("crop", "flip"), generator).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            wanted = (dense(part) / 2).log_softmax(1)
+        optimizer.zero_grad()
+        logits = model(part)
+        apart = F.kl_div((logits / 2).log_softmax(1), wanted, reduction="batchmean", log_target=True)
+        (0.9 * 4 * apart + 0.1 * F.cross_entropy(logits, y[chosen])).backward()
+        hesso.step()
+        schedule.step()
+    small = hesso.compress().eval()
+    with torch.no_grad():
+        found = torch.cat([small(images).argmax(1) for images in evaluation[0].split(500)])
+    return hesso, 100 * float((found == evaluation[1]).float().mean())
