@@ -69,6 +69,9 @@ def training(job: Job, *, journal: Path | None, resume: bool) -> Training:
     data = training_data(job)
     recipe = recipe_of(job, len(data), default=DEFAULT_STEPS)
     assert recipe is not None
+    if recipe.patience is not None:
+        job.notes.append("--patience is left out: the weights nearest to the dense network are those before the cut")
+        recipe = replace(recipe, patience=None)
     job.notes.append(described(recipe, data))
     return Training(data, recipe, int(job.value("seed")), journal, resume)
 

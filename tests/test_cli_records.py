@@ -289,7 +289,12 @@ WRONG = [
     ),
     ("prune model.pt --budget zonk", 2, "budget 'zonk' is not understood", "examples: 0.3MB"),
     ("prune model.pt --sparsity 1.5", 2, "budget 'sparsity=1.5' is out of range", "between 0 and 1"),
-    ("prune model.pt --budget 4bit", 2, "hcompress prune has no bits budget", "it takes bytes, sparsity"),
+    (
+        "prune model.pt --budget 4bit",
+        2,
+        "hcompress prune has no bits budget",
+        "it takes bytes, latency, macs, params, sparsity",
+    ),
     (
         "quantize model.pt --method uniform --budget macs=50%",
         2,
@@ -930,12 +935,14 @@ def test_diff_shortens_hashes(run: Capture, tmp_path: Path) -> None:
 
 def test_methods_lists_the_registry(run: Capture) -> None:
     assert run("methods") == 0
-    assert "magnitude  hcompress prune " in run.out
+    assert "magnitude       hcompress prune " in run.out
     assert run("methods --json") == 0
     assert {entry["name"] for entry in run.document()["methods"]} == {
         "obs",
         "magnitude",
         "structured-obs",
+        "hesso",
+        "cric",
         "hawq",
         "uniform",
     }

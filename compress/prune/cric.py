@@ -8,7 +8,7 @@ over all cycles pick the next set; when they pick nothing new, or the cycles are
 
     cric = Cric(model, optimizer, example_inputs, budget="macs=50%", steps=250)
 
-Source: Chen et al. 2024 (arXiv:2409.09085), algorithm 3, whose published code puts the parameters alone back.
+Source: Chen et al. 2024 (arXiv:2409.09085), whose published code puts the parameters alone back.
 Cost: the steps of its cycles, which leave no training behind (``cric.num_steps``), and while they last one more copy of
 the parameters, buffers and optimizer's state.
 """

@@ -11,7 +11,7 @@ state too, and the rest trains on. What is left is cut out: the smaller network 
         hesso.step()
     small = hesso.compress()
 
-Source: Chen et al. 2024 (arXiv:2409.09085), algorithms 1 and 2; here the budget is one of cost, not a count of groups.
+Source: Chen et al. 2024 (arXiv:2409.09085): here the budget is one of cost, not a count of groups.
 Cost: of a step in the warm-up and the periods, three products the size of the parameters; after them, one.
 """
 
