@@ -21,6 +21,7 @@ from .graph.rewrite import (
     quantize_activations,
     set_weight,
     tensor_at,
+    tensor_names,
     unlift,
 )
 from .graph.trace import Graph
@@ -78,6 +79,20 @@ def unpack_mask(packed: Tensor, decision: MaskWeights, shape: torch.Size) -> Ten
             f"plan: {name} keeps {decision.kept}, its mask keeps {int(mask.sum())}", hint="make the plan again"
         )
     return mask.reshape(shape)
+
+
+def masks_of(plan: Plan, sidecar: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A plan's masks by tensor, of the shapes that the tensors of ``state`` have.
+
+    Raises:
+        InputError: A tensor isn't in the checkpoint, or the mask doesn't fit its decision.
+    """
+    unknown = [name for name in plan.masks() if name not in state]
+    if unknown:
+        raise InputError(
+            f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
+        )
+    return {name: unpack_mask(sidecar[name], d, state[name].shape) for name, d in plan.masks().items()}
 
 
 def values_key(tensor: str) -> str:
@@ -182,14 +197,15 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
     """
     module = unlift(graph.program, graph.tied)
     if compressed.plan is not None:
+        read = tensor_names(module)
         # Batch norms are folded before weights are set: their tensors must be the plan's by then.
         for name in (*compressed.plan.corrections(), *compressed.plan.replaced()):
             value = compressed.tensors[name]
-            if isinstance(value, Tensor) and _is_used(module, name):
+            if isinstance(value, Tensor) and name in read:
                 put_tensor(module, name, value)
     factors = fold_batch_norms(module)
     activations = {} if compressed.plan is None else compressed.plan.quantized("activation")
-    targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    targets = tensor_names(module)
     layers = {layer.tensor: layer for layer in graph.layers}
     for target in sorted(targets & compressed.tensors.keys()):
         axis = layers[target].axis if target in layers else None
@@ -205,10 +221,6 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
         grids[name] = Grid(scale, zero_point, decision.bits)
     quantize_activations(module, grids)
     return finish(module)
-
-
-def _is_used(module: fx.GraphModule, target: str) -> bool:
-    return any(node.op == "get_attr" and node.target == target for node in module.graph.nodes)
 
 
 def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:

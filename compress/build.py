@@ -199,7 +199,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
         pruned = prune(job.graph, plan)
         if pruned is not None:
             job.progress("prove the cut", 0, None)
-            check_cut(pruned, plan.seed)
+            check_cut(job.graph, pruned.channels, pruned.kept, seed=plan.seed)
             original, graph = pruned.sliced(original, job.graph.tied), pruned.graph
             cuts = (*cuts, Cut(tuple(plan.channels().values()), input_specs(job.graph.example_inputs)))
         compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)

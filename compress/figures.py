@@ -160,12 +160,14 @@ def layer_records(
     plan: Plan | None,
     frontier: FrontierRecord | None = None,
     sensitivities: Mapping[str, Sensitivity] = MappingProxyType({}),
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """One entry a weight: what was decided, why, what else there was, and what it did to the weight.
 
     Args:
         state: The weights before, less what was cut.
         graph: The network that is left.
+        shapes: Of the weights before the cut, where there was one.
     """
     alternatives, measured = _alternatives(frontier), _sensitivities(sensitivities)
     masks = {} if plan is None else plan.masks()
@@ -181,7 +183,11 @@ def layer_records(
         error = float((value.double() - original).norm()) / norm if norm else 0.0
         sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
         bits = stored.bits if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
+        left = _left(layer.shape, shapes.get(layer.tensor, layer.shape))
         decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
+        why = _why(plan, layer.tensor, decision, sparsity, bits, error)
+        if left:
+            decision, why = ("prune", left) if decision == "keep" else (decision, f"{left}; {why}")
         entries.append(
             {
                 "tensor": layer.tensor,
@@ -193,7 +199,7 @@ def layer_records(
                 "sparsity": sparsity,
                 "decision": decision,
                 "relative_error": error,
-                "why": _why(plan, layer.tensor, decision, sparsity, bits, error),
+                "why": why,
                 "sensitivity": measured.get(layer.tensor),
                 "alternatives": alternatives.get(layer.tensor, []),
             }
@@ -201,24 +207,14 @@ def layer_records(
     return entries
 
 
-def mark_pruned(layers: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Layers that lost channels: their decision, and what is left of them.
-
-    Args:
-        shapes: Of the dense network's weights.
-    """
-    for layer in layers:
-        before = shapes[layer["tensor"]]
-        if tuple(layer["shape"]) == before:
-            continue
-        layer["decision"] = "prune" if layer["decision"] == "keep" else layer["decision"]
-        lost = [
-            f"{now} of {was} {'outputs' if dim == 0 else 'inputs' if dim == 1 else 'places'}"
-            for dim, (now, was) in enumerate(zip(layer["shape"], before, strict=True))
-            if now != was
-        ]
-        left = f"{' and '.join(lost)} are left"
-        layer["why"] = left if layer["decision"] == "prune" else f"{left}; {layer['why']}"
+def _left(shape: tuple[int, ...], before: tuple[int, ...]) -> str:
+    """What a cut left of a weight, in words; empty where it left all."""
+    lost = [
+        f"{now} of {was} {'outputs' if dim == 0 else 'inputs' if dim == 1 else 'places'}"
+        for dim, (now, was) in enumerate(zip(shape, before, strict=True))
+        if now != was
+    ]
+    return f"{' and '.join(lost)} are left" if lost else ""
 
 
 def group_records(plan: Plan) -> list[dict[str, Any]]:

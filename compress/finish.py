@@ -151,10 +151,10 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     single = tuple(x[:1] for x in examples)
     latency = _timed(sessions, single, target.budget, progress)
     delivered = delivered_name(settings)
+    shapes = {layer.tensor: layer.shape for layer in job.graph.layers}
     layers = figures.layer_records(
-        built.original, built.graph, built.compressed.tensors, plan, target.frontier, target.sensitivities
+        built.original, built.graph, built.compressed.tensors, plan, target.frontier, target.sensitivities, shapes
     )
-    figures.mark_pruned(layers, {layer.tensor: layer.shape for layer in job.graph.layers})
     totals = figures.totals(layers)
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")

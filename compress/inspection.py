@@ -60,17 +60,16 @@ def describe_channels(graph: Graph) -> dict[str, Any]:
     """The groups of channels that can be cut out of a network, what a channel of each costs, and what stays and why."""
     channels = find_channels(graph)
     costs = channel_costs(channels, len(graph.example_inputs[0]))
-    whole = torch.ones(sum(group.size for group in channels.groups), dtype=torch.bool)
+    whole = torch.ones(channels.count, dtype=torch.bool)
     amounts = {"params": total(costs.params, whole), "macs": total(costs.macs, whole)}
-    groups, first = [], 0
-    for group in channels.groups:
+    groups = []
+    for group, numbers in channels.split(torch.arange(channels.count)):
         without = whole.clone()
-        without[first] = False
+        without[numbers[0]] = False
         saved = {"params": total(costs.params, without), "macs": total(costs.macs, without)}
         members = [{"tensor": m.tensor, "dim": m.dim, "places": m.indices.shape[1]} for m in group.members]
         saved_by_one = {name: amounts[name] - amount for name, amount in saved.items()}
         groups.append({"name": group.name, "channels": group.size, "members": members, "saved_by_one": saved_by_one})
-        first += group.size
     frozen = [
         {"tensor": f.tensor, "dim": f.dim, "places": f.count, "reason": f.reason, "node": f.node, "source": f.source}
         for f in channels.frozen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,18 @@ def load_source(path: Path, factory: str | None, factory_args: str | None) -> So
         )
     state, stored = _unpack(checkpoint)
     cuts = read_cuts(checkpoint.metadata, path)
-    module = cut_module(build_module(factory, factory_args), cuts, path)
-    notes = (*checkpoint.notes, *load_state(module, state, path))
-    return Source(path, sha256, _ready(module), checkpoint.format, None, stored, {}, notes, cuts)
+    module, notes = _filled(build_module(factory, factory_args), state, cuts, path)
+    notes = (*checkpoint.notes, *notes)
+    return Source(path, sha256, module, checkpoint.format, None, stored, {}, notes, cuts)
+
+
+def _filled(
+    module: nn.Module, state: Mapping[str, Tensor], cuts: Sequence[Cut], path: Path
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """An architecture without what was cut, with a state dict in it, and what there is to note."""
+    module = cut_module(module, cuts, path)
+    notes = load_state(module, state, path)
+    return _ready(module), notes
 
 
 def _require_float32(program: nn.Module, path: Path) -> None:
@@ -316,9 +325,7 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
     checkpoint = read_checkpoint(path)
     state, _ = _unpack(checkpoint)
     module = call_factory(factory, {}, getattr(factory, "__name__", "factory"))
-    module = cut_module(module, read_cuts(checkpoint.metadata, path), path)
-    load_state(module, state, path)
-    return _ready(module)
+    return _filled(module, state, read_cuts(checkpoint.metadata, path), path)[0]
 
 
 def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tensor, ...], str]:

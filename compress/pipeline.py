@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import canonical, figures, inspection, measuring, planning, store
-from .apply import unpack_mask
 from .bench import measure_latency
 from .build import (
     ONNX,
@@ -185,17 +184,8 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
-    if plan.channels():
-        refitted, tensors = load_module(method).refit(plan, job.source, job.graph, job.calibration, context)
-        return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
-    state = job.source.module.state_dict()
-    unknown = [name for name in plan.masks() if name not in state]
-    if unknown:
-        raise InputError(
-            f"plan: tensor {unknown[0]} is not in the checkpoint", hint="the plan is for another architecture"
-        )
-    masks = {name: unpack_mask(sidecar[name], d, state[name].shape) for name, d in plan.masks().items()}
-    refitted, tensors = load_module(method).refit(plan, job.source, job.graph, masks, job.calibration, context)
+    refit = load_module(method).refit
+    refitted, tensors = refit(plan, sidecar, job.source, job.graph, job.calibration, context)
     return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
 
 

@@ -52,6 +52,7 @@ DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be los
 RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
 LATENCY_REPEATS = 60
 LATENCY_TRIES = 8
+FIRST_SHARE = 0.6  # of the MACs: the first network that a latency is measured of
 LEAST_SHARE = 0.02  # of the MACs: a search ends when two networks are nearer
 CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
 WIDTHS = (*range(2, 9), FLOAT_BITS)
@@ -118,26 +119,34 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
         training = recovery.training(job, journal=goal.journal, resume=goal.resume)
     context = planning_context(job, goal.dense, 0)
     sensitivities = {name: measuring.take(job, name, context).record for name in goal.method.measures}
-    costs = {}
-    if goal.budget is not None and goal.budget.quantity == "latency" and goal.method.job == "quantize":
-        costs["latency"] = _latency_table(job, goal.method, context)
+    quantity = None if goal.budget is None else goal.budget.quantity
+    recovers = goal.method.job == "prune" and not goal.method.trains and recovery.is_asked(job)
     if is_searched(goal.method, goal.budget, job.settings):
         decided, built = _search(job, goal, sensitivities)
+    elif quantity == "latency" and goal.method.job == "quantize":
+        costs = {"latency": _latency_table(job, goal.method, context)}
+        decided = _decide(job, goal, sensitivities, costs, overhead=0)
+        decided, built = _within_latency(job, goal, *publish(job, decided, goal.stage))
+    elif quantity == "latency":
+        decided = _decide(job, goal, sensitivities, {}, overhead=0, budget=Budget("macs", FIRST_SHARE, "dense"))
+        decided, built = _within_latency_of_channels(job, goal, *publish(job, decided, goal.stage))
     else:
-        decided = _decide(job, goal, sensitivities, costs, overhead=0, training=training)
-        decided, built = publish(job, decided, goal.stage)
-        if goal.budget is not None and goal.budget.quantity == "latency" and decided.frontier is None:
-            decided, built = _within_latency_of_channels(job, goal, decided, built)
-        elif costs:
-            decided, built = _within_latency(job, goal, decided, built)
-        else:
-            decided, built = _within_bytes(job, goal, decided, built, sensitivities, training)
-    if goal.method.job == "prune" and not goal.method.trains and recovery.is_asked(job):
-        plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=goal.journal, resume=goal.resume)
-        decided, built = publish(job, Decided(*sealed(plan, tensors), decided.frontier), goal.stage)
+        decided = _decide(job, goal, sensitivities, {}, overhead=0, training=training)
+        if recovers and quantity != "bytes":  # no file has to be looked at first
+            decided, recovers = _recovered(job, goal, decided), False
+        published = publish(job, decided, goal.stage)
+        decided, built = _within_bytes(job, goal, *published, sensitivities, training)
+    if recovers:
+        decided, built = publish(job, _recovered(job, goal, decided), goal.stage)
     if goal.journal is not None:
         goal.journal.unlink(missing_ok=True)
     return decided, built, sensitivities
+
+
+def _recovered(job: Job, goal: Goal, decided: Decided) -> Decided:
+    """The plan after training."""
+    plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=goal.journal, resume=goal.resume)
+    return Decided(*sealed(plan, tensors), decided.frontier)
 
 
 def _decide(

@@ -15,7 +15,8 @@ from . import canonical
 from .errors import GateError, HCompressError, InputError
 from .graph.cut import cut, kept_channels, probe_inputs, sliced_tensor, worst_difference
 from .graph.groups import Channels, find_channels
-from .graph.rewrite import put_tensor, unlift
+from .graph.reload import sliced
+from .graph.rewrite import put_tensor, tensor_names, unlift
 from .graph.trace import Graph, trace_graph
 from .plan import InputSpec, Plan, PruneChannels
 
@@ -95,19 +96,21 @@ def pruned(graph: Graph, channels: Channels, kept: Tensor) -> Pruned:
 
 def prune_decisions(channels: Channels, kept: Tensor) -> tuple[PruneChannels, ...]:
     """The decisions that ``kept_of`` reads, of the groups that lose something."""
-    found, first = [], 0
-    for group in channels.groups:
-        chosen = kept[first : first + group.size]
-        if not chosen.all():
-            found.append(PruneChannels(group.name, group.size, tuple(chosen.nonzero().reshape(-1).tolist())))
-        first += group.size
-    return tuple(found)
+    return tuple(
+        PruneChannels(group.name, group.size, tuple(chosen.nonzero().reshape(-1).tolist()))
+        for group, chosen in channels.split(kept)
+        if not chosen.all()
+    )
 
 
-def check_cut(made: Pruned, seed: int) -> float:
+def check_cut(graph: Graph, channels: Channels, kept: Tensor, *, seed: int) -> float:
     """Prove the cut: it computes what the whole network computes with the same channels at zero.
 
     In float64 with random parameters and buffers, within 1e-9 of the largest output.
+
+    Args:
+        graph: The whole network, which ``channels`` are of.
+        kept: bool over all its channels.
 
     Returns:
         The largest difference, in units of the largest output.
@@ -115,16 +118,15 @@ def check_cut(made: Pruned, seed: int) -> float:
     Raises:
         GateError: It doesn't; names the group that breaks it.
     """
-    inputs = probe_inputs(made.graph, seed=seed)
-    worst = worst_difference(made.channels, made.kept, inputs, seed=seed)
+    inputs = probe_inputs(graph, seed=seed)
+    worst = worst_difference(channels, kept, inputs, seed=seed)
     if worst <= CUT_TOLERANCE:
         return worst
-    decisions = {d.tensor: d for d in prune_decisions(made.channels, made.kept)}
     broken = "no group alone, all of them together"
-    for name, decision in decisions.items():
-        alone = kept_of(made.channels, {name: decision})
-        if not worst_difference(made.channels, alone, inputs, seed=seed) <= CUT_TOLERANCE:
-            broken = f"group {name}"
+    for decision in prune_decisions(channels, kept):
+        alone = kept_of(channels, {decision.tensor: decision})
+        if not worst_difference(channels, alone, inputs, seed=seed) <= CUT_TOLERANCE:
+            broken = f"group {decision.tensor}"
             break
     raise GateError(
         f"the cut network differs from the masked one by {worst:.2g} of the largest output: {broken}",
@@ -167,8 +169,6 @@ def cut_module(module: nn.Module, cuts: Sequence[Cut], path: Path) -> nn.Module:
         InputError: Its class can't hold what is left; says which layer, and that the exported program can.
     """
     for cut_ in cuts:
-        from .graph.reload import sliced
-
         inputs = recorded_inputs(cut_.inputs)
         module.eval()
         graph = trace_graph(module, inputs)
@@ -200,7 +200,12 @@ def recorded_inputs(inputs: Sequence[InputSpec]) -> tuple[Tensor, ...]:
 
 def trainable_copy(graph: Graph, state: Mapping[str, Tensor]) -> fx.GraphModule:
     """A graph as a network with tensors of its own: those of ``state``, where it has them."""
-    module = copy.deepcopy(unlift(graph.program, graph.tied))
-    for target in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys()):
-        put_tensor(module, target, state[target].detach().clone())
-    return module
+    return with_tensors(unlift(graph.program, graph.tied), state)
+
+
+def with_tensors(module: fx.GraphModule, state: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A copy of a network with the tensors of ``state``, where it has them."""
+    made = copy.deepcopy(module)
+    for target in sorted(tensor_names(made) & state.keys()):
+        put_tensor(made, target, state[target].detach().clone())
+    return made

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .apply import apply_plan, unpack_mask, values_key, values_sha256
+from .apply import apply_plan, masks_of, values_key, values_sha256
 from .data import Data, check_forward
 from .errors import UsageError
-from .graph.rewrite import tensor_at
+from .graph.rewrite import tensor_at, tensor_names
 from .job import Job, device_of, read_named
 from .plan import Decision, MaskWeights, Plan, Replace
 from .pruned import prune, trainable_copy
@@ -111,7 +111,7 @@ def recovered(
     state = apply_plan(job.source.module, job.graph.tied, plan, sidecar, pruned).state()
     module = trainable_copy(graph, state)
     teacher = trainable_copy(job.graph, dict(job.source.module.state_dict()))
-    masks = {n: unpack_mask(sidecar[n], d, state[n].shape) for n, d in plan.masks().items()}
+    masks = masks_of(plan, sidecar, state)
     calibration = None if job.calibration is None else job.calibration.data
     trained = train(
         module,
@@ -142,8 +142,7 @@ def with_values(
     options: Mapping[str, Any],
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan with the values that a network has now, where they differ from ``state``."""
-    targets = sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys())
-    values = {name: tensor_at(module, name).cpu() for name in targets}
+    values = {name: tensor_at(module, name).cpu() for name in sorted(tensor_names(module) & state.keys())}
     moved = {name: value for name, value in values.items() if not torch.equal(value, state[name])}
     tensors = dict(sidecar)
     decisions: list[Decision] = []

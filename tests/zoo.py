@@ -84,6 +84,20 @@ def named(name: str) -> Network:
     return next(n for n in NETWORKS if n.name == name)
 
 
+def two_convolutions() -> nn.Module:
+    """A convolution with a batch norm and one that reads it, for images [n, 3, 4, 4]."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+    )
+
+
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, *, relu: bool = True, **options: Any) -> nn.Sequential:
     options = {"padding": kernel // 2, "bias": False, **options}
     layers = [nn.Conv2d(inputs, outputs, kernel, **options), nn.BatchNorm2d(outputs)]

@@ -47,7 +47,7 @@ def gate_curvature(
         NumericsError: An output or a derivative isn't finite; names the examples.
     """
     gates = _gates(channels)
-    count = sum(group.size for group in channels.groups)
+    count = channels.count
     total = torch.zeros(count, count, dtype=torch.float64)
     done, batches = 0, -(-len(data) // BATCH)
     for number, batch in enumerate(data.batches(BATCH)):
@@ -126,7 +126,7 @@ def _rows(run: _Gated, outputs: list[Tensor], cotangent: list[Tensor], count: in
 def _gates(channels: Channels) -> dict[str, _Gate]:
     """By node: the layers that sum over channels; of channels that none sums over, where they first appear."""
     found: dict[str, _Gate] = {}
-    waiting = torch.ones(sum(group.size for group in channels.groups), dtype=torch.bool)
+    waiting = torch.ones(channels.count, dtype=torch.bool)
     for node in channels.module.graph.nodes:
         if node.target not in WEIGHT_OPS or node not in channels.values or passes_through(node):
             continue

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
 from .channel_rules import MADE, hint, op_name, shape_of, slice_bounds, split_sizes
@@ -265,9 +266,9 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
     """
     module = randomised(channels.module, seed=seed)
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    with torch.no_grad(), _float64():
-        whole = _tensors(masked(channels, module, kept)(*wide))
-        small = _tensors(cut(channels, module, kept)(*wide))
+    with torch.no_grad(), float64_by_default():
+        whole = tensor_leaves(masked(channels, module, kept)(*wide))
+        small = tensor_leaves(cut(channels, module, kept)(*wide))
     worst = 0.0
     for a, b in zip(whole, small, strict=True):
         if a.shape != b.shape or not torch.isfinite(a).all():
@@ -278,7 +279,7 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
 
 
 @contextmanager
-def _float64() -> Iterator[None]:
+def float64_by_default() -> Iterator[None]:
     """What a graph makes without saying of which dtype is float64, as its tensors are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -288,9 +289,8 @@ def _float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
+def tensor_leaves(outputs: Any) -> list[Tensor]:
+    """The tensors among a network's outputs, however they are nested."""
     return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
 
 

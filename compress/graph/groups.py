@@ -95,6 +95,16 @@ class Channels:
     weights: Mapping[str, list[Tensor | None]]
     directions: frozenset[tuple[str, int]]
 
+    @property
+    def count(self) -> int:
+        """Number of channels ``c`` of all groups together."""
+        return sum(group.size for group in self.groups)
+
+    def split(self, values: Tensor) -> list[tuple[ChannelGroup, Tensor]]:
+        """Values of all channels, ``[c]``, by group; the parts are views."""
+        parts = torch.split(values, [group.size for group in self.groups]) if self.groups else ()
+        return list(zip(self.groups, parts, strict=True))
+
 
 def find_channels(graph: Graph) -> Channels:
     """Read the channels of a traced network."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .channel_rules import op_name, shape_of
-from .cut import cut, probe_inputs, randomised, sliced_tensor
+from .cut import cut, float64_by_default, probe_inputs, randomised, sliced_tensor, tensor_leaves
 from .groups import Channels, source_line
 from .rewrite import put_tensor, tensor_at
 from .sizes import (
@@ -196,14 +195,10 @@ class _Recorder(fx.Interpreter):
 
 def _reference(small: fx.GraphModule, inputs: Sequence[Tensor]) -> Reference:
     reference = Reference()
-    with torch.no_grad(), _float64():
+    with torch.no_grad(), float64_by_default():
         outputs = _Recorder(small, reference).run(*inputs)
-    reference.outputs.extend(_tensors(outputs))
+    reference.outputs.extend(tensor_leaves(outputs))
     return reference
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
 def _print(value: Tensor) -> tuple[float, float]:
@@ -222,16 +217,6 @@ class _Wide(TorchFunctionMode):
         value = func(*args, **kwargs)
         is_constant = func in (torch.tensor, torch.as_tensor) and value.dtype is torch.float64
         return value.float().double() if is_constant else value
-
-
-@contextmanager
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 # -- the search ------------------------------------------------------------------------------------------------------
@@ -326,7 +311,7 @@ def _tried(module: nn.Module, inputs: Sequence[Tensor], reference: Reference) ->
 
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             running.pop()
-            if all(_is_known(reference, t) for t in _tensors(output) if t.is_floating_point()):
+            if all(_is_known(reference, t) for t in tensor_leaves(output) if t.is_floating_point()):
                 passed.add(path)
             elif path not in wrong:
                 wrong.append(path)
@@ -337,8 +322,8 @@ def _tried(module: nn.Module, inputs: Sequence[Tensor], reference: Reference) ->
         watch(path, part)
     _forget(module)
     try:
-        with torch.no_grad(), _float64(), _Wide():
-            outputs = _tensors(module(*inputs))
+        with torch.no_grad(), float64_by_default(), _Wide():
+            outputs = tensor_leaves(module(*inputs))
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything when a size doesn't fit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         path, *others = (*wrong, running[-1])

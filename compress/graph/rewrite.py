@@ -104,6 +104,11 @@ def tensor_at(module: nn.Module, target: str) -> Tensor:
     return value.detach()
 
 
+def tensor_names(module: fx.GraphModule) -> set[str]:
+    """The names that a graph reads stored tensors by."""
+    return {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+
+
 def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:
     """Set a tensor called ``target``: a parameter where that is one and the value has floats, else a buffer."""
     path, _, name = target.rpartition(".")
@@ -511,7 +516,7 @@ def to_aten(module: fx.GraphModule) -> None:
 def finish(module: fx.GraphModule) -> fx.GraphModule:
     """Drop what nothing uses, nodes and tensors, and recompile."""
     module.graph.eliminate_dead_code()
-    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    used = tensor_names(module)
     for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
         if name not in used:
             path, _, leaf = name.rpartition(".")

@@ -33,11 +33,10 @@ def movable_channels(channels: Channels, graph: Graph, exclude: Sequence[str]) -
         UsageError: A glob matches no weight.
     """
     held = {layer.tensor for glob in exclude for layer in graph.matching(glob, "--exclude")}
-    parts = [
-        torch.full((group.size,), not any(member.tensor in held for member in group.members))
-        for group in channels.groups
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+    movable = torch.ones(channels.count, dtype=torch.bool)
+    for group, part in channels.split(movable):
+        part[:] = not any(member.tensor in held for member in group.members)
+    return movable
 
 
 def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context) -> tuple[Sequence[Term], float]:

@@ -137,11 +137,7 @@ class CutTarget:
 
 def keep_of(channels: Channels, kept: Tensor) -> dict[str, list[int]]:
     """The channels of each group that stay, as ``cut.kept_channels`` reads them."""
-    found, first = {}, 0
-    for group in channels.groups:
-        found[group.name] = kept[first : first + group.size].nonzero().reshape(-1).tolist()
-        first += group.size
-    return found
+    return {group.name: chosen.nonzero().reshape(-1).tolist() for group, chosen in channels.split(kept)}
 
 
 def _terms(budget: Budget, costs: ChannelCosts, channels: Channels) -> Sequence[Term]:
@@ -152,11 +148,8 @@ def _terms(budget: Budget, costs: ChannelCosts, channels: Channels) -> Sequence[
     if budget.quantity == "bytes":
         return [Term(FLOAT_BYTES * term.amount, term.factors) for term in costs.params]
     if budget.quantity == "sparsity":
-        ends = torch.tensor([group.size for group in channels.groups]).cumsum(0).tolist()
-        return [
-            Term(float(group.size), (torch.arange(end - group.size, end),))
-            for group, end in zip(channels.groups, ends, strict=True)
-        ]
+        numbers = torch.arange(channels.count)
+        return [Term(float(group.size), (places,)) for group, places in channels.split(numbers)]
     raise UsageError(
         f"{budget.quantity} isn't known here", hint="use macs, params, bytes or sparsity, or give cost, which measures"
     )

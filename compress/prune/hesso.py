@@ -17,7 +17,6 @@ Cost: of a step in the warm-up and the periods, three products the size of the p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +28,10 @@ from ..budget import Budget, parse_budget
 from ..errors import BudgetError, InputError, NumericsError, UsageError
 from ..graph.cut import cut
 from ..graph.groups import find_channels
-from ..graph.rewrite import put_tensor
+from ..graph.reload import sliced
+from ..graph.rewrite import tensor_names
 from ..graph.trace import Graph, trace_graph
-from ..pruned import check_cut, pruned
+from ..pruned import check_cut, with_tensors
 from .channel_places import copy_of, find_places, scale_channels, tensors_of
 from .channel_plan import movable_channels
 from .cut_target import Cost, CutTarget, keep_of
@@ -114,7 +114,7 @@ class Hesso:
         self.weights = _checked(weights)
         self.graph = _traced(model, example_inputs)
         self.channels = find_channels(self.graph)
-        self.count = sum(group.size for group in self.channels.groups)
+        self.count = self.channels.count
         self.places = find_places(self.channels)
         self.number = 0
         self.steps = steps
@@ -195,7 +195,7 @@ class Hesso:
                 hint=f"call hesso.step() in every step, or lower steps={self.steps}",
             )
         kept = ~self._gone
-        check_cut(pruned(self.graph, self.channels, kept), seed=0)
+        check_cut(self.graph, self.channels, kept, seed=0)
         copied = copy_of(self.model)
         parameter = next(self.model.parameters())
         small = self._sliced(copied, kept)
@@ -203,19 +203,12 @@ class Hesso:
 
     def _sliced(self, copied: nn.Module, kept: Tensor) -> nn.Module:
         if not isinstance(copied, fx.GraphModule):
-            from ..graph.reload import sliced
-
             try:
                 return sliced(copied, self.graph, self.channels, kept)
             except InputError:  # the exported graph always can
                 pass
-        whole = copy.deepcopy(self.channels.module)
-        held = tensors_of(copied)
-        for node in whole.graph.nodes:
-            if node.op == "get_attr" and str(node.target) in held:
-                put_tensor(whole, str(node.target), held[str(node.target)].detach().clone())
-        small = cut(self.channels, whole, kept)
-        read = {str(node.target) for node in small.graph.nodes if node.op == "get_attr"}
+        small = cut(self.channels, with_tensors(self.channels.module, tensors_of(copied)), kept)
+        read = tensor_names(small)
         for name, _ in list(small.named_parameters(remove_duplicate=False)):
             if name not in read:  # other names of tied weights, which still have the whole's shape
                 path, _, last = name.rpartition(".")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import values_key, values_sha256
+from ..apply import masks_of, values_key, values_sha256
 from ..budget import Budget
 from ..context import Context
 from ..curvature.network import Network, open_network, predict
@@ -140,13 +140,22 @@ def candidates(
 
 
 def refit(
-    given: Plan, source: Source, graph: Graph, masks: Mapping[str, Tensor], calibration: Calibration, context: Context
+    given: Plan,
+    sidecar: Mapping[str, Tensor],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    context: Context,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The masks of a plan on another checkpoint of the architecture: the survivors' values are computed anew.
 
     Args:
-        masks: Those of the plan, by tensor.
+        sidecar: The plan's, with its masks.
+
+    Raises:
+        InputError: The plan is for another architecture.
     """
+    masks = masks_of(given, sidecar, source.module.state_dict())
     layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
     protected = torch.cat([masks[layer.tensor].flatten() for layer in layers])
     surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)

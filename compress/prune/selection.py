@@ -20,6 +20,7 @@ from ..graph.groups import Channels
 
 BLOCKS = (8, 4, 2, 1)
 NEAR = 0.98  # of the limit
+SLACK = 1.0  # of an amount that is summed up step by step: what is near is counted again
 
 
 def choose(
@@ -47,7 +48,7 @@ def choose(
         BudgetError: The limit is out of reach; gives the least that is left. Or no channel may go: lists the reasons.
     """
     if multiple_of is None:
-        multiple_of = aligned_multiples(channels, scores, terms, limit, least=least, movable=movable)
+        return _aligned(channels, scores, terms, limit, least, movable)[1]
     if isinstance(multiple_of, int):
         multiple_of = [multiple_of] * len(channels.groups)
     return _chosen(channels, scores, terms, limit, multiple_of, least, movable)
@@ -67,6 +68,13 @@ def aligned_multiples(
     Raises:
         BudgetError: As for ``choose``.
     """
+    return _aligned(channels, scores, terms, limit, least, movable)[0]
+
+
+def _aligned(
+    channels: Channels, scores: Tensor, terms: Sequence[Term], limit: float, least: float, movable: Tensor | None
+) -> tuple[list[int], Tensor]:
+    """Those numbers, and the channels that stay with them."""
     for block in BLOCKS:
         sizes = [next((b for b in (block, block // 2) if b and group.size >= 2 * b), 1) for group in channels.groups]
         try:
@@ -76,7 +84,7 @@ def aligned_multiples(
                 raise
             continue
         if block == 1 or total(terms, kept) >= NEAR * limit:
-            return sizes
+            return sizes, kept
     raise AssertionError("the finest blocks always return or raise")
 
 
@@ -105,7 +113,7 @@ def _chosen(
 
     for group in range(len(queues)):
         push(group)
-    removed: list[Tensor] = []
+    removed: list[tuple[int, Tensor]] = []
     while tally.amount > limit and heap:
         _, group, version = heapq.heappop(heap)
         if version != tally.versions[group]:
@@ -113,7 +121,7 @@ def _chosen(
             continue
         block = queues[group].pop(0)
         kept[block] = False
-        removed.append(block)
+        removed.append((group, block))
         tally.remove(group, len(block))
         push(group)
     if tally.amount > limit and total(terms, kept) > limit:
@@ -124,10 +132,14 @@ def _chosen(
             least=reached,
         )
     # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
-    for block in sorted(removed, key=lambda b: -float(scores[b].sum())):
+    for group, block in sorted(removed, key=lambda entry: -float(scores[entry[1]].sum())):
+        if tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
+            continue
         kept[block] = True
         if total(terms, kept) > limit or not _is_whole(channels, kept, multiples):
             kept[block] = False
+        else:
+            tally.remove(group, -len(block))
     return kept
 
 
@@ -154,10 +166,8 @@ def _queues(
     channels: Channels, scores: Tensor, movable: Tensor, multiples: Sequence[int], least: float
 ) -> list[list[Tensor]]:
     """By group, the blocks of channels that go one after another."""
-    found, first = [], 0
-    for group, multiple in zip(channels.groups, multiples, strict=True):
-        numbers = torch.arange(first, first + group.size)
-        first += group.size
+    found = []
+    for (group, numbers), multiple in zip(channels.split(torch.arange(channels.count)), multiples, strict=True):
         free = numbers[movable[numbers]]
         order = free[scores[free].argsort(stable=True)]
         fewest = max(1, math.ceil(least * group.size), multiple)
@@ -172,26 +182,20 @@ def _queues(
 
 def _is_whole(channels: Channels, kept: Tensor, multiples: Sequence[int]) -> bool:
     """Whether each group that lost channels keeps a multiple."""
-    first = 0
-    for group, multiple in zip(channels.groups, multiples, strict=True):
-        count = int(kept[first : first + group.size].sum())
-        first += group.size
-        if count != group.size and count % multiple:
-            return False
-    return True
+    counts = [int(chosen.sum()) for _, chosen in channels.split(kept)]
+    return all(
+        count == group.size or count % multiple == 0
+        for count, group, multiple in zip(counts, channels.groups, multiples, strict=True)
+    )
 
 
 class _Tally:
     """The sum of the terms while channels go; those of a group are alike."""
 
     def __init__(self, channels: Channels, terms: Sequence[Term]) -> None:
-        first = 0
-        group_of = []
-        for number, group in enumerate(channels.groups):
-            group_of += [number] * group.size
-            first += group.size
         sizes = [group.size for group in channels.groups]
-        owner = torch.tensor([*group_of, -1])
+        # The last place is that of channel -1, which always stays.
+        owner = torch.arange(-1, len(sizes)).roll(-1).repeat_interleave(torch.tensor([*sizes, 1]))
         self.amounts = [term.amount for term in terms]
         self.lengths: list[list[int]] = []
         self.left: list[list[float]] = []

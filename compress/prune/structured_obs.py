@@ -33,7 +33,6 @@ from .selection import choose, require_prunable
 NAME = "structured-obs"
 PROBES = 10
 DEFAULT = Budget("macs", 0.5, "dense")
-FIRST = Budget("macs", 0.6, "dense")
 LEAST = 0.1  # of a group's channels stays in any case
 
 
@@ -49,8 +48,7 @@ def plan(
     """Choose the channels to cut, and new values for the layers around them.
 
     Args:
-        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs. For ``latency`` a
-            plan to measure.
+        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
         options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
 
     Returns:
@@ -64,8 +62,6 @@ def plan(
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     costs = channel_costs(channels, len(graph.example_inputs[0]))
     budget = budget or DEFAULT
-    if budget.quantity == "latency":  # a first guess, which the written file is measured of
-        budget = FIRST
     terms, limit = terms_of(budget, costs, graph, context)
     movable = movable_channels(channels, graph, exclude)
     require_prunable(channels, is_any=bool(movable.any()))
@@ -83,7 +79,12 @@ def plan(
 
 
 def refit(
-    given: Plan, source: Source, graph: Graph, calibration: Calibration, context: Context
+    given: Plan,
+    sidecar: Mapping[str, Tensor],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    context: Context,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew."""
     channels = find_channels(graph)

@@ -15,11 +15,12 @@ from ..errors import UsageError
 from ..graph.channel_cost import channel_costs
 from ..graph.cut import kept_channels
 from ..graph.groups import find_channels
-from ..graph.rewrite import tensor_at
+from ..graph.rewrite import tensor_at, tensor_names
 from ..graph.trace import Graph
 from ..model import Source
 from ..plan import Plan
 from ..pruned import trainable_copy
+from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.loop import Hooks, train
 from ..train.recipe import Training
@@ -34,6 +35,7 @@ def trained_plan(
     make: type[Hesso],
     source: Source,
     graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
     calibration: Calibration,
     budget: Budget | None,
     options: Mapping[str, Any],
@@ -100,8 +102,8 @@ def trained_plan(
     )
     context.notes.append(trained.moved())
     kept = kept_channels(channels, method.kept)
-    targets = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"} & state.keys()
-    changed = {target for target in targets if not torch.equal(tensor_at(module, target), state[target])}
+    read = tensor_names(module) & state.keys()
+    changed = {target for target in read if not torch.equal(tensor_at(module, target), state[target])}
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of, "recover": asdict(training.recipe)}
     return channel_plan(
         name,

@@ -8,7 +8,6 @@ Source: Nagel et al. 2019 (arXiv:1906.04721), section 4.2, here with measured me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,15 +17,14 @@ from torch import Tensor, fx
 
 from ..apply import apply_plan, assemble, float_module, values_key, values_sha256
 from ..context import Context
-from ..data import Data
 from ..graph.rewrite import bias_keys
 from ..graph.trace import Graph
 from ..model import Source
 from ..plan import CorrectBias, Plan
+from ..reconstruct.least_squares import fitting_examples
 from ..task import Calibration, divergence, has_logits
+from ..train.distill import first_tensor
 from .calibrate import on_device
-
-MOST_ELEMENTS = 2**26  # of one activation: fewer examples of a large network
 
 
 class _Means(fx.Interpreter):
@@ -71,7 +69,7 @@ def correct_biases(
     keys = {tensor: found for tensor, found in bias_keys(graph.program, graph.tied).items() if tensor in rounded}
     # A linear layer's channels are its last dimension, a convolution's come after the batch.
     channel = {node: -1 if layers[tensor].op == "linear" else 1 for tensor, (node, _) in keys.items()}
-    data = _as_many_as_fit(graph, calibration.data)
+    data = fitting_examples(graph, calibration.data)
     inputs = tuple(x.to(context.device) for x in data.inputs)
     network = assemble(graph, apply_plan(source.module, graph.tied, plan, {}))
 
@@ -80,7 +78,7 @@ def correct_biases(
         means = _Means(on_device(module, context.device), channel if wanted or step == 0 else {}, wanted)
         with torch.no_grad():
             outputs = means.run(*inputs)
-        return means, _first(outputs)
+        return means, first_tensor(outputs).cpu()
 
     before, dense = run(float_module(graph), {}, 0)
     corrected, outputs = run(network, before.means, 1)
@@ -97,20 +95,3 @@ def correct_biases(
         decisions.append(CorrectBias(key, values_sha256(values)))
         sidecar[values_key(key)] = values
     return replace(plan, decisions=(*plan.decisions, *decisions)), sidecar
-
-
-def _first(outputs: Any) -> Tensor:
-    found = next(value for value in torch.utils._pytree.tree_leaves(outputs) if isinstance(value, Tensor))
-    return found.cpu()
-
-
-def _as_many_as_fit(graph: Graph, data: Data) -> Data:
-    batch = len(graph.example_inputs[0])
-    values = (node.meta.get("val") for node in graph.program.graph.nodes if node.op == "call_function")
-    sizes = [math.prod(map(_hint, value.shape)) // batch for value in values if isinstance(value, Tensor)]
-    return data.first(max(1, MOST_ELEMENTS // max(1, *sizes)))
-
-
-def _hint(size: Any) -> int:
-    """A size at the traced batch."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
+from zoo import two_convolutions
 
 import compress.demo
 from compress.demo.network import fashion_net
@@ -24,19 +25,6 @@ STEPS = 20
 MEAN, STD = 0.2860, 0.3530  # what the demo was trained with
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(48, 5),
-    )
-
-
 def batch(number: int) -> Tensor:
     return torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(number))
 
@@ -46,7 +34,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def opened(optimizer: Callable[..., torch.optim.Optimizer] = sgd, **options: Any) -> Cric:
-    model = network()
+    model = two_convolutions()
     cycles = Cycles(2, 0.4)
     given = {"steps": STEPS, "budget": "macs=60%", "cycles": cycles, **options}
     return Cric(model, optimizer(model.parameters()), batch(0), **given)
@@ -74,7 +62,7 @@ def state_of(cric: Cric) -> list[Tensor]:
 def test_a_cycle_leaves_parameters_statistics_and_momentum_bit_for_bit(optimizer: Any) -> None:
     cric = trained(opened(optimizer, cycles=Cycles(1, 0.2)), 1)
     before_step = copy.deepcopy((cric.model.state_dict(), cric.optimizer.state_dict() if cric.optimizer else {}))
-    plain = network()
+    plain = two_convolutions()
     other = optimizer(plain.parameters())
     plain.load_state_dict(before_step[0])
     other.load_state_dict(before_step[1])
@@ -91,7 +79,7 @@ def test_a_cycle_leaves_parameters_statistics_and_momentum_bit_for_bit(optimizer
 
 
 def test_what_is_restored_includes_state_that_was_not_there_and_leaves_learning_rates() -> None:
-    model = network()
+    model = two_convolutions()
     optimizer = sgd(model.parameters())
     saved = snapshot(model, optimizer)
     model(batch(0)).sum().backward()
@@ -102,7 +90,8 @@ def test_what_is_restored_includes_state_that_was_not_there_and_leaves_learning_
     assert len(optimizer.state) == 0
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), network().state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), two_convolutions().state_dict().values(), strict=True)
     )
 
 

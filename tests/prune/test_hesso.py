@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
-from zoo import Network, named
+from zoo import Network, named, two_convolutions
 
 from compress.data import load_object
 from compress.errors import BudgetError, InputError, NumericsError, UsageError
@@ -30,20 +30,6 @@ from compress.train.augment import augmented
 STEPS = 8
 CASES = ["plain_cnn", "padded_residual", "depthwise", "SqueezeExcite", "unaffine_batch_norm", "mlp", "Gpt", "UNet",
          "weight_norm", "TiedEmbedding"]  # fmt: skip
-
-
-def network() -> nn.Module:
-    """A convolution with a batch norm and one that reads it."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(48, 5),
-    )
 
 
 def examples() -> Tensor:
@@ -79,7 +65,7 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def opened(optimizer: Callable[..., torch.optim.Optimizer] = sgd, **options: Any) -> Hesso:
-    model = network()
+    model = two_convolutions()
     return Hesso(model, optimizer(model.parameters()), examples(), **{"steps": STEPS, "budget": "macs=60%", **options})
 
 
@@ -128,7 +114,7 @@ def test_the_graph_is_what_is_returned_where_the_class_can_not_hold_the_cut() ->
 
 
 def test_mode_device_and_gradients_are_left_as_found() -> None:
-    model = network().train()
+    model = two_convolutions().train()
     model(examples()).sum().backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     Hesso(model, sgd(model.parameters()), examples()[:1], steps=STEPS)
@@ -167,7 +153,7 @@ def test_what_goes_stays_at_zero_with_its_momentum(optimizer: Callable[..., torc
 
 
 def test_an_optimizer_that_takes_a_closure_steps_with_it() -> None:
-    model = network()
+    model = two_convolutions()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=2)
     hesso = Hesso(model, optimizer, examples(), budget="macs=60%", steps=STEPS)
 
@@ -184,7 +170,7 @@ def test_an_optimizer_that_takes_a_closure_steps_with_it() -> None:
 
 
 def test_a_scaled_loss_that_overflows_leaves_no_trace() -> None:
-    model = network()
+    model = two_convolutions()
     optimizer = sgd(model.parameters())
     hesso = Hesso(model, optimizer, examples(), budget="macs=60%", steps=STEPS)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -200,7 +186,7 @@ def test_a_scaled_loss_that_overflows_leaves_no_trace() -> None:
 
 
 def test_frozen_parameters_are_cut_but_never_changed_otherwise() -> None:
-    model = network()
+    model = two_convolutions()
     model[3].requires_grad_(False)
     before = model[3].weight.clone()
     hesso = trained(Hesso(model, sgd(model.parameters()), examples(), budget="macs=60%", steps=STEPS), (examples(),))
@@ -317,7 +303,7 @@ def test_budgets_are_of_what_is_left(budget: str) -> None:
     params = sum(p.numel() for p in small.parameters())
     channels = sum(len(kept) for kept in hesso.kept.values())
     macs = total(channel_costs(hesso.channels, 2).macs, kept_channels(hesso.channels, hesso.kept))
-    dense = sum(p.numel() for p in network().parameters())
+    dense = sum(p.numel() for p in two_convolutions().parameters())
     left = {"macs": macs, "params": params, "bytes": 4 * params, "sparsity": channels}[hesso.budget.quantity]
     limits = {"macs=60%": 0.6 * hesso.target.dense, "params=60%": 0.6 * dense, "60%": 0.6 * 4 * dense,
               "sparsity=40%": 12, "params=900": 900, "2.4KB": 2400}  # fmt: skip
@@ -397,7 +383,7 @@ def test_a_network_whose_channels_all_stay_lists_the_reasons() -> None:
 
 
 def test_steps_need_an_optimizer_and_a_cut_all_of_its_steps() -> None:
-    hesso = Hesso(network(), None, examples(), steps=STEPS)
+    hesso = Hesso(two_convolutions(), None, examples(), steps=STEPS)
     with pytest.raises(UsageError, match="there is no optimizer to step"):
         hesso.step()
     with pytest.raises(UsageError, match=r"0 of the 4 steps are made after which all that goes is at zero"):
@@ -451,9 +437,9 @@ def test_criteria_are_their_formulas() -> None:
 
 
 def test_the_slope_along_a_gate_is_that_of_the_loss() -> None:
-    model = network().double().eval()
+    model = two_convolutions().double().eval()
     x = examples().double()
-    channels = find_channels(trace_graph(network().eval(), (examples(),)))
+    channels = find_channels(trace_graph(two_convolutions().eval(), (examples(),)))
     loss_of(model, (x,)).backward()
     weights = dict(model.named_parameters())
     gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
@@ -472,8 +458,8 @@ def test_the_slope_along_a_gate_is_that_of_the_loss() -> None:
 
 
 def test_running_scores_are_means_of_normalised_steps() -> None:
-    model = network()
-    channels = find_channels(trace_graph(network().eval(), (examples(),)))
+    model = two_convolutions()
+    channels = find_channels(trace_graph(two_convolutions().eval(), (examples(),)))
     running = RunningScores(("first-order", "magnitude"), 20)
     among = torch.ones(20, dtype=torch.bool)
     seen = []

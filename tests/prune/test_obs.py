@@ -129,7 +129,7 @@ def test_another_checkpoint_keeps_the_masks_and_gets_values_of_its_own() -> None
     calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
     masks = {name: apply_plan(network(), graph.tied, plan, sidecar).state()[name] != 0 for name in plan.masks()}
     again, tensors = obs.refit(
-        plan, source_of(other), trace_graph(other, (examples(2),)), masks, calibration, context()
+        plan, sidecar, source_of(other), trace_graph(other, (examples(2),)), calibration, context()
     )
     state = apply_plan(other, graph.tied, again, tensors).state()
     assert {n: m.mask_sha256 for n, m in again.masks().items()} == {n: m.mask_sha256 for n, m in plan.masks().items()}

@@ -132,7 +132,7 @@ def test_a_plan_is_an_exact_cut_within_its_budget(case: str) -> None:
     )
     made = prune(graph, plan)
     assert made is not None
-    assert check_cut(made, 0) <= 1e-9
+    assert check_cut(graph, made.channels, made.kept, seed=0) <= 1e-9
     costs = channel_costs(made.channels, len(graph.example_inputs[0]))
     whole = total(costs.macs, torch.ones_like(made.kept))
     assert 0.45 * whole <= total(costs.macs, made.kept) <= 0.7 * whole
@@ -168,7 +168,7 @@ def test_the_same_plan_twice_and_from_its_decisions() -> None:
     again, other = structured_obs.plan(source, graph, {}, calibration, budget, options, context())
     assert plan == again
     assert all(torch.equal(sidecar[name], other[name]) for name in sidecar)
-    refitted, values = structured_obs.refit(plan, source, graph, calibration, context())
+    refitted, values = structured_obs.refit(plan, sidecar, source, graph, calibration, context())
     assert refitted.channels() == plan.channels()
     assert all(torch.equal(sidecar[name], values[name]) for name in sidecar)
     assert all(len(d.keep) % 2 == 0 for d in plan.channels().values())
