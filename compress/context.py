@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from .frontier import FrontierRecord
 from .sensitivity import CostTable
@@ -34,6 +35,7 @@ class Context:
         notes: What the user should know about the plan; a method appends sentences.
         costs: Measured tables by quantity, such as ``latency``.
         training: The ``train.recipe.Training`` of a method that trains.
+        latency: Measures a network, exported as the delivered file is: milliseconds at batch 1.
         memo: What a method may keep from one plan to the next of a run, such as saliencies.
         overhead: Bytes that a written file of this run was found to have beyond what was predicted of it.
         frontiers: The frontier that the plan is a point of; a method that has one appends it.
@@ -48,4 +50,5 @@ class Context:
     frontiers: list[FrontierRecord] = field(default_factory=list)
     overhead: int = 0
     training: Any = None
+    latency: Callable[[fx.GraphModule], float] | None = None
     memo: dict[str, Any] = field(default_factory=dict)

@@ -48,6 +48,7 @@ from .formats.checkpoint import read_checkpoint
 from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
+from .recovery import is_asked
 from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
@@ -146,8 +147,11 @@ def _plan_and_finish(
             folder = plan if plan.is_dir() else plan.parent
             decided, built = planning.pick(opened, given[0], folder, pick, dense, target.stage)
         else:
-            fitted = _fitted(opened, given, planning_context(opened, dense, 0))
-            decided, built = planning.publish(opened, planning.Decided(*fitted), target.stage)
+            fitted = planning.Decided(*_fitted(opened, given, planning_context(opened, dense, 0)))
+            if is_asked(opened):
+                goal = planning.Goal(method, None, target.gates, dense, target.stage, target.journal(), target.resume)
+                fitted = planning.recovered(opened, goal, fitted)
+            decided, built = planning.publish(opened, fitted, target.stage)
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
@@ -184,6 +188,8 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
+    if "recover" in plan.options and not is_asked(job):
+        job.notes.append("the plan's network was trained after the cut; this one isn't: pass --recover-steps")
     refit = load_module(method).refit
     refitted, tensors = refit(plan, sidecar, job.source, job.graph, job.calibration, context)
     return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)

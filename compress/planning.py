@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import canonical, measuring, recovery, store
-from .apply import apply_plan, assemble
+from .apply import Compressed, apply_plan, assemble
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
 from .build import (
@@ -36,6 +37,7 @@ from .export import onnx_model, serialize
 from .finish import LATENCY_THREADS, read_evaluation
 from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
 from .frontier import NAME as FRONTIER
+from .graph.trace import trace_graph
 from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
 from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
@@ -54,6 +56,7 @@ LATENCY_REPEATS = 60
 LATENCY_TRIES = 8
 FIRST_SHARE = 0.6  # of the MACs: the first network that a latency is measured of
 LEAST_SHARE = 0.02  # of the MACs: a search ends when two networks are nearer
+MOST_LATENCY = 1.1  # of the budget: what noise may add between two measurements
 CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
 WIDTHS = (*range(2, 9), FLOAT_BITS)
 
@@ -127,23 +130,25 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
         costs = {"latency": _latency_table(job, goal.method, context)}
         decided = _decide(job, goal, sensitivities, costs, overhead=0)
         decided, built = _within_latency(job, goal, *publish(job, decided, goal.stage))
+    elif quantity == "latency" and goal.method.trains:
+        decided, built = _trained_to_latency(job, goal, sensitivities, training)
     elif quantity == "latency":
         decided = _decide(job, goal, sensitivities, {}, overhead=0, budget=Budget("macs", FIRST_SHARE, "dense"))
         decided, built = _within_latency_of_channels(job, goal, *publish(job, decided, goal.stage))
     else:
         decided = _decide(job, goal, sensitivities, {}, overhead=0, training=training)
         if recovers and quantity != "bytes":  # no file has to be looked at first
-            decided, recovers = _recovered(job, goal, decided), False
+            decided, recovers = recovered(job, goal, decided), False
         published = publish(job, decided, goal.stage)
         decided, built = _within_bytes(job, goal, *published, sensitivities, training)
     if recovers:
-        decided, built = publish(job, _recovered(job, goal, decided), goal.stage)
+        decided, built = publish(job, recovered(job, goal, decided), goal.stage)
     if goal.journal is not None:
         goal.journal.unlink(missing_ok=True)
     return decided, built, sensitivities
 
 
-def _recovered(job: Job, goal: Goal, decided: Decided) -> Decided:
+def recovered(job: Job, goal: Goal, decided: Decided) -> Decided:
     """The plan after training."""
     plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=goal.journal, resume=goal.resume)
     return Decided(*sealed(plan, tensors), decided.frontier)
@@ -161,7 +166,8 @@ def _decide(
 ) -> Decided:
     """The plan for the goal's budget, or for another one on the way to it."""
     job.progress("plan", 0, None)
-    context = replace(planning_context(job, goal.dense, overhead), costs=costs, training=training, memo=job.memo)
+    context = planning_context(job, goal.dense, overhead)
+    context = replace(context, costs=costs, training=training, memo=job.memo, latency=partial(_exported_latency, job))
     plan, tensors = load_module(goal.method).plan(
         job.source,
         job.graph,
@@ -319,6 +325,28 @@ def _within_latency_of_channels(job: Job, goal: Goal, decided: Decided, built: B
             hint=f"raise --budget to latency={1.03 * least:.3g}ms",
         )
     return publish(job, best, goal.stage)
+
+
+def _trained_to_latency(
+    job: Job, goal: Goal, sensitivities: Mapping[str, Sensitivity], training: Training | None
+) -> tuple[Decided, Built]:
+    """A method that trains measures the cuts that it may make; what was written is measured once more."""
+    assert goal.budget is not None
+    decided, built = publish(job, _decide(job, goal, sensitivities, {}, overhead=0, training=training), goal.stage)
+    limit, found = goal.budget.absolute(_measured_latency(job, goal.dense.onnx)), _measured_latency(job, built.onnx)
+    if found > MOST_LATENCY * limit:
+        raise BudgetError(
+            f"{goal.budget} is missed: the trained network takes {found:.3g} ms",
+            hint=f"lower --budget; what was measured of its cuts before the training was {limit:.3g} ms or less",
+        )
+    return decided, built
+
+
+def _exported_latency(job: Job, network: fx.GraphModule) -> float:
+    """Of a network that was cut: median milliseconds of its ONNX file."""
+    graph = trace_graph(network, job.graph.example_inputs)
+    compressed = Compressed(dict(network.state_dict()), None)
+    return _measured_latency(job, serialize(onnx_model(graph, compressed, assemble(graph, compressed))))
 
 
 def _measured_latency(job: Job, model: bytes) -> float:

@@ -14,12 +14,15 @@ from torch import Tensor, fx
 from .apply import apply_plan, masks_of, values_key, values_sha256
 from .data import Data, check_forward
 from .errors import UsageError
+from .graph.groups import find_channels
 from .graph.rewrite import tensor_at, tensor_names
+from .graph.trace import Graph
 from .job import Job, device_of, read_named
 from .plan import Decision, MaskWeights, Plan, Replace
-from .pruned import prune, trainable_copy
+from .pruned import Pruned, prune, trainable_copy
 from .task import check_targets
 from .train.augment import NAMES
+from .train.features import Features
 from .train.loop import Hooks, train
 from .train.masks import hold_masks
 from .train.recipe import Recipe, Training
@@ -48,14 +51,20 @@ def recipe_of(job: Job, examples: int, *, default: int = 0) -> Recipe | None:
     lr, patience = job.value("lr"), job.value("patience")
     return Recipe(
         steps,
-        optimizer=str(job.value("optimizer")),
+        optimizer=str(job.value("optimizer") or usual_optimizer(job.graph)),
         lr=None if lr is None else float(lr),
         schedule=str(job.value("schedule")),
         batch_size=batch_size,
         augment=augment,
         distill=min(1.0, float(job.value("distill"))),
+        features=float(job.value("distill_features")),
         patience=None if patience is None else int(patience),
     )
+
+
+def usual_optimizer(graph: Graph) -> str:
+    """What networks of the kind are trained with: SGD where there are convolutions, AdamW elsewhere."""
+    return "sgd" if any(layer.op.startswith("conv") for layer in graph.layers) else "adamw"
 
 
 def is_asked(job: Job) -> bool:
@@ -124,6 +133,7 @@ def recovered(
         device=device_of(job.settings),
         progress=job.progress,
         hooks=Hooks(after=hold_masks(module, masks)),
+        features=_features(job.graph, pruned),
         journal=journal,
         resume=resume,
     )
@@ -131,6 +141,12 @@ def recovered(
     if recipe.patience is not None and trained.step < recipe.steps:
         job.notes.append(f"the weights are those of step {trained.step}, nearest to the dense network")
     return with_values(plan, sidecar, module, state, masks, {"recover": asdict(recipe)})
+
+
+def _features(graph: Graph, pruned: Pruned | None) -> Features:
+    channels = find_channels(graph) if pruned is None else pruned.channels
+    kept = torch.ones(channels.count, dtype=torch.bool) if pruned is None else pruned.kept
+    return Features(channels, lambda: kept)
 
 
 def with_values(

@@ -81,7 +81,7 @@ METHODS = (
         summary="cut channels while the network trains: the least salient ones shrink to zero, the others train on",
         source="Chen et al. 2024, HESSO (arXiv:2409.09085); OTO (arXiv:2107.07467, 2312.09411)",
         options=("exclude", "multiple_of"),
-        budgets=("macs", "params", "bytes"),
+        budgets=("macs", "params", "bytes", "latency"),
         trains=True,
     ),
     Method(
@@ -91,7 +91,7 @@ METHODS = (
         summary="hesso whose channels are tried at zero, and put back, before any of them goes",
         source="Chen et al. 2024, HESSO-CRIC (arXiv:2409.09085)",
         options=("exclude", "multiple_of"),
-        budgets=("macs", "params", "bytes"),
+        budgets=("macs", "params", "bytes", "latency"),
         trains=True,
     ),
     Method(

@@ -22,6 +22,7 @@ from compress.budget import parse_budget
 from compress.data import load_object
 from compress.errors import BudgetError, GateError, UsageError
 from compress.frontier import read_frontier
+from compress.plan import read_plan
 from compress.registry import METHODS, Method
 from compress.settings import Value, resolve
 
@@ -270,20 +271,39 @@ def test_prune_then_quantize_keeps_the_zeros(data: Data, tmp_path: Path) -> None
     assert report["average_bits"] == 4
 
 
-def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(data: Data, tmp_path: Path) -> None:
-    method = next(m for m in METHODS if m.name == "magnitude")
-    run(method, data, tmp_path / "run", sparsity=0.5)
+@pytest.mark.parametrize(
+    ("name", "goal", "first", "then"),
+    [
+        ("magnitude", {"sparsity": 0.5}, 0, 0),
+        ("magnitude", {"sparsity": 0.5}, 3, 0),
+        ("obs", {"sparsity": 0.5}, 3, 2),
+        ("structured-obs", {"budget": "macs=60%"}, 0, 2),
+        ("hesso", {"budget": "macs=60%"}, 10, 0),
+        ("cric", {"budget": "macs=60%"}, 20, 2),
+    ],
+)
+def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(
+    name: str, goal: dict[str, Any], first: int, then: int, data: Data, tmp_path: Path
+) -> None:
+    method = next(m for m in METHODS if m.name == name)
+    given = run(method, data, tmp_path / "run", recover_steps=first, **goal)
     retrained = {k: v * 1.01 if v.is_floating_point() else v for k, v in load_file(data.checkpoint).items()}
     save_file(retrained, tmp_path / "new.safetensors")
     report = pipeline.run_method(
         "prune",
         tmp_path / "new.safetensors",
-        settings(data, tmp_path / "again"),
+        settings(data, tmp_path / "again", recover_steps=then),
         force=False,
         dry_run=False,
         plan=tmp_path / "run" / "plan.json",
         command=[],
         progress=quiet,
     )
-    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
-    assert any("another checkpoint" in note for note in report["notes"])
+    assert report["sparsity"] == pytest.approx(given["sparsity"], abs=1e-4)
+    kept, again = (read_plan(tmp_path / folder / "plan.json") for folder in ("run", "again"))
+    assert again.channels() == kept.channels()
+    assert again.masks().keys() == kept.masks().keys()
+    assert ("recover" in again.options) == (then > 0)
+    notes = "\n".join(report["notes"])
+    assert "another checkpoint" in notes
+    assert ("pass --recover-steps" in notes) == (first > 0 and then == 0)

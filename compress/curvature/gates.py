@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.groups import Channels
+from ..graph.groups import Channels, channel_dim
 from ..graph.trace import TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
 from ..task import Task
 from .loss_factor import Draw, cotangents, period
@@ -131,14 +131,14 @@ def _gates(channels: Channels) -> dict[str, _Gate]:
         if node.target not in WEIGHT_OPS or node not in channels.values or passes_through(node):
             continue
         dim = channel_dim(node)
-        channel = channel_along(channels, node.args[0], dim)
+        channel = channels.along(node.args[0], dim)
         if channel is not None:
             found[node.name] = _Gate(dim, channel)
             waiting[channel[channel >= 0]] = False
     for node, value in channels.values.items():
         is_op = node.op == "call_function" and node.name not in found and isinstance(value, tuple)
         for dim in range(len(shape_of(node)) if is_op and waiting.any() else 0):
-            channel = channel_along(channels, node, dim)
+            channel = channels.along(node, dim)
             if channel is not None and bool(waiting[channel[channel >= 0]].any()):
                 chosen = (channel >= 0) & waiting[channel.clamp(min=0)]
                 found[node.name] = _Gate(dim, torch.where(chosen, channel, -1), on_output=True)
@@ -147,27 +147,8 @@ def _gates(channels: Channels) -> dict[str, _Gate]:
     return found
 
 
-def channel_dim(node: fx.Node) -> int:
-    """The dimension of a layer's input and output that its weight sums over and makes."""
-    dims = len(shape_of(node))
-    if node.target is aten.linear.default:
-        return dims - 1
-    return 1 if dims == len(shape_of(node.args[WEIGHT_ARGUMENT])) else 0
-
-
 def passes_through(node: fx.Node) -> bool:
     """Whether a convolution's outputs are its inputs' channels: depthwise, or in more groups than inputs of each."""
     groups = int(argument(node, "groups", 1)) if node.target is not aten.linear.default else 1
     inputs = shape_of(node.args[WEIGHT_ARGUMENT])[0 if node.target in TRANSPOSED else 1]
     return groups > 1 and groups > inputs // (groups if node.target in TRANSPOSED else 1)
-
-
-def channel_along(channels: Channels, node: Any, dim: int) -> Tensor | None:
-    """The channel of each place along a dimension of a node's value, -1 where it stays; None where all do."""
-    found = channels.values.get(node, ())
-    for axis in found if isinstance(found, tuple) else ():
-        if axis.labels.shape[dim] > 1:
-            moved = channels.channel_of[axis.labels].movedim(dim, 0).reshape(axis.labels.shape[dim], -1)
-            if bool((moved >= 0).any()):
-                return moved.amax(1)
-    return None

@@ -10,18 +10,20 @@ Cost: seconds, on the processor, without running the network.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from .channel_rules import KERNEL, Reading, Result, op_name, read
+from .channel_rules import KERNEL, Reading, Result, op_name, read, shape_of
 from .labels import Axis, Labels, Value, along
 from .rewrite import tensor_at, unlift
-from .trace import Graph
+from .trace import WEIGHT_ARGUMENT, Graph, aten
 
 OUTPUT = "the network's output"
+Signature = tuple[tuple[int, int], ...]  # dimensions, and the places of each
+Run = tuple[Tensor, Tensor, Tensor]  # roots along a dimension, where the places of each start, and the places
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,24 @@ class Channels:
         """Values of all channels, ``[c]``, by group; the parts are views."""
         parts = torch.split(values, [group.size for group in self.groups]) if self.groups else ()
         return list(zip(self.groups, parts, strict=True))
+
+    def along(self, node: fx.Node, dim: int) -> Tensor | None:
+        """The channel of each place along a dimension of a node's value, -1 where it stays; None where all do."""
+        found = self.values.get(node, ())
+        for axis in found if isinstance(found, tuple) else ():
+            if axis.labels.shape[dim] > 1:
+                moved = self.channel_of[axis.labels].movedim(dim, 0).reshape(axis.labels.shape[dim], -1)
+                if bool((moved >= 0).any()):
+                    return moved.amax(1)
+        return None
+
+
+def channel_dim(node: fx.Node) -> int:
+    """The dimension of a layer's input and output that its weight sums over and makes."""
+    dims = len(shape_of(node))
+    if node.target is aten.linear.default:
+        return dims - 1
+    return 1 if dims == len(shape_of(node.args[WEIGHT_ARGUMENT])) else 0
 
 
 def find_channels(graph: Graph) -> Channels:
@@ -227,32 +247,23 @@ def _varying(marked: Tensor) -> list[int]:
 def _grouped(
     reading: Reading, module: fx.GraphModule, roots: Tensor, frozen: Tensor, sources: Mapping[str, str]
 ) -> Channels:
-    places: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)  # by root: (tensor and dimension, places)
     dims = [
         (target, d, v) for target, vectors in reading.weights.items() for d, v in enumerate(vectors) if v is not None
     ]
-    for number, (_, _, vector) in enumerate(dims):
-        found, inverse = torch.unique(roots[vector], return_inverse=True)
-        order = inverse.argsort(stable=True)
-        counts = inverse.bincount().tolist()
-        for root, chosen in zip(found.tolist(), order.split(counts), strict=True):
-            if not frozen[root]:
-                places[root].append((number, chosen.tolist()))
-    families: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for root, held in places.items():
-        families[tuple((number, len(chosen)) for number, chosen in held)].append(root)
     groups, names = [], defaultdict[str, int](int)
     channel_of = torch.full((reading.labels.count,), -1)
     first = 0
-    for signature, members in families.items():
+    families, runs = _families(dims, roots, frozen)
+    for signature, members in families:
         name = _name(dims, signature)
         names[name] += 1
-        made = tuple(
-            Member(dims[number][0], dims[number][1], torch.tensor([dict(places[root])[number] for root in members]))
-            for number, _ in signature
-        )
-        groups.append(ChannelGroup(name if names[name] == 1 else f"{name}#{names[name]}", len(members), made))
-        channel_of[torch.tensor(members)] = torch.arange(first, first + len(members))
+        made = []
+        for place, count in signature:
+            held, starts, places = runs[place]
+            each = starts[torch.searchsorted(held, members)][:, None] + torch.arange(count)
+            made.append(Member(dims[place][0], dims[place][1], places[each]))
+        groups.append(ChannelGroup(name if names[name] == 1 else f"{name}#{names[name]}", len(members), tuple(made)))
+        channel_of[members] = torch.arange(first, first + len(members))
         first += len(members)
     return Channels(
         module,
@@ -265,7 +276,35 @@ def _grouped(
     )
 
 
-def _name(dims: list[tuple[str, int, Tensor]], signature: tuple[tuple[int, int], ...]) -> str:
+def _families(
+    dims: Sequence[tuple[str, int, Tensor]], roots: Tensor, frozen: Tensor
+) -> tuple[list[tuple[Signature, Tensor]], list[Run]]:
+    """Roots that lie in the same dimensions, in as many places of each: split by one dimension at a time.
+
+    Returns:
+        The dimensions and the roots of each family, in the order of execution; and what lies along each dimension.
+    """
+    family, signatures = torch.zeros(len(roots), dtype=torch.int64), [Signature()]
+    rank, seen = torch.full_like(family, -1), 0
+    runs = []
+    for number, (_, _, vector) in enumerate(dims):
+        living = (~frozen[vector]).nonzero().reshape(-1)
+        found, order = roots[vector[living]].sort(stable=True)
+        held, counts = torch.unique(found, return_counts=True)
+        runs.append((held, counts.cumsum(0) - counts, living[order]))
+        fresh = held[rank[held] < 0]
+        rank[fresh] = torch.arange(seen, seen + len(fresh))
+        seen += len(fresh)
+        pairs, which = torch.unique(torch.stack([family[held], counts]), dim=1, return_inverse=True)
+        family[held] = len(signatures) + which
+        signatures += [(*signatures[before], (number, count)) for before, count in pairs.T.tolist()]
+    members = (rank >= 0).nonzero().reshape(-1)
+    members = members[rank[members].argsort()]
+    held = family[members]
+    return [(signatures[number], members[held == number]) for number in dict.fromkeys(held.tolist())], runs
+
+
+def _name(dims: list[tuple[str, int, Tensor]], signature: Signature) -> str:
     """The first weight whose outputs the channels are."""
     made = [dims[number][0] for number, _ in signature if dims[number][1] == 0]
     return made[0] if made else dims[signature[0][0]][0]

@@ -1,10 +1,11 @@
 """HESSO-CRIC: the channels that go are tried at zero, and put back, before any of them goes.
 
-A saliency taken at a channel's full size says little of what happens when it is gone. In a cycle, the channels that
-would go, and weren't tried yet (the violating set), are shrunk along sampled sparsities while the network trains; at
-each, the saliency of every channel is taken with its full size and the gradients there, so that the first-order scores
-follow the loss along the way. Then parameters, buffers and the optimizer's state are put back as they were. The means
-over all cycles pick the next set; when they pick nothing new, or the cycles are over, it is shrunk as HESSO does.
+A saliency taken at a channel's full size says little of what happens when it is gone with others. In a cycle, the
+channels that would go, and weren't tried yet (the violating set), are shrunk along sampled sparsities while the network
+trains; at each, their saliency is taken with their full size and the gradients there. Then parameters, buffers and the
+optimizer's state are put back as they were. All saliencies rise where the loss does: those of the trial are brought to
+the sum of those before it, or what was tried would give way to what wasn't, whatever it is worth. The means of both
+pick the next set; when they pick nothing new, or the cycles are over, it is shrunk as HESSO does.
 
     cric = Cric(model, optimizer, example_inputs, budget="macs=50%", steps=250)
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ..budget import Budget
 from ..errors import UsageError
 from .cut_target import Cost
+from .group_saliency import RunningScores
 from .hesso import DEFAULT, LEAST, WEIGHTS, Hesso, Schedule
 
 
@@ -39,7 +41,7 @@ class Cycles:
     """
 
     most: int = 3
-    share: float = 0.15
+    share: float = 0.05
 
     def __post_init__(self) -> None:
         if self.most < 1 or not 0 < self.share < 1:
@@ -105,12 +107,18 @@ class Cric(Hesso):
         self.violations: list[int] = []  # of each cycle
         self._place = 0  # of the step in its cycle
         self._redundant: Tensor | None = None
-        self._fixed: Tensor | None = None  # scores that the set was picked with
+        self._fixed: Tensor | None = None  # scores that the set is picked with; None before the first cycle
+        self.trial = RunningScores(tuple(self.weights), self.count)  # of the violating set, in the cycle
         self._tried = torch.zeros(self.count, dtype=torch.bool)
         self._violating = torch.zeros(self.count, dtype=torch.bool)
         self._rank = torch.zeros(self.count, dtype=torch.float64)  # of the violating, in [0, 1)
         self._factor = torch.ones(self.count, dtype=torch.float64)
         self._saved: Snapshot | None = None
+
+    @property
+    def unshrunk(self) -> Tensor:
+        """bool ``[c]``: the channels at their full size; none in a trial, whose loss is to be the outputs' alone."""
+        return self.staying if self._saved is None else torch.zeros_like(self._gone)
 
     @property
     def cycle_steps(self) -> int:
@@ -128,11 +136,12 @@ class Cric(Hesso):
 
     def _begin(self) -> None:
         """The next cycle, or the end of them."""
-        scores = self._scores()
+        scores = self._scores() if self._fixed is None else self._fixed
+        self._fixed = scores
         picked = self._select(scores)
         violating = picked & ~self._tried
         if not bool(violating.any()) or len(self.violations) == self.cycles.most:
-            self._redundant, self._fixed = picked, scores
+            self._redundant = picked
             earlier = self._bounds[0] - (self.number + 1)
             self._bounds = [bound - earlier for bound in self._bounds]
             self._movable = picked
@@ -157,8 +166,21 @@ class Cric(Hesso):
                 return
             restore(self.model, self.optimizer, self._saved)
             self._saved = None
+            self._correct()
         if self.number + 1 >= self._bounds[0] - self.cycles.most * self.cycle_steps:
             self._begin()
+
+    def _running(self) -> tuple[RunningScores, Tensor]:
+        return super()._running() if self._saved is None else (self.trial, self._violating)
+
+    def _correct(self) -> None:
+        """Take what the cycle found into the scores of the violating set, whose sum stays."""
+        assert self._fixed is not None
+        if self.trial.steps:
+            tried = self.trial.combined(self.weights, self._violating)
+            mean = self._fixed[self._violating].mean()
+            self._fixed = torch.where(self._violating, (self._fixed + mean * tried) / 2, self._fixed)
+        self.trial.begin_anew()
 
     def _try(self) -> None:
         """Shrink the violating channels for the next step."""
@@ -196,6 +218,7 @@ class Cric(Hesso):
             "place": self._place,
             "redundant": self._redundant,
             "fixed": self._fixed,
+            "trial": self.trial.state_dict(),
             "tried": self._tried.clone(),
             "violating": self._violating.clone(),
             "rank": self._rank.clone(),
@@ -207,6 +230,7 @@ class Cric(Hesso):
         super().load_state_dict(state)
         self.violations, self._place = list(state["violations"]), int(state["place"])
         self._redundant, self._fixed = state["redundant"], state["fixed"]
+        self.trial.load_state_dict(state["trial"])
         self._tried, self._violating = state["tried"].clone(), state["violating"].clone()
         self._rank, self._factor = state["rank"].clone(), state["factor"].clone()
         saved = copy.deepcopy(state["saved"])

@@ -140,7 +140,17 @@ class Hesso:
     @property
     def kept(self) -> dict[str, list[int]]:
         """The channels of each group that stay, as far as it is decided."""
-        return keep_of(self.channels, ~(self._gone | self._leaving))
+        return keep_of(self.channels, self.staying)
+
+    @property
+    def staying(self) -> Tensor:
+        """bool ``[c]``: the channels that aren't on their way out."""
+        return ~(self._gone | self._leaving)
+
+    @property
+    def unshrunk(self) -> Tensor:
+        """bool ``[c]``: the channels at their full size."""
+        return self.staying
 
     @property
     def num_steps(self) -> int:
@@ -149,7 +159,7 @@ class Hesso:
 
     def cost(self) -> float:
         """What stays costs this, in the budget's quantity; the number of channels for a sparsity."""
-        return self.target.cost_of(~(self._gone | self._leaving))
+        return self.target.cost_of(self.staying)
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """The optimizer's step, and what the schedule has for it. Call it after ``backward``.
@@ -248,7 +258,12 @@ class Hesso:
         self._is_trained |= sums.is_trained
         # The gradients of a scaled loss that overflowed say nothing, and the scaler leaves their step out too.
         if not self._may_overflow or bool(torch.isfinite(sums.gg).all()):
-            self.scores.add(sums, self._stays())
+            scores, among = self._running()
+            scores.add(sums, among)
+
+    def _running(self) -> tuple[RunningScores, Tensor]:
+        """What this step's saliencies are added to, and the channels whose mean is made 1."""
+        return self.scores, self._stays()
 
     def _reference(self) -> dict[str, Tensor]:
         """The parameters whose channels the gradients are to weigh."""
@@ -259,7 +274,7 @@ class Hesso:
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def _stays(self) -> Tensor:
-        return self._movable & ~self._gone & ~self._leaving
+        return self._movable & self.staying
 
     # -- the schedule
 

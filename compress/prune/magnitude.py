@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..apply import masks_of
 from ..budget import Budget
 from ..context import Context, Storage
 from ..graph.trace import Graph, Layer
@@ -69,6 +70,20 @@ def plan(
         }
     recorded = {"exclude": list(exclude), "pattern": pattern, "scope": scope}
     return mask_plan(source, graph, masks, budget, "magnitude", recorded)
+
+
+def refit(
+    given: Plan,
+    sidecar: Mapping[str, Tensor],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The masks of a plan on another checkpoint, whose survivors keep its own values."""
+    masks = masks_of(given, sidecar, source.module.state_dict())
+    options = {name: value for name, value in given.options.items() if name != "recover"}
+    return mask_plan(source, graph, masks, given.budget, given.method, options)
 
 
 def _unstructured(

@@ -75,7 +75,7 @@ def plan(
     kept = within_reach(budget, chosen, limit)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}
-    return _fitted(source, graph, channels, kept, calibration, budget, recorded, predicted, context)
+    return _fitted(NAME, source, graph, channels, kept, calibration, budget, recorded, predicted, context)
 
 
 def refit(
@@ -89,7 +89,10 @@ def refit(
     """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew."""
     channels = find_channels(graph)
     kept = kept_of(channels, given.channels())
-    return _fitted(source, graph, channels, kept, calibration, given.budget, given.options, given.predicted, context)
+    options = {name: value for name, value in given.options.items() if name != "recover"}
+    return _fitted(
+        given.method, source, graph, channels, kept, calibration, given.budget, options, given.predicted, context
+    )
 
 
 def saliencies(channels: Channels, calibration: Calibration, context: Context) -> Tensor:
@@ -107,6 +110,7 @@ def saliencies(channels: Channels, calibration: Calibration, context: Context) -
 
 
 def _fitted(
+    method: str,
     source: Source,
     graph: Graph,
     channels: Channels,
@@ -121,7 +125,7 @@ def _fitted(
     data = fitting_examples(graph, calibration.data)
     changed = refit_layers(channels, kept, module, data.inputs, progress=context.progress)
     return channel_plan(
-        NAME,
+        method,
         source,
         channels,
         kept,

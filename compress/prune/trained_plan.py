@@ -12,9 +12,9 @@ from torch import Tensor
 from ..budget import Budget
 from ..context import Context
 from ..errors import UsageError
-from ..graph.channel_cost import channel_costs
-from ..graph.cut import kept_channels
-from ..graph.groups import find_channels
+from ..graph.channel_cost import ChannelCosts, channel_costs
+from ..graph.cut import Keep, cut, kept_channels
+from ..graph.groups import Channels, find_channels
 from ..graph.rewrite import tensor_at, tensor_names
 from ..graph.trace import Graph
 from ..model import Source
@@ -22,12 +22,33 @@ from ..plan import Plan
 from ..pruned import trainable_copy
 from ..sensitivity import Sensitivity
 from ..task import Calibration
+from ..train.features import Features
 from ..train.loop import Hooks, train
 from ..train.recipe import Training
 from .channel_plan import channel_plan, cost_figures, terms_of, within_reach
+from .cut_target import Cost
 from .hesso import Hesso
 
 DEFAULT = Budget("macs", 0.5, "dense")
+
+
+def _limit(
+    budget: Budget, channels: Channels, costs: ChannelCosts, graph: Graph, context: Context
+) -> tuple[str, float, Cost | None]:
+    """The quantity that channels are cut by, what may be left of it, and what measures it."""
+    if budget.quantity != "latency" or context.latency is None:
+        terms, limit = terms_of(budget, costs, graph, context)
+        return "macs" if terms is costs.macs else "params", limit, None
+    latency, known = context.latency, dict[tuple[int, ...], float]()
+
+    def measured(keep: Keep) -> float:
+        """Latency depends on how many channels each group keeps, not on which."""
+        sizes = tuple(len(keep[group.name]) for group in channels.groups)
+        if sizes not in known:
+            known[sizes] = latency(cut(channels, channels.module, kept_channels(channels, keep)))
+        return known[sizes]
+
+    return "latency", budget.absolute(latency(channels.module)), measured
 
 
 def trained_plan(
@@ -45,7 +66,7 @@ def trained_plan(
 
     Args:
         name: Of the method.
-        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
+        budget: ``macs``, ``params``, ``bytes`` of the delivered file or ``latency``; None means half the MACs.
         options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
         context: Its ``training`` says on what and for how long.
 
@@ -62,8 +83,7 @@ def trained_plan(
         raise UsageError(f"method {name} trains", hint="pass --train DATA")
     channels = find_channels(graph)
     costs = channel_costs(channels, len(graph.example_inputs[0]))
-    terms, limit = terms_of(budget or DEFAULT, costs, graph, context)
-    quantity = "macs" if terms is costs.macs else "params"
+    quantity, limit, cost = _limit(budget or DEFAULT, channels, costs, graph, context)
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     state = dict(source.module.state_dict())
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
@@ -77,6 +97,7 @@ def trained_plan(
             steps=training.recipe.steps,
             multiple_of=multiple_of,
             exclude=exclude,
+            cost=cost,
         )
 
     method = within_reach(budget or DEFAULT, opened, limit)
@@ -96,6 +117,7 @@ def trained_plan(
         seed=training.seed,
         device=context.device,
         progress=context.progress,
+        features=Features(channels, lambda: method.unshrunk),
         hooks=Hooks(step=step, state=method.state_dict, restore=method.load_state_dict),
         journal=training.journal,
         resume=training.resume,

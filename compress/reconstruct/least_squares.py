@@ -20,10 +20,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ..context import Progress
-from ..curvature.gates import channel_along, channel_dim
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.groups import Channels
+from ..graph.groups import Channels, channel_dim
 from ..graph.rewrite import BATCH_NORMS, operand, put_tensor, tensor_at
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, argument, aten
 
@@ -61,7 +60,7 @@ class _Pair:
 
     def stays(self, node: Any, dim: int, size: int) -> Tensor:
         """bool ``[size]``: which places along a dimension of a node's value are left."""
-        channel = channel_along(self.channels, self.original[node.name], dim)
+        channel = self.channels.along(self.original[node.name], dim)
         if channel is None:
             return torch.ones(size, dtype=torch.bool)
         return torch.where(channel < 0, True, self.kept[channel.clamp(min=0)])

@@ -28,6 +28,7 @@ from ..task import Task
 from .batches import CPU, DROPOUT, Batches, step_seed, training_batches
 from .distill import divergence_from as divergence_from
 from .distill import first_tensor, loss_of, run
+from .features import Features, Values, tapped
 from .journal import read_journal, training_digest, write_journal
 from .mode import training_mode, unguarded
 from .optimizers import make_optimizer
@@ -107,6 +108,7 @@ def train(
     device: torch.device | None = None,
     progress: Progress,
     hooks: Hooks | None = None,
+    features: Features | None = None,
     journal: Path | None = None,
     resume: bool = False,
 ) -> Trained:
@@ -119,6 +121,7 @@ def train(
         teacher: The dense network, in evaluation mode. Without it, the task's loss is all.
         calibration: Where the divergence from it is checked.
         seed: Of batches, augmentation and dropout.
+        features: What is compared inside both networks, where both are exported and the recipe distils.
         journal: A file for the state while it runs, written every 20 seconds and at the end.
         resume: Go on from the journal, where there is one.
 
@@ -150,7 +153,10 @@ def train(
             recipe.optimizer, parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         batches = training_batches(data, recipe.batch_size, augment=recipe.augment, seed=seed, device=device)
-        going = _Run(module, task, recipe, dense, calibration, batches, hooks or Hooks(), optimizer, trained)
+        inner = None
+        if features is not None and recipe.features > 0 and (recipe.distill > 0 or data.targets is None):
+            inner = _Inner(features, stack.enter_context(tapped(dense)), stack.enter_context(tapped(module)))
+        going = _Run(module, task, recipe, dense, calibration, batches, hooks or Hooks(), optimizer, trained, inner)
         if journal is not None and resume and journal.is_file():
             going.restore(read_journal(journal, digest))
         # Dropout draws from the global generator, which is seeded in each step; the caller's comes back.
@@ -197,6 +203,15 @@ class _Journal:
 
 
 @dataclass(slots=True)
+class _Inner:
+    """Features, and their values in the dense network and in the one that is trained."""
+
+    features: Features
+    dense: Values
+    small: Values
+
+
+@dataclass(slots=True)
 class _Run:
     """A training that is under way.
 
@@ -215,6 +230,7 @@ class _Run:
     hooks: Hooks
     optimizer: torch.optim.Optimizer
     trained: Trained
+    inner: _Inner | None = None
     number: int = 0
     best: dict[str, Tensor] | None = None
     least: float = math.inf
@@ -292,6 +308,11 @@ class _Run:
         loss = loss_of(
             self.task, outputs, batch.targets, wanted, distill=recipe.distill, temperature=recipe.temperature
         )
+        if self.inner is not None and wanted is not None:
+            apart = self.inner.features.distance(self.inner.dense, self.inner.small)
+            loss = loss if apart is None else loss + recipe.features * apart
+            self.inner.dense.clear()
+            self.inner.small.clear()
         if not loss.requires_grad:
             raise UsageError(
                 f"the loss of task {self.task.name} doesn't depend on any parameter that is trained",

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UsageError
 from .adahessian import AdaHessian
 
-RATES = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "adahessian": 0.05}
+RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adahessian": 0.05}
 
 
 def make_optimizer(

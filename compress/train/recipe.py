@@ -12,6 +12,7 @@ from ..errors import UsageError
 SCHEDULES = ("one-cycle", "cosine", "constant")
 WARM_UP = 0.1  # of the steps, for one-cycle
 MOST_MOMENTUM = 0.999
+MOST_WEIGHT = 1e6
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -29,6 +30,8 @@ class Recipe:
         augment: ``crop`` and ``flip``, of images.
         distill: Share of the loss that is the distance from the dense network's outputs; the rest is the task's.
         temperature: By which the logits of both are divided where that distance is taken.
+        features: Weight of the distance between what the layers of both networks read, each in units of its mean square
+            (``train.features``); counts where the outputs do.
         patience: Checks on the calibration data, ten in a run, that may pass without an improvement before it stops;
             the weights of the best check are kept. With None it runs to the end and the last ones are kept.
         momentum: Of ``sgd``.
@@ -48,7 +51,8 @@ class Recipe:
     batch_size: int = 128
     augment: tuple[str, ...] = ()
     distill: float = 0.9
-    temperature: float = 2.0
+    temperature: float = 4.0
+    features: float = 100.0
     patience: int | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -60,6 +64,7 @@ class Recipe:
             ("steps", self.steps, 0, math.inf),
             ("batch size", self.batch_size, 1, math.inf),
             ("share of distillation", self.distill, 0, 1),
+            ("weight of the features", self.features, 0, MOST_WEIGHT),
             ("momentum", self.momentum, 0, MOST_MOMENTUM),
             ("patience", 1 if self.patience is None else self.patience, 1, math.inf),
             ("weight decay", self.weight_decay, 0, math.inf),

@@ -130,6 +130,20 @@ def test_scores_are_taken_with_the_full_size_of_channels() -> None:
     torch.testing.assert_close(again, first, rtol=0.05, atol=0.02)
 
 
+def test_a_trial_moves_scores_within_the_set_that_was_tried_and_keeps_their_sum() -> None:
+    cric = trained(opened(), 2)
+    assert cric._fixed is not None
+    before, tried = cric._fixed.clone(), cric._violating.clone()
+    trained(cric, cric.cycle_steps - 1)
+    found = cric.trial.combined(cric.weights, tried)
+    assert torch.equal(cric._fixed, before)
+    trained(cric, 1)
+    assert torch.equal(cric._fixed[~tried], before[~tried])
+    assert not torch.equal(cric._fixed[tried], before[tried])
+    assert float(cric._fixed[tried].sum()) == pytest.approx(float(before[tried].sum()))
+    assert float(found[tried].mean()) == pytest.approx(1)
+
+
 def test_it_ends_when_nothing_new_would_go() -> None:
     cric = trained(opened(weights={"magnitude": 1.0}, cycles=Cycles(3, 0.3)), STEPS)
     assert len(cric.violations) == 1  # magnitudes are the same in every trial
@@ -157,7 +171,7 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     size = cric.scores.totals.numel()
     trained(cric, 8)
     assert cric.scores.totals.numel() == size
-    assert cric.scores.steps == 8
+    assert (cric.scores.steps, cric.trial.totals.numel()) == (2, size)
 
 
 def test_the_smaller_network_computes_what_the_whole_one_does() -> None:
