@@ -75,6 +75,11 @@ HAWQ8 = Case("hawq, 8 bits on average, 8-bit activations", "quantize", {"budget"
 HAWQ4 = Case("hawq, 4 bits on average, float activations", "quantize", {"budget": "4bit", "activations": "float"})
 HAWQ3 = Case("hawq, 3 bits on average, float activations", "quantize", {"budget": "3bit", "activations": "float"})
 BITS3 = Case("uniform, 3 bits, float activations", "quantize", UNIFORM | {"budget": "3bit", "activations": "float"})
+HALF = {"method": "structured-obs", "budget": "macs=50%"}
+TRAINING = {"recover_steps": "250", "augment": "crop,flip"}
+STRUCTURED = Case("structured-obs, half the MACs", "prune", HALF)
+RECOVERED = Case(f"{STRUCTURED.name}, 250 steps", "prune", HALF | TRAINING)
+HESSO = Case("hesso, half the MACs, 250 steps", "prune", HALF | TRAINING | {"method": "hesso"})
 BOTH = Case(f"{PRUNE.name}; then {INT8.name}", INT8.job, INT8.flags, after=PRUNE.name)
 
 
@@ -86,14 +91,15 @@ def networks(data: str | None) -> Iterator[tuple[Network, tuple[Case, ...]]]:
     shown = f"fashion_net.safetensors {_flags(model | arrays)}"
     flags = model | {name: str(folder / file) for name, file in arrays.items()}
     demo = Network("FashionNet (ships with the package)", folder / "fashion_net.safetensors", shown, flags)
-    yield demo, (PRUNE, OBS, INT8, HAWQ8, BITS4, HAWQ4, BOTH)
+    yield demo, (PRUNE, OBS, STRUCTURED, INT8, HAWQ8, BITS4, HAWQ4, BOTH)
     if data is None:
         return
     parts = (
         ("ResNet-20, CIFAR-10", "cifar10/resnet20-12fca82f.th", "resnet_cifar.py:resnet20", "cifar.py:tensors", "test"),
         ("BabyLlama", "babyllama/babyllama.safetensors", "babyllama.py:babyllama", "babyllama.py:windows", "eval"),
     )
-    cases = ((PRUNE, OBS, MAGNITUDE7, OBS7, INT8, HAWQ8, BITS4, HAWQ4, BITS3, HAWQ3), (BITS8,))
+    cut = (STRUCTURED, RECOVERED, HESSO)
+    cases = ((PRUNE, OBS, MAGNITUDE7, OBS7, *cut, INT8, HAWQ8, BITS4, HAWQ4, BITS3, HAWQ3), (BITS8,))
     for (name, file, factory, function, split), chosen in zip(parts, cases, strict=True):
         named = {"model": factory, "data": f"{function}('calib')", "eval": f"{function}('{split}')"}
         flags = {key: str(Path(data) / value) for key, value in named.items()}
