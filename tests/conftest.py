@@ -51,10 +51,18 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_table() -> Iterator[None]:
+    """torch.onnx reads its table of operators once, not in each export."""
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_exports() -> Iterator[None]:
-    """torch.onnx reads its table of operators once, and a dense network is exported once: half of a small run."""
-    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    """A dense network is exported once: a third of a small run."""
     pipeline = importlib.import_module("compress.pipeline")
     real, kept = pipeline.dense_files, {}
 
@@ -64,7 +72,6 @@ def quick_exports() -> Iterator[None]:
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
         patch.setattr(pipeline, "dense_files", dense_files)
         yield
 

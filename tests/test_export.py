@@ -70,8 +70,14 @@ def check_program(network: Network, activations: str, bits: int | None, folder: 
             assert torch.equal(e, f)
 
 
+@pytest.mark.slow
 def test_integer_networks_run_alike_in_onnx_runtime(network: Network) -> None:
     check_onnx(network, "8", 8)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "Recurrent", "SqueezeExcite", "padded_residual", "Attention", "weight_norm"])
+def test_integer_networks_of_a_few_run_alike_in_onnx_runtime(name: str) -> None:
+    check_onnx(named(name), "8", 8)
 
 
 @pytest.mark.slow

@@ -46,13 +46,18 @@ GOALS = {
     "macs": ("macs=60%",),
     "params": ("params=70%",),
 }
+METHODS_THAT_TRAIN = {method.name for method in METHODS if method.trains}
+SLOW = {("hesso", "latency=500ms"), *(("cric", goal) for goals in GOALS.values() for goal in goals if goal != "60%")}
 CASES = [
-    (method, goal, "safetensors" if goal == "25KB" else "onnx")
+    pytest.param(
+        (method, goal, "safetensors" if goal == "25KB" else "onnx"),
+        marks=[pytest.mark.slow] if (method.name, goal) in SLOW else [],
+        id=f"{method.name} {goal}",
+    )
     for method in METHODS
     for quantity in method.budgets
     for goal in GOALS[quantity]
 ]
-METHODS_THAT_TRAIN = {method.name for method in METHODS if method.trains}
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
 
@@ -138,7 +143,7 @@ def finished(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return made
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].name} {case[1]} {case[2]}")
+@pytest.mark.parametrize("case", CASES)
 def test_budget_is_met_by_the_written_file(
     case: tuple[Method, str, str], finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +201,7 @@ def test_without_a_budget_the_result_passes_the_gates(
     assert any("no budget was given" in note for note in report["notes"])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * m.trains, id=m.name) for m in METHODS])
 def test_an_infeasible_byte_budget_gives_the_minimum_that_is_feasible(
     method: Method, data: Data, tmp_path: Path
 ) -> None:
@@ -276,10 +281,10 @@ def test_prune_then_quantize_keeps_the_zeros(data: Data, tmp_path: Path) -> None
     [
         ("magnitude", {"sparsity": 0.5}, 0, 0),
         ("magnitude", {"sparsity": 0.5}, 3, 0),
-        ("obs", {"sparsity": 0.5}, 3, 2),
+        pytest.param("obs", {"sparsity": 0.5}, 3, 2, marks=pytest.mark.slow),
         ("structured-obs", {"budget": "macs=60%"}, 0, 2),
         ("hesso", {"budget": "macs=60%"}, 10, 0),
-        ("cric", {"budget": "macs=60%"}, 20, 2),
+        pytest.param("cric", {"budget": "macs=60%"}, 20, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(
