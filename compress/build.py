@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from . import canonical, store
 from .apply import Compressed, assemble
@@ -41,10 +41,14 @@ class Dense:
 
 def dense_files(job: Job) -> Dense:
     job.progress("export dense", 0, None)
-    compressed = Compressed(dict(job.source.module.state_dict()), None)
-    module = assemble(job.graph, compressed)
-    onnx = serialize(onnx_model(job.graph, compressed, module))
-    return Dense(onnx, len(safetensors_bytes(compressed)))
+    state = dict(job.source.module.state_dict())
+    return Dense(plain_onnx(job.graph, job.source.module), len(safetensors_bytes(Compressed(state, None))))
+
+
+def plain_onnx(graph: Graph, module: nn.Module) -> bytes:
+    """The ONNX file of a network as it is, which ``graph`` was traced from."""
+    compressed = Compressed(dict(module.state_dict()), None)
+    return serialize(onnx_model(graph, compressed, assemble(graph, compressed)))
 
 
 def delivered_name(settings: Settings) -> str:

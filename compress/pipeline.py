@@ -149,9 +149,10 @@ def _plan_and_finish(
         else:
             fitted = planning.Decided(*_fitted(opened, given, planning_context(opened, dense, 0)))
             if is_asked(opened):
-                goal = planning.Goal(method, None, target.gates, dense, target.stage, target.journal(), target.resume)
-                fitted = planning.recovered(opened, goal, fitted)
+                fitted = planning.recovered(opened, fitted, target.journal(), resume=target.resume)
             decided, built = planning.publish(opened, fitted, target.stage)
+    if (journal := target.journal()) is not None:
+        journal.unlink(missing_ok=True)
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
@@ -188,10 +189,11 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
-    if "recover" in plan.options and not is_asked(job):
+    untrained = replace(plan, options={name: value for name, value in plan.options.items() if name != "recover"})
+    if untrained.options != plan.options and not is_asked(job):
         job.notes.append("the plan's network was trained after the cut; this one isn't: pass --recover-steps")
     refit = load_module(method).refit
-    refitted, tensors = refit(plan, sidecar, job.source, job.graph, job.calibration, context)
+    refitted, tensors = refit(untrained, sidecar, job.source, job.graph, job.calibration, context)
     return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from . import canonical, measuring, recovery, store
-from .apply import Compressed, apply_plan, assemble
+from .apply import apply_plan, assemble
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
 from .build import (
@@ -27,6 +27,7 @@ from .build import (
     delivered_name,
     infeasible,
     overhead_of,
+    plain_onnx,
     planning_context,
     sealed,
     write_plan,
@@ -34,6 +35,7 @@ from .build import (
 from .context import Context
 from .errors import BudgetError, InputError, UsageError, escape
 from .export import onnx_model, serialize
+from .figures import LATENCY_SLACK
 from .finish import LATENCY_THREADS, read_evaluation
 from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
 from .frontier import NAME as FRONTIER
@@ -56,7 +58,6 @@ LATENCY_REPEATS = 60
 LATENCY_TRIES = 8
 FIRST_SHARE = 0.6  # of the MACs: the first network that a latency is measured of
 LEAST_SHARE = 0.02  # of the MACs: a search ends when two networks are nearer
-MOST_LATENCY = 1.1  # of the budget: what noise may add between two measurements
 CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
 WIDTHS = (*range(2, 9), FLOAT_BITS)
 
@@ -138,19 +139,17 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     else:
         decided = _decide(job, goal, sensitivities, {}, overhead=0, training=training)
         if recovers and quantity != "bytes":  # no file has to be looked at first
-            decided, recovers = recovered(job, goal, decided), False
+            decided, recovers = recovered(job, decided, goal.journal, resume=goal.resume), False
         published = publish(job, decided, goal.stage)
         decided, built = _within_bytes(job, goal, *published, sensitivities, training)
     if recovers:
-        decided, built = publish(job, recovered(job, goal, decided), goal.stage)
-    if goal.journal is not None:
-        goal.journal.unlink(missing_ok=True)
+        decided, built = publish(job, recovered(job, decided, goal.journal, resume=goal.resume), goal.stage)
     return decided, built, sensitivities
 
 
-def recovered(job: Job, goal: Goal, decided: Decided) -> Decided:
+def recovered(job: Job, decided: Decided, journal: Path | None, *, resume: bool) -> Decided:
     """The plan after training."""
-    plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=goal.journal, resume=goal.resume)
+    plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=journal, resume=resume)
     return Decided(*sealed(plan, tensors), decided.frontier)
 
 
@@ -334,7 +333,7 @@ def _trained_to_latency(
     assert goal.budget is not None
     decided, built = publish(job, _decide(job, goal, sensitivities, {}, overhead=0, training=training), goal.stage)
     limit, found = goal.budget.absolute(_measured_latency(job, goal.dense.onnx)), _measured_latency(job, built.onnx)
-    if found > MOST_LATENCY * limit:
+    if found > LATENCY_SLACK * limit:
         raise BudgetError(
             f"{goal.budget} is missed: the trained network takes {found:.3g} ms",
             hint=f"lower --budget; what was measured of its cuts before the training was {limit:.3g} ms or less",
@@ -344,9 +343,7 @@ def _trained_to_latency(
 
 def _exported_latency(job: Job, network: fx.GraphModule) -> float:
     """Of a network that was cut: median milliseconds of its ONNX file."""
-    graph = trace_graph(network, job.graph.example_inputs)
-    compressed = Compressed(dict(network.state_dict()), None)
-    return _measured_latency(job, serialize(onnx_model(graph, compressed, assemble(graph, compressed))))
+    return _measured_latency(job, plain_onnx(trace_graph(network, job.graph.example_inputs), network))
 
 
 def _measured_latency(job: Job, model: bytes) -> float:

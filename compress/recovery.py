@@ -51,7 +51,7 @@ def recipe_of(job: Job, examples: int, *, default: int = 0) -> Recipe | None:
     lr, patience = job.value("lr"), job.value("patience")
     return Recipe(
         steps,
-        optimizer=str(job.value("optimizer") or usual_optimizer(job.graph)),
+        optimizer=str(job.value("optimizer") or _usual_optimizer(job.graph)),
         lr=None if lr is None else float(lr),
         schedule=str(job.value("schedule")),
         batch_size=batch_size,
@@ -62,7 +62,7 @@ def recipe_of(job: Job, examples: int, *, default: int = 0) -> Recipe | None:
     )
 
 
-def usual_optimizer(graph: Graph) -> str:
+def _usual_optimizer(graph: Graph) -> str:
     """What networks of the kind are trained with: SGD where there are convolutions, AdamW elsewhere."""
     return "sgd" if any(layer.op.startswith("conv") for layer in graph.layers) else "adamw"
 

@@ -312,3 +312,4 @@ def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(
     notes = "\n".join(report["notes"])
     assert "another checkpoint" in notes
     assert ("pass --recover-steps" in notes) == (first > 0 and then == 0)
+    assert not (tmp_path / "again.journal").exists()

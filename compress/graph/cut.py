@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
 from .channel_rules import MADE, hint, op_name, shape_of, slice_bounds, split_sizes
-from .groups import Channels
+from .groups import Channels, places_kept
 from .rewrite import MOVES, put_tensor, tensor_at
 from .trace import Graph, argument, aten
 
@@ -59,12 +59,7 @@ def kept_channels(channels: Channels, keep: Keep) -> Tensor:
 
 def stays(channels: Channels, kept: Tensor, labels: Tensor) -> Tensor:
     """bool of the labels' shape: whether each place stays."""
-    channel = channels.channel_of[labels]
-    return (
-        torch.where(channel < 0, True, kept[channel.clamp(min=0)])
-        if len(kept)
-        else torch.ones_like(channel, dtype=torch.bool)
-    )
+    return places_kept(kept, channels.channel_of[labels])
 
 
 def masked(channels: Channels, module: fx.GraphModule, kept: Tensor) -> fx.GraphModule:

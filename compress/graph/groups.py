@@ -118,6 +118,16 @@ class Channels:
         return None
 
 
+def places_kept(kept: Tensor, channel: Tensor) -> Tensor:
+    """Whether each place stays, bool of ``channel``'s shape.
+
+    Args:
+        kept: bool over all channels.
+        channel: Of each place, -1 where it always stays.
+    """
+    return torch.cat([kept, kept.new_ones(1)])[channel]  # -1 is the last
+
+
 def channel_dim(node: fx.Node) -> int:
     """The dimension of a layer's input and output that its weight sums over and makes."""
     dims = len(shape_of(node))

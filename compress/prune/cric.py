@@ -136,8 +136,9 @@ class Cric(Hesso):
 
     def _begin(self) -> None:
         """The next cycle, or the end of them."""
-        scores = self._scores() if self._fixed is None else self._fixed
-        self._fixed = scores
+        if self._fixed is None:
+            self._fixed = self._scores()
+        scores = self._fixed
         picked = self._select(scores)
         violating = picked & ~self._tried
         if not bool(violating.any()) or len(self.violations) == self.cycles.most:

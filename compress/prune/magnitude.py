@@ -82,8 +82,7 @@ def refit(
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The masks of a plan on another checkpoint, whose survivors keep its own values."""
     masks = masks_of(given, sidecar, source.module.state_dict())
-    options = {name: value for name, value in given.options.items() if name != "recover"}
-    return mask_plan(source, graph, masks, given.budget, given.method, options)
+    return mask_plan(source, graph, masks, given.budget, given.method, given.options)
 
 
 def _unstructured(

@@ -158,8 +158,7 @@ def refit(
     masks = masks_of(given, sidecar, source.module.state_dict())
     layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
     protected = torch.cat([masks[layer.tensor].flatten() for layer in layers])
-    options = {name: value for name, value in given.options.items() if name != "recover"}
-    surgery = replace(_open(source, graph, layers, calibration, options, context), protected=protected)
+    surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)
     # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
     choosers = _shares(layers, int((~protected).sum()), int(given.options["rounds"]), "global")
     *_, keep = _rounds(surgery, choosers)

@@ -89,9 +89,8 @@ def refit(
     """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew."""
     channels = find_channels(graph)
     kept = kept_of(channels, given.channels())
-    options = {name: value for name, value in given.options.items() if name != "recover"}
     return _fitted(
-        given.method, source, graph, channels, kept, calibration, given.budget, options, given.predicted, context
+        given.method, source, graph, channels, kept, calibration, given.budget, given.options, given.predicted, context
     )
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..context import Progress
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.groups import Channels, channel_dim
+from ..graph.groups import Channels, channel_dim, places_kept
 from ..graph.rewrite import BATCH_NORMS, operand, put_tensor, tensor_at
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, argument, aten
 
@@ -61,9 +61,7 @@ class _Pair:
     def stays(self, node: Any, dim: int, size: int) -> Tensor:
         """bool ``[size]``: which places along a dimension of a node's value are left."""
         channel = self.channels.along(self.original[node.name], dim)
-        if channel is None:
-            return torch.ones(size, dtype=torch.bool)
-        return torch.where(channel < 0, True, self.kept[channel.clamp(min=0)])
+        return torch.ones(size, dtype=torch.bool) if channel is None else places_kept(self.kept, channel)
 
     def put(self, node: fx.Node, value: Tensor) -> None:
         """Replace a tensor of the cut network."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph.channel_rules import shape_of
-from ..graph.groups import Channels, channel_dim
+from ..graph.groups import Channels, channel_dim, places_kept
 from ..graph.rewrite import operand
 from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS
 
@@ -97,8 +97,7 @@ class Features:
         self._stays = kept.clone()
         for key, feature in self._found.items():
             if feature.channel is not None:
-                stays = torch.where(feature.channel < 0, True, kept[feature.channel.clamp(min=0)])
-                self._places[key] = stays.nonzero().reshape(-1)
+                self._places[key] = places_kept(kept, feature.channel).nonzero().reshape(-1)
 
 
 @contextmanager
