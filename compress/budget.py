@@ -29,7 +29,8 @@ class Budget:
 
     Attributes:
         quantity: One of ``QUANTITIES``: bytes of the delivered model file, average bits of a weight, MACs, parameters,
-            bit operations, milliseconds of latency, or sparsity (zeros / elements of all weights).
+            bit operations, milliseconds of latency, or sparsity (zeros / elements of all weights; of methods that cut
+            channels, the share of the channels that goes).
         limit: The most that may remain; for sparsity, the least that must be removed. A fraction if ``of`` is
         ``dense``. of: ``absolute``, or ``dense`` where the limit is a fraction of the dense model's figure.
     """

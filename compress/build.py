@@ -179,6 +179,7 @@ class Built:
     Attributes:
         graph: What is left of the job's; the same one where no channels were cut.
         original: The source's state dict, less what was cut.
+        group_sparsity: Share of the channels that the plan cuts; None where it cuts none.
     """
 
     compressed: Compressed
@@ -187,6 +188,7 @@ class Built:
     sizes: dict[str, int]
     graph: Graph
     original: Mapping[str, Tensor]
+    group_sparsity: float | None
 
 
 def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> Built:
@@ -197,6 +199,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     """
     job.progress("apply", 0, None)
     original, graph, cuts = dict(job.source.module.state_dict()), job.graph, job.source.cuts
+    group_sparsity = None
     if plan is None:
         compressed = Compressed(original, None)
     else:
@@ -205,6 +208,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
             job.progress("prove the cut", 0, None)
             check_cut(job.graph, pruned.channels, pruned.kept, seed=plan.seed)
             original, graph = pruned.sliced(original, job.graph.tied), pruned.graph
+            group_sparsity = 1 - int(pruned.kept.sum()) / len(pruned.kept)
             cuts = (*cuts, Cut(tuple(plan.channels().values()), input_specs(job.graph.example_inputs)))
         compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)
     module = assemble(graph, compressed)
@@ -217,7 +221,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     except OSError as error:
         raise store.disk_error(stage / PROGRAM, error) from error
     sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
-    return Built(compressed, module, onnx, sizes, graph, original)
+    return Built(compressed, module, onnx, sizes, graph, original, group_sparsity)
 
 
 def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:

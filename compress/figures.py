@@ -71,7 +71,8 @@ def budget_checks(
     """The check of a budget against what came out.
 
     Args:
-        reached: ``average_bits``, ``sparsity``, ``bytes``, ``macs``, ``params`` and ``latency`` in milliseconds.
+        reached: ``average_bits``, ``sparsity`` (of channels where any were cut), ``bytes``, ``macs``, ``params`` and
+            ``latency`` in milliseconds.
         dense: The same of the dense network, for relative budgets.
         frontier: Of the plan; bit operations are known from it.
     """

@@ -166,6 +166,8 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     reached = {**totals, "bytes": built.sizes[delivered], "latency": milliseconds["compressed"]}
     whole = {"bytes": len(dense.onnx), "latency": milliseconds["dense"]}
     reached |= {"params": params["compressed"], "macs": macs["compressed"]}
+    if built.group_sparsity is not None:
+        reached["sparsity"] = built.group_sparsity
     whole |= {"params": params["dense"], "macs": macs["dense"]}
     checks += figures.budget_checks(target.budget, reached, whole, target.frontier)
     origin = figures.origin(job.source.path)

@@ -71,8 +71,8 @@ METHODS = (
         module="compress.prune.structured_obs",
         summary="cut the channels that the loss misses least, and fit the layers around them; no training",
         source="Hassibi and Stork 1993, OBS; He et al. 2017 (arXiv:1707.06168)",
-        options=("exclude", "multiple_of"),
-        budgets=("macs", "params", "bytes", "latency"),
+        options=("sparsity", "exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes", "latency", "sparsity"),
     ),
     Method(
         name="hesso",
@@ -80,8 +80,8 @@ METHODS = (
         module="compress.prune.hesso_plan",
         summary="cut channels while the network trains: the least salient ones shrink to zero, the others train on",
         source="Chen et al. 2024, HESSO (arXiv:2409.09085); OTO (arXiv:2107.07467, 2312.09411)",
-        options=("exclude", "multiple_of"),
-        budgets=("macs", "params", "bytes", "latency"),
+        options=("sparsity", "exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes", "latency", "sparsity"),
         trains=True,
     ),
     Method(
@@ -90,8 +90,8 @@ METHODS = (
         module="compress.prune.cric_plan",
         summary="hesso whose channels are tried at zero, and put back, before any of them goes",
         source="Chen et al. 2024, HESSO-CRIC (arXiv:2409.09085)",
-        options=("exclude", "multiple_of"),
-        budgets=("macs", "params", "bytes", "latency"),
+        options=("sparsity", "exclude", "multiple_of"),
+        budgets=("macs", "params", "bytes", "latency", "sparsity"),
         trains=True,
     ),
     Method(

@@ -83,7 +83,7 @@ SETTINGS = (
     Setting("task", "task.kind", "path", "classification, regression, causal-lm or FILE.py:Task.", metavar="TASK"),
     Setting("method", "run.method", "str", "Method; hcompress methods lists them.", in_preset=True, metavar="NAME"),
     Setting("budget", "run.budget", "str", "Goal: 0.3MB, 25%, 4bit, sparsity=0.5.", in_preset=True, metavar="BUDGET"),
-    Setting("sparsity", "run.sparsity", "float", "Share of weights to zero: --budget sparsity=S.", in_preset=True),
+    Setting("sparsity", "run.sparsity", "float", "Share of weights to zero, or channels to cut.", in_preset=True),
     Setting("scope", "run.scope", "str", "Where magnitudes compete.", "global", ("global", "layer"), in_preset=True),
     Setting("pattern", "run.pattern", "str", "unstructured, or n:m along inputs.", "unstructured", in_preset=True),
     Setting(

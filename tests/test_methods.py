@@ -167,6 +167,11 @@ def test_budget_is_met_by_the_written_file(
         figure = report[budget.quantity]
         limit = budget.absolute(figure["dense"])
         assert 0.9 * limit <= figure["compressed"] <= limit
+    elif "multiple_of" in method.options:  # of channels
+        (check,) = [check for check in report["checks"] if check["name"] == "budget"]
+        kept, whole = (sum(group[key] for group in report["groups"]) for key in ("kept", "channels"))
+        assert check["value"] == pytest.approx(1 - kept / whole), "every group loses some"
+        assert budget.limit <= check["value"] <= budget.limit + 0.05
     else:
         assert report["sparsity"] == pytest.approx(budget.limit, abs=1e-4)
     assert all(check["ok"] for check in report["checks"])

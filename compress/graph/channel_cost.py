@@ -34,11 +34,12 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCosts:
-    """Terms of each quantity; MACs and activation elements are of one example."""
+    """Terms of each quantity; MACs and activation elements are of one example, channels those of all groups."""
 
     params: tuple[Term, ...]
     macs: tuple[Term, ...]
     activations: tuple[Term, ...]
+    channels: tuple[Term, ...]
 
 
 def total(terms: Iterable[Term], kept: Tensor) -> int:
@@ -68,7 +69,9 @@ def channel_costs(channels: Channels, batch: int) -> ChannelCosts:
         if isinstance(result, tuple) and shape_of(node):
             size = math.prod(shape_of(node)) / batch
             activations.append(Term(size, _factors(channels, [result])))
-    return ChannelCosts(tuple(params), tuple(macs), tuple(activations))
+    numbers = channels.split(torch.arange(channels.count))
+    counts = tuple(Term(float(group.size), (places,)) for group, places in numbers)
+    return ChannelCosts(tuple(params), tuple(macs), tuple(activations), counts)
 
 
 def _macs(channels: Channels, node: fx.Node, batch: int) -> list[Term]:

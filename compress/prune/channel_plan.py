@@ -50,6 +50,8 @@ def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context
     whole = sum(term.amount for term in costs.params)
     if budget.quantity == "params":
         return costs.params, budget.absolute(whole)
+    if budget.quantity == "sparsity":
+        return costs.channels, (1 - budget.limit) * sum(term.amount for term in costs.channels)
     if budget.quantity == "bytes":
         # A file loses four bytes with each parameter.
         return costs.params, whole - (context.model_bytes({}) + context.overhead - budget.limit) / FLOAT_BYTES

@@ -19,7 +19,7 @@ from ..graph.cut import Keep
 from ..graph.groups import Channels
 from ..graph.trace import Graph
 from .channel_plan import FLOAT_BYTES
-from .selection import aligned_multiples, choose, require_prunable
+from .selection import aligned_multiples, budget_of, choose, require_prunable
 
 CLOSE = 0.01  # below the limit: where a measured cost is near enough
 TRIES = 12  # of a measured cost, in one bisection
@@ -62,7 +62,7 @@ class CutTarget:
         require_prunable(channels, is_any=bool(movable.any()))
         self.channels, self.budget, self.least, self.cost = channels, budget, least, cost
         costs = channel_costs(channels, len(graph.example_inputs[0]))
-        self.terms = costs.macs if cost is not None else _terms(budget, costs, channels)
+        self.terms = costs.macs if cost is not None else _terms(budget, costs)
         whole = torch.ones(len(movable), dtype=torch.bool)
         self.dense = self.cost_of(whole)
         is_share = budget.quantity == "sparsity"
@@ -98,9 +98,11 @@ class CutTarget:
         return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable)
 
     def _chosen(self, scores: Tensor, limit: float, movable: Tensor) -> Tensor:
-        return choose(
-            self.channels, scores, self.terms, limit, multiple_of=self.multiples, least=self.least, movable=movable
-        )
+        quantity = self.budget.quantity if self.cost is None else "macs"
+        with budget_of(quantity, self.terms):
+            return choose(
+                self.channels, scores, self.terms, limit, multiple_of=self.multiples, least=self.least, movable=movable
+            )
 
     def _measured(self, scores: Tensor, movable: Tensor) -> float:
         """The MACs whose cut comes to the limit."""
@@ -140,7 +142,7 @@ def keep_of(channels: Channels, kept: Tensor) -> dict[str, list[int]]:
     return {group.name: chosen.nonzero().reshape(-1).tolist() for group, chosen in channels.split(kept)}
 
 
-def _terms(budget: Budget, costs: ChannelCosts, channels: Channels) -> Sequence[Term]:
+def _terms(budget: Budget, costs: ChannelCosts) -> Sequence[Term]:
     if budget.quantity == "macs":
         return costs.macs
     if budget.quantity == "params":
@@ -148,8 +150,7 @@ def _terms(budget: Budget, costs: ChannelCosts, channels: Channels) -> Sequence[
     if budget.quantity == "bytes":
         return [Term(FLOAT_BYTES * term.amount, term.factors) for term in costs.params]
     if budget.quantity == "sparsity":
-        numbers = torch.arange(channels.count)
-        return [Term(float(group.size), (places,)) for group, places in channels.split(numbers)]
+        return costs.channels
     raise UsageError(
         f"{budget.quantity} isn't known here", hint="use macs, params, bytes or sparsity, or give cost, which measures"
     )

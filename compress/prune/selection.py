@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..errors import BudgetError
 from ..graph.channel_cost import Term, total
 from ..graph.groups import Channels
 
+NAMES = {"macs": "MACs", "params": "parameters", "bytes": "bytes of parameters"}
 BLOCKS = (8, 4, 2, 1)
 NEAR = 0.98  # of the limit
 SLACK = 1.0  # of an amount that is summed up step by step: what is near is counted again
@@ -126,11 +128,7 @@ def _chosen(
         push(group)
     if tally.amount > limit and total(terms, kept) > limit:
         reached = total(terms, kept)
-        raise BudgetError(
-            f"the budget is out of reach: with all that may be cut, {reached:,} are left",
-            hint=f"raise --budget to {reached:,} or more ({100 * reached / total(terms, torch.ones_like(kept)):.1f}%)",
-            least=reached,
-        )
+        raise BudgetError("the limit is out of reach", hint=f"{reached:,} are left with all that may go", least=reached)
     # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
     for group, block in sorted(removed, key=lambda entry: -float(scores[entry[1]].sum())):
         if tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
@@ -141,6 +139,26 @@ def _chosen(
         else:
             tally.remove(group, -len(block))
     return kept
+
+
+@contextmanager
+def budget_of(quantity: str, terms: Sequence[Term]) -> Iterator[None]:
+    """Say of a limit that is out of reach what it is a limit of, and how much of it is left or may go."""
+    try:
+        yield
+    except BudgetError as error:
+        if error.least is None:
+            raise
+        least, whole = error.least, sum(term.amount for term in terms)
+        if quantity == "sparsity":
+            most = math.floor(1e4 * (1 - least / whole)) / 1e4
+            what, hint = f"at most {most:.2%} of the channels may go", f"lower the budget to sparsity={most:g}"
+        else:
+            share = math.ceil(1e3 * least / whole) / 10
+            what = f"with all that may be cut, {least:,.0f} {NAMES[quantity]} of {whole:,.0f} are left"
+            goal = f"{share:g}%" if quantity == "bytes" else f"{quantity}={share:g}%"
+            hint = f"raise the budget to {goal}"
+        raise BudgetError(f"the budget is out of reach: {what}", hint=hint, least=least) from None
 
 
 def require_prunable(channels: Channels, *, is_any: bool) -> None:

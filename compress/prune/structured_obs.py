@@ -28,7 +28,7 @@ from ..reconstruct.least_squares import fitting_examples, refit_layers
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from .channel_plan import channel_plan, cost_figures, movable_channels, terms_of, within_reach
-from .selection import choose, require_prunable
+from .selection import budget_of, choose, require_prunable
 
 NAME = "structured-obs"
 PROBES = 10
@@ -48,7 +48,8 @@ def plan(
     """Choose the channels to cut, and new values for the layers around them.
 
     Args:
-        budget: ``macs``, ``params`` or ``bytes`` of the delivered file; None means half the MACs.
+        budget: ``macs``, ``params``, ``bytes`` of the delivered file or ``sparsity``, the share of all channels that
+            goes; None means half the MACs.
         options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
 
     Returns:
@@ -70,7 +71,8 @@ def plan(
     scores = context.memo[NAME]
 
     def chosen(limit: float) -> Tensor:
-        return choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
+        with budget_of(budget.quantity, terms):
+            return choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
 
     kept = within_reach(budget, chosen, limit)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}

@@ -35,7 +35,9 @@ DEFAULT = Budget("macs", 0.5, "dense")
 def _limit(
     budget: Budget, channels: Channels, costs: ChannelCosts, graph: Graph, context: Context
 ) -> tuple[str, float, Cost | None]:
-    """The quantity that channels are cut by, what may be left of it, and what measures it."""
+    """The quantity that channels are cut by, its limit, and what measures it."""
+    if budget.quantity == "sparsity":
+        return "sparsity", budget.limit, None
     if budget.quantity != "latency" or context.latency is None:
         terms, limit = terms_of(budget, costs, graph, context)
         return "macs" if terms is costs.macs else "params", limit, None
@@ -67,7 +69,8 @@ def trained_plan(
 
     Args:
         name: Of the method.
-        budget: ``macs``, ``params``, ``bytes`` of the delivered file or ``latency``; None means half the MACs.
+        budget: ``macs``, ``params``, ``bytes`` of the delivered file, ``latency`` or ``sparsity``, the share of all
+            channels that goes; None means half the MACs.
         options: ``multiple_of``, ``exclude`` (globs of weights whose channels stay).
         context: Its ``training`` says on what and for how long.
 

@@ -355,7 +355,7 @@ def test_excluded_weights_keep_their_channels() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"budget": "macs=1%"}, BudgetError, r"out of reach: with all that may be cut, [\d,]+ are left"),
+        ({"budget": "macs=1%"}, BudgetError, r"out of reach: with all that may be cut, [\d,]+ MACs of [\d,]+ are left"),
         ({"budget": "4bit"}, UsageError, "bits isn't known here"),
         ({"budget": "latency=2ms"}, UsageError, "latency isn't known here"),
         ({"steps": 1}, UsageError, "steps=1 leave no time to prune"),

@@ -14,7 +14,7 @@ from compress.graph.channel_cost import ChannelCosts, channel_costs, total
 from compress.graph.cut import cut
 from compress.graph.groups import Channels, find_channels
 from compress.graph.trace import trace_graph
-from compress.prune.selection import aligned_multiples, choose
+from compress.prune.selection import aligned_multiples, budget_of, choose
 
 
 def opened(*widths: int) -> tuple[Channels, ChannelCosts]:
@@ -109,9 +109,20 @@ def test_channels_that_may_not_go_stay_and_so_does_a_least_share() -> None:
 
 def test_out_of_reach_says_the_least_that_is_left() -> None:
     channels, costs = opened(8, 16, 16, 4)
-    with pytest.raises(BudgetError, match=r"with all that may be cut, 13 are left") as caught:
+    words = r"with all that may be cut, 13 MACs of 448 are left"
+    with pytest.raises(BudgetError, match=words) as caught, budget_of("macs", costs.macs):
         choose(channels, drawn(channels), costs.macs, 5)
-    assert "raise --budget to 13 or more (2.9%)" in caught.value.hint
+    assert caught.value.hint == "raise the budget to macs=3%"
+    with budget_of("macs", costs.macs):
+        choose(channels, drawn(channels), costs.macs, 0.03 * 448)
+
+
+def test_out_of_reach_says_how_many_channels_may_go() -> None:
+    channels, costs = opened(8, 16, 16, 4)
+    words = "at most 93.75% of the channels may go"
+    with pytest.raises(BudgetError, match=words) as caught, budget_of("sparsity", costs.channels):
+        choose(channels, drawn(channels), costs.channels, 0)
+    assert caught.value.hint == "lower the budget to sparsity=0.9375"
 
 
 def test_where_nothing_may_go_the_reasons_are_listed() -> None:

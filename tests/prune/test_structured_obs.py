@@ -176,7 +176,7 @@ def test_the_same_plan_twice_and_from_its_decisions() -> None:
 
 def test_a_budget_beyond_what_can_be_cut_gives_the_least() -> None:
     source, graph, calibration = opened_case("plain_cnn")
-    with pytest.raises(BudgetError, match=r"out of reach: with all that may be cut, [0-9,]+ are left"):
+    with pytest.raises(BudgetError, match=r"out of reach: with all that may be cut, [0-9,]+ MACs of [0-9,]+ are left"):
         structured_obs.plan(source, graph, {}, calibration, Budget("macs", 0.001, "dense"), {}, context())
 
 
