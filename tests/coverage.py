@@ -8,6 +8,7 @@ Cost: about 20 minutes on 2 cores. Needs the packages of ``pip install '.[zoo]'`
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -127,6 +128,7 @@ def delivered(network: Network, module: nn.Module, graph: Graph, channels: Chann
 
 def compared(make: Callable[[], Callable[..., Any]], small: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     """``yes``, or what went wrong."""
+    small = copy.deepcopy(small)  # one that keeps a state goes on from where it is
     try:
         forward = make()
         with torch.no_grad():

@@ -27,7 +27,7 @@ KEEP_ZERO = {
     "relu", "relu_", "gelu", "silu", "silu_", "tanh", "tanh_", "hardswish", "hardswish_", "leaky_relu", "leaky_relu_",
     "elu", "elu_", "relu6", "relu6_", "selu", "selu_", "mish", "mish_", "celu", "abs", "neg", "square", "sqrt", "sign",
     "sin", "erf", "prelu", "clone", "contiguous", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "to",
-    "_to_copy", "detach", "detach_", "hardtanh", "hardtanh_", "softsign", "expm1", "log1p", "trunc", "round", "floor",
+    "_to_copy", "detach", "detach_", "softsign", "expm1", "log1p", "trunc", "round", "floor",
     "ceil", "type_as", "positive", "alias", "lift_fresh_copy", "hardshrink", "softshrink", "tanhshrink", "relu2",
 }  # fmt: skip
 # Element by element too, though not tagged so.
@@ -36,13 +36,15 @@ POINTWISE = {
     "detach_", "type_as", "alias", "lift_fresh_copy", "prelu", "silu", "silu_", "selu", "selu_", "mish", "mish_",
     "relu6", "relu6_", "logsigmoid", "log_sigmoid", "square", "masked_fill", "masked_fill_", "copy_", "celu", "celu_",
     "rsub", "where", "hardswish", "hardswish_", "hardsigmoid", "elu", "fill_", "addcmul", "addcdiv", "lerp",
-    "float_power", "true_divide", "multiply", "subtract", "divide", "clip", "clip_", "bernoulli", "zeros_like",
-    "ones_like", "full_like", "empty_like", "rand_like", "nan_to_num", "isnan", "isfinite", "softplus",
+    "float_power", "true_divide", "multiply", "subtract", "divide", "clip", "clip_", "zeros_like",
+    "ones_like", "full_like", "empty_like", "nan_to_num", "isnan", "isfinite", "softplus", "hardtanh", "hardtanh_",
+    "__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__",
 }  # fmt: skip
 PRODUCTS = {"mul", "mul_", "multiply"}
 SUMS = {"add", "add_", "sub", "sub_", "subtract", "rsub"}
 KERNEL = "a kernel has one size"
 QUOTIENTS = {"div", "div_", "divide", "true_divide"}
+INFINITE_AT_ZERO = {"log", "log_", "log2", "log10", "rsqrt", "rsqrt_", "reciprocal", "reciprocal_", "logit", "lgamma"}
 
 
 @dataclass(slots=True)
@@ -108,9 +110,22 @@ def read(reading: Reading, node: fx.Node) -> Result:
     if name in RULES:
         return RULES[name](reading, node)
     tags = getattr(node.target, "tags", ())
+    if draws(node):
+        for source in node.all_input_nodes:
+            reading.freeze(reading.value(source), f"{name} draws random numbers for it")
+        return ()
     if name in POINTWISE or torch.Tag.pointwise in tags:
         return pointwise(reading, node)
     return unknown(reading, node)
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        flags = (argument(node, name, None) for name in ("train", "training"))
+        if any(flag is False for flag in flags):
+            return False
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def unknown(reading: Reading, node: fx.Node) -> Result:
@@ -138,6 +153,9 @@ def pointwise(reading: Reading, node: fx.Node) -> Value:
         Operand(reading.value(a), shape_of(a)) for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)
     ]
     name = op_name(node)
+    _freeze_infinite(reading, node, operands)
+    if name == "copy_":  # what it holds is the source's
+        operands.reverse()
     has_scalar = name in SUMS and any(isinstance(a, (int, float)) and a != 0 for a in node.args[:2])
     if name == "pow":
         kind = "unary" if isinstance(node.args[1], (int, float)) and node.args[1] > 0 else "other"
@@ -145,11 +163,26 @@ def pointwise(reading: Reading, node: fx.Node) -> Value:
         kind = "mul"
     elif name in SUMS:
         kind = "other" if has_scalar else "add"
-    elif name in QUOTIENTS:
+    elif name in QUOTIENTS or name == "copy_":
         kind = "first"
+    elif name.startswith("hardtanh"):
+        low, high = argument(node, "min_val", -1), argument(node, "max_val", 1)
+        kind = "unary" if low <= 0 <= high else "other"
     else:
         kind = "unary" if name in KEEP_ZERO else "other"
     return broadcast(reading.labels, operands, kind, op_name(node))
+
+
+def _freeze_infinite(reading: Reading, node: fx.Node, operands: Sequence[Operand]) -> None:
+    """What is zero when pruned can't be divided by: zeros after it would not make up for what isn't finite."""
+    name, exponent = op_name(node), node.args[1] if len(node.args) > 1 else None
+    if name in QUOTIENTS and isinstance(exponent, fx.Node):
+        value = reading.value(exponent)
+    elif name in INFINITE_AT_ZERO or (name == "pow" and isinstance(exponent, (int, float)) and exponent < 0):
+        value = operands[0].value if operands else ()
+    else:
+        return
+    reading.freeze(tuple(axis for axis in value if axis.is_zero), f"{name} isn't finite where it is zero")
 
 
 def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str) -> Value:
@@ -228,7 +261,9 @@ def _aligned(side: Operand, dims: int) -> Operand:
 def convolution(reading: Reading, node: fx.Node) -> Value:
     """Inputs are summed over; groups keep as many inputs and outputs each."""
     labels, (x, weight) = reading.labels, node.args[:2]
-    bias, groups = argument(node, "bias", None), int(argument(node, "groups", 1))
+    bias, groups = argument(node, "bias", None), argument(node, "groups", 1)
+    if not isinstance(groups, int):
+        return unknown_value(reading, node)
     transposed = node.target in TRANSPOSED
     dims = len(shape_of(node))
     channel = 1 if dims == len(shape_of(weight)) else 0
@@ -240,23 +275,44 @@ def convolution(reading: Reading, node: fx.Node) -> Value:
             labels.freeze(axis.labels, f"{op_name(node)} slides over it")
         elif axis.labels.shape[channel] == 1:
             rest.append(axis)
-    read_labels = labels.vector(tuple(a for a in value if not any(a is b for b in rest)), channel)
+    inside = tuple(a for a in value if not any(a is b for b in rest))
+    read_labels = labels.vector(inside, channel)
     for axis in stored:
         if any(d > 1 for d in axis.varying()):
             labels.freeze(axis.labels, KERNEL)
     inputs = labels.vector(stored, 0 if transposed else 1)
     outputs = labels.vector(stored, 1 if transposed else 0)
-    offset = labels.vector(reading.value(bias), 0)
+    _freeze_unless_zero(labels, inside, channel, stored, 0 if transposed else 1, op_name(node))
+    is_zero = _is_zero(stored, 1 if transposed else 0)
     if groups > 1:
         outputs = _grouped(reading, node, read_labels, inputs, outputs, groups, transposed=transposed)
+        is_zero |= shape_of(weight)[1] == 1 and _is_zero(inside, channel)
     else:
         _meet(labels, read_labels, inputs, f"{op_name(node)} reads channels that stay")
-    if outputs is None:
-        reading.freeze(reading.value(bias), f"{op_name(node)} has outputs that stay")
-        return tuple(rest)
-    if offset is not None:
-        labels.bind(outputs, offset)
-    return (*rest, Axis(along(outputs, channel, dims), True))
+    rest = rest if bias is None else list(_unzeroed(tuple(rest)))
+    return (*rest, *_offset(reading, node, outputs, bias, channel, is_zero=is_zero))
+
+
+def _is_zero(value: Value, dim: int) -> bool:
+    """Whether a tensor is zero at a pruned channel along a dimension."""
+    return all(axis.is_zero for axis in value if axis.labels.shape[dim] > 1)
+
+
+def _freeze_unless_zero(labels: Labels, value: Value, dim: int, stored: Value, stored_dim: int, name: str) -> None:
+    """What is summed over stays where neither the input nor the weight is zero when it is pruned."""
+    if not _is_zero(value, dim) and not _is_zero(stored, stored_dim):
+        for axis in value:
+            if axis.labels.shape[dim] > 1:
+                labels.freeze(axis.labels, f"{name} sums over it, and what is pruned would not be zero")
+
+
+def _offset(reading: Reading, node: fx.Node, outputs: Tensor | None, bias: Any, dim: int, *, is_zero: bool) -> Value:
+    """A layer's outputs, labelled as its weight's are, after its bias."""
+    labels, added, dims = reading.labels, reading.value(bias), len(shape_of(node))
+    offset = labels.vector(added, 0)
+    if isinstance(bias, fx.Node):
+        _meet(labels, outputs, offset, f"{op_name(node)} has outputs or a bias that stay")
+    return () if outputs is None else (Axis(along(outputs, dim, dims), is_zero and _is_zero(added, 0)),)
 
 
 def _meet(labels: Labels, first: Tensor | None, second: Tensor | None, reason: str) -> None:
@@ -289,6 +345,8 @@ def _grouped(
         if within is not None:
             labels.freeze(within, f"{name} loses whole groups, not places within one")
         if by_group is None:
+            if read_labels is not None:
+                labels.freeze(read_labels, f"{name} has weights that stay")
             return None
         grid = by_group.reshape(groups, -1)
         labels.bind(grid[:, :1], grid)
@@ -317,16 +375,10 @@ def linear(reading: Reading, node: fx.Node) -> Value:
     value, stored, dims = reading.value(x), reading.value(weight), len(shape_of(node))
     last = tuple(axis for axis in value if axis.labels.shape[-1] > 1)
     _meet(labels, labels.vector(last, dims - 1), labels.vector(stored, 1), "linear reads channels that stay")
+    _freeze_unless_zero(labels, last, -1, stored, 1, "linear")
     rest = tuple(axis for axis in value if axis.labels.shape[-1] == 1)
-    outputs = labels.vector(stored, 0)
-    bias = reading.value(argument(node, "bias", None))
-    if outputs is None:
-        reading.freeze(bias, "linear has outputs that stay")
-        return _unzeroed(rest)
-    offset = labels.vector(bias, 0)
-    if offset is not None:
-        labels.bind(outputs, offset)
-    return (*_unzeroed(rest), Axis(along(outputs, dims - 1, dims), True))
+    outputs, bias = labels.vector(stored, 0), argument(node, "bias", None)
+    return (*_unzeroed(rest), *_offset(reading, node, outputs, bias, dims - 1, is_zero=_is_zero(stored, 0)))
 
 
 def _unzeroed(value: Value) -> Value:
@@ -337,6 +389,7 @@ def _unzeroed(value: Value) -> Value:
 def embedding(reading: Reading, node: fx.Node) -> Value:
     """Rows are looked up; the last dimension is the weight's."""
     stored, dims = reading.value(node.args[0]), len(shape_of(node))
+    reading.freeze(reading.value(node.args[1]), "embedding reads it as rows")
     rows = reading.labels.vector(stored, 0)
     if rows is not None:
         reading.labels.freeze(rows, "embedding looks its rows up")
@@ -366,9 +419,10 @@ def _by_channel(reading: Reading, node: fx.Node, stored: Sequence[Any], *, zeroe
     labels, value, dims = reading.labels, reading.value(node.args[0]), len(shape_of(node))
     channels = labels.vector(value, 1) if dims > 1 else None
     for part in stored:
-        vector = labels.vector(reading.value(part), 0)
-        if vector is not None:
+        if isinstance(part, fx.Node):
+            vector = labels.vector(reading.value(part), 0)
             _meet(labels, channels, vector, f"{op_name(node)} normalises channels that stay")
+            zeroes &= _is_zero(reading.value(part), 0)
     rest = tuple(axis for axis in value if axis.labels.shape[1] == 1)
     was_zero = any(axis.is_zero for axis in value if axis.labels.shape[1] > 1)
     return (*_unzeroed(rest), *(() if channels is None else (Axis(along(channels, 1, dims), zeroes or was_zero),)))
@@ -414,7 +468,8 @@ def group_norm(reading: Reading, node: fx.Node) -> Value:
     """Statistics of each group: whole ones may go."""
     groups = int(node.args[1])  # type: ignore[arg-type]
     _freeze_beside(reading, node)
-    value = _by_channel(reading, node, (argument(node, "weight", None), argument(node, "bias", None)), zeroes=True)
+    weight, bias = argument(node, "weight", None), argument(node, "bias", None)
+    value = _by_channel(reading, node, (weight, bias), zeroes=weight is not None)
     channels = reading.labels.vector(value, 1)
     if channels is not None:
         if groups == 1:
@@ -427,7 +482,7 @@ def group_norm(reading: Reading, node: fx.Node) -> Value:
 # -- products of tensors ---------------------------------------------------------------------------------------------
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot")
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(reading: Reading, node: fx.Node) -> Value:
     first, second = node.args[:2]
     return _product(reading, _operand(reading, first), _operand(reading, second), op_name(node))
@@ -612,18 +667,29 @@ def reduction(reading: Reading, node: fx.Node) -> Result:
     for axis in value:
         over = [d for d in axis.varying() if d in gone]
         if over and len(over) == len(axis.varying()):
-            if not (name == "sum" and axis.is_zero):
+            if not (axis.is_zero and _adds(node)):
                 reading.labels.freeze(axis.labels, f"{name} runs over it")
             continue
         axis = reading.labels.couple(axis, over)
         labels = axis.labels
         if not keepdim:
             labels = labels.reshape([s for d, s in enumerate(labels.shape) if d not in gone])
-        found.append(
-            Axis(labels, axis.is_zero and name in ("sum", "mean", "amax", "amin", "norm", "linalg_vector_norm"))
-        )
+        found.append(Axis(labels, axis.is_zero and name in ZERO_OF_ZEROS))
     outputs = node.meta.get("val")
     return [tuple(found) for _ in outputs] if isinstance(outputs, (list, tuple)) else tuple(found)
+
+
+ZERO_OF_ZEROS = {
+    "sum", "mean", "amax", "amin", "max", "min", "std", "var", "std_mean", "var_mean", "norm", "linalg_vector_norm",
+    "prod", "median",
+}  # fmt: skip
+
+
+def _adds(node: fx.Node) -> bool:
+    """Whether more zeros change nothing: sums, and norms that are roots of sums."""
+    name = op_name(node)
+    order = argument(node, "ord", 2) if name == "linalg_vector_norm" else argument(node, "p", 2)
+    return name == "sum" or (name in ("norm", "linalg_vector_norm") and (order is None or order > 0))
 
 
 @rule("glu")
@@ -652,17 +718,33 @@ POSITIONAL = (
 @rule(*POSITIONAL)
 def positional(reading: Reading, node: fx.Node) -> Result:
     """Rows and columns are mixed; batch and channels stay apart."""
-    first = 2 if op_name(node)[-1] != "d" or len(shape_of(node.args[0])) > _rank(op_name(node)) + 1 else 1
+    found = _apart(reading, node, reading.value(node.args[0]))
+    for other in node.all_input_nodes[1:]:
+        reading.freeze(reading.value(other), f"{op_name(node)} reads it as positions")
+        if len(shape_of(other)) > 1 and shape_of(other)[0] > 1:  # a grid for each example
+            reading.freeze(tuple(a for a in found if 0 in a.varying()), f"{op_name(node)} reads positions for it")
+    outputs = node.meta.get("val")
+    return [found for _ in outputs] if isinstance(outputs, (list, tuple)) else found
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(reading: Reading, node: fx.Node) -> Result:
+    """What was pooled goes back to where it was."""
+    operands = [_operand(reading, a) for a in node.args[:2]]
+    return _apart(reading, node, broadcast(reading.labels, operands, "first", op_name(node)))
+
+
+def _apart(reading: Reading, node: fx.Node, value: Value) -> Value:
+    """What isn't along rows and columns."""
+    rank = _rank(op_name(node))
+    first = len(shape_of(node.args[0])) - rank
     found = []
-    for axis in reading.value(node.args[0]):
+    for axis in value:
         if any(d >= first for d in axis.varying()):
             reading.labels.freeze(axis.labels, f"{op_name(node)} slides over it")
         else:
             found.append(axis)
-    for other in node.all_input_nodes[1:]:
-        reading.freeze(reading.value(other), f"{op_name(node)} reads it as positions")
-    outputs = node.meta.get("val")
-    return [tuple(found) for _ in outputs] if isinstance(outputs, (list, tuple)) else tuple(found)
+    return tuple(found)
 
 
 def _rank(name: str) -> int:
@@ -680,7 +762,9 @@ def pad(reading: Reading, node: fx.Node) -> Value:
     found = []
     for axis in value:
         if not any(d in padded for d in axis.varying()):
-            found.append(axis)
+            found.append(
+                replace(axis, is_zero=axis.is_zero and (mode != "constant" or fill in (None, 0) or not padded))
+            )
         elif mode != "constant" or len(axis.varying()) > 1 or any(not isinstance(x, int) or x < 0 for x in amounts):
             reading.labels.freeze(axis.labels, "pad mixes it with its neighbours")
         else:
@@ -720,18 +804,29 @@ def turn(reading: Reading, node: fx.Node) -> Value:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(reading: Reading, node: fx.Node) -> Value:
-    dims = len(shape_of(node))
-    return tuple(
+    """Copies of what has no channels, as of a mask for every head, are as many as what they are joined with."""
+    dims, before = len(shape_of(node)), reading.value(node.args[0])
+    found = [
         replace(axis, labels=axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape)))
-        for axis in reading.value(node.args[0])
-    )
+        for axis in before
+    ]
+    return (*found, *_copies(reading, node))
+
+
+def _copies(reading: Reading, node: fx.Node) -> list[Axis]:
+    """Labels along the dimensions of size 1 that an op widens, where nothing else of its input is a channel."""
+    source = node.args[0]
+    if not all(map(reading.labels.is_free, reading.value(source))):
+        return []
+    lengths = (1,) * (len(shape_of(node)) - len(shape_of(source))) + shape_of(source)
+    return [axis for axis in _of_any_size(reading, node, False) if lengths[axis.varying()[0]] == 1]
 
 
 @rule("repeat", "tile")
 def repeat(reading: Reading, node: fx.Node) -> Value:
     dims, times = len(shape_of(node)), list(node.args[1])  # type: ignore[arg-type]
     times = [1] * (dims - len(times)) + times
-    found = []
+    found = _copies(reading, node)
     for axis in reading.value(node.args[0]):
         labels = axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape))
         found.append(
@@ -992,11 +1087,15 @@ MADE = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 @rule(*MADE)
 def made(reading: Reading, node: fx.Node) -> Value:
     """A constant of any size: it is as large as what it is joined with."""
-    value = node.meta["val"]
-    sizes = [None if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
     is_zero = op_name(node) in ("zeros", "new_zeros") or argument(node, "fill_value", 1) == 0
+    return _of_any_size(reading, node, is_zero)
+
+
+def _of_any_size(reading: Reading, node: fx.Node, is_zero: bool) -> Value:
+    """Labels of its own along every dimension, but for those that go with the batch."""
+    sizes = [None if isinstance(size, torch.SymInt) else int(size) for size in node.meta["val"].shape]
     return tuple(
-        Axis(along(reading.labels.fresh(size), d, len(sizes)), is_zero)
+        Axis(along(reading.labels.fresh_constant(size), d, len(sizes)), is_zero)
         for d, size in enumerate(sizes)
         if size is not None and size > 1
     )

@@ -133,6 +133,8 @@ def _fit(cut_: _Cut, module: fx.GraphModule, node: fx.Node, original: fx.Node) -
     elif name in MADE:
         position = 1 if name.startswith("new_") else 0
         _fit_sizes(cut_, module, node, original, position, list(range(len(shape_of(original)))))
+    elif name in ("repeat", "tile"):
+        _fit_repeats(cut_, node, original)
     elif name == "unflatten":
         dim = int(node.args[1]) % len(shape_of(original.args[0]))  # type: ignore[arg-type]
         _fit_sizes(cut_, module, node, original, 2, list(range(dim, dim + len(node.args[2]))))  # type: ignore[arg-type]
@@ -181,6 +183,19 @@ def _fit_sizes(
     node.args = (*node.args[:position], sizes, *node.args[position + 1 :])
 
 
+def _fit_repeats(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
+    """Copies of one place; of more, the places themselves are what goes."""
+    times: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    dims, lengths = len(shape_of(original)), shape_of(original.args[0])
+    for place in range(len(times)):
+        dim = place - len(times) + dims
+        length = lengths[dim - dims] if dim - dims >= -len(lengths) else 1
+        left = cut_.along(original, dim) if length == 1 else None
+        if left is not None:
+            times[place] = int(left.sum())
+    node.args = (node.args[0], times, *node.args[2:])
+
+
 def _fit_slice(cut_: _Cut, module: fx.GraphModule, node: fx.Node, original: fx.Node) -> None:
     dim, start, length, step = slice_bounds(original)
     left = cut_.along(original.args[0], dim)  # type: ignore[arg-type]
@@ -213,8 +228,8 @@ def _fit_pad(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
 
 def _fit_groups(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
     """Whole groups that are gone lower their number; places within groups don't."""
-    groups = int(argument(node, "groups", 1))
-    if groups == 1:
+    groups = argument(node, "groups", 1)
+    if groups == 1 or not isinstance(groups, int):
         return
     channel = 1 if len(shape_of(original)) == len(shape_of(original.args[1])) else 0
     left = cut_.along(original, channel)
@@ -262,8 +277,10 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
     module = randomised(channels.module, seed=seed)
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     with torch.no_grad(), float64_by_default():
-        whole = tensor_leaves(masked(channels, module, kept)(*wide))
-        small = tensor_leaves(cut(channels, module, kept)(*wide))
+        with seeded(seed):
+            whole = tensor_leaves(masked(channels, module, kept)(*wide))
+        with seeded(seed):
+            small = tensor_leaves(cut(channels, module, kept)(*wide))
     worst = 0.0
     for a, b in zip(whole, small, strict=True):
         if a.shape != b.shape or not torch.isfinite(a).all():
@@ -271,6 +288,14 @@ def worst_difference(channels: Channels, kept: Tensor, inputs: Sequence[Tensor],
         if a.is_floating_point() and a.numel():
             worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-300)))
     return worst
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Networks that draw random numbers draw the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

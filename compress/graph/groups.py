@@ -9,9 +9,11 @@ Cost: seconds, on the processor, without running the network.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -155,8 +157,7 @@ def _living(module: fx.GraphModule) -> set[fx.Node]:
     """Nodes that the outputs depend on. One that writes into a tensor is taken to reach them."""
     living: set[fx.Node] = set()
     for node in reversed(module.graph.nodes):
-        writes = node.op == "call_function" and op_name(node).endswith("_")
-        if node.op in ("output", "placeholder") or writes or any(user in living for user in node.users):
+        if node.op in ("output", "placeholder") or _writes(node) or any(user in living for user in node.users):
             living.add(node)
     return living
 
@@ -171,9 +172,45 @@ def _read(reading: Reading, module: fx.GraphModule, node: fx.Node) -> Result:
     if node.op != "call_function":
         return ()
     found = read(reading, node)
-    if op_name(node).endswith("_") and isinstance(found, tuple) and node.args and isinstance(node.args[0], fx.Node):
-        reading.values[node.args[0]] = found
+    if _writes(node) and isinstance(found, tuple):
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        if not found or not all(axis.is_zero for axis in found):
+            _unzero(reading, target)
+        reading.values[target] = found
     return found
+
+
+def _aliases(node: fx.Node) -> Any:
+    """What the schema says of a call's first argument: it is None where the result is a tensor of its own."""
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.arguments:
+        return node.target._schema.arguments[0].alias_info
+    return None
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a call changes its first argument."""
+    return getattr(_aliases(node), "is_write", False)
+
+
+def _unzero(reading: Reading, node: fx.Node) -> None:
+    """What shares its memory with a tensor that was written to may not be zero any more."""
+
+    def shares(view: fx.Node) -> bool:
+        is_item = view.target is operator.getitem or "dropout" in op_name(view)
+        return view.op == "call_function" and (is_item or _aliases(view) is not None)
+
+    while shares(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        result = reading.values.get(node)
+        if result is not None:
+            parts = [result] if isinstance(result, tuple) else result
+            unzeroed = [tuple(replace(axis, is_zero=False) for axis in value) for value in parts]
+            reading.values[node] = unzeroed[0] if isinstance(result, tuple) else unzeroed
+            waiting += [user for user in node.users if shares(user) and user.args[0] is node]
 
 
 def _stored(reading: Reading, module: fx.GraphModule, target: str) -> Value:

@@ -52,9 +52,14 @@ class Freeze:
 
 @dataclass(slots=True)
 class Labels:
-    """The labels of a network while its graph is read."""
+    """The labels of a network while its graph is read.
+
+    Attributes:
+        free: Labels of constants of any size, which are as large as what they are joined with.
+    """
 
     count: int = 0
+    free: list[tuple[int, int]] = field(default_factory=list)  # the first, and the one after the last
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     where: str = ""  # the node that is being read
@@ -63,6 +68,16 @@ class Labels:
         """New labels ``[size]``."""
         self.count += size
         return torch.arange(self.count - size, self.count)
+
+    def fresh_constant(self, size: int) -> Tensor:
+        """New labels ``[size]`` of a constant."""
+        self.free.append((self.count, self.count + size))
+        return self.fresh(size)
+
+    def is_free(self, axis: Axis) -> bool:
+        """Whether the labels are a constant's."""
+        low, high = int(axis.labels.min()), int(axis.labels.max())
+        return any(start <= low and high < end for start, end in self.free)
 
     def bind(self, first: Tensor, second: Tensor) -> None:
         """Channels that go together; of shapes that broadcast."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .channel_rules import op_name, shape_of
-from .cut import cut, float64_by_default, probe_inputs, randomised, sliced_tensor, tensor_leaves
+from .cut import cut, float64_by_default, probe_inputs, randomised, seeded, sliced_tensor, tensor_leaves
 from .groups import Channels, source_line
 from .rewrite import put_tensor, tensor_at
 from .sizes import (
@@ -39,6 +39,7 @@ from .sizes import (
     module_path,
     put_size,
 )
+from .sliced_attention import slice_attentions
 from .trace import Graph, argument, aten
 
 TOLERANCE = 1e-9  # of the largest output, in float64
@@ -104,6 +105,7 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
     for target, aliases in stored.items():
         _put(base, aliases, sliced_tensor(channels, kept, target, tensor_at(base, target)))
     _forget(base)
+    slice_attentions(base, channels, kept)
 
     whole = randomised(channels.module, seed=seed).cpu()
     for target in channels.weights.keys() - stored.keys():  # made by the user's code: no other values can be had
@@ -195,7 +197,7 @@ class _Recorder(fx.Interpreter):
 
 def _reference(small: fx.GraphModule, inputs: Sequence[Tensor]) -> Reference:
     reference = Reference()
-    with torch.no_grad(), float64_by_default():
+    with torch.no_grad(), float64_by_default(), seeded(0):
         outputs = _Recorder(small, reference).run(*inputs)
     reference.outputs.extend(tensor_leaves(outputs))
     return reference
@@ -322,7 +324,7 @@ def _tried(module: nn.Module, inputs: Sequence[Tensor], reference: Reference) ->
         watch(path, part)
     _forget(module)
     try:
-        with torch.no_grad(), float64_by_default(), _Wide():
+        with torch.no_grad(), float64_by_default(), seeded(0), _Wide():
             outputs = tensor_leaves(module(*inputs))
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything when a size doesn't fit
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -386,11 +388,6 @@ def _refusal(module: nn.Module, failure: Failure, homeless: Sequence[Need], narr
                 "the width of its heads, and they get narrower",
                 hint="pass scale= in forward; model.pt2 and model.onnx hold the smaller network",
             )
-    if isinstance(paths.get(failure.path), nn.MultiheadAttention):
-        return ReloadError(
-            f"{named(failure.path)}: torch's class is as wide inside as its embedding, and can't lose heads",
-            hint="keep them with --exclude; model.pt2 and model.onnx hold the smaller network",
-        )
     lines = [need for need in homeless if source_line(need.node) == failure.where]
     for need in lines or [need for need in homeless if need.path in around(failure.path)]:
         return ReloadError(

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .channel_rules import op_name, shape_of, slice_bounds, split_sizes
 from .groups import Channels
+from .sliced_attention import SlicedAttention
 from .trace import argument
 
 MOST_CHOICES = 40  # of sizes for one module
@@ -31,7 +32,7 @@ TO_THE_END = 2**31  # a slice's end beyond any dimension
 PRIVATE = frozenset(vars(nn.Module()))
 LAYERS = (
     nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
-    nn.Embedding, nn.PReLU, nn.Bilinear,
+    nn.Embedding, nn.PReLU, nn.Bilinear, SlicedAttention,
 )  # fmt: skip
 
 Size = int | tuple[int, ...]

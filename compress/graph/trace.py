@@ -186,6 +186,7 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
         example_inputs: Tensors ``[n, ...]`` with n of 2 or more.
     """
     _require_float32(module)
+    _require_names(module)
     program = trace_module(module, example_inputs)
     tied = tied_names(module)
     canonical = {alias: names[0] for names in tied for alias in names}
@@ -218,6 +219,16 @@ def trace_graph(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
     return Graph(program, example_inputs, tuple(found.values()), tied, blockers, total_macs)
 
 
+def _require_names(module: nn.Module) -> None:
+    taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+    for name in (*module._modules, *module._parameters, *module._buffers):
+        if name in taken:
+            raise InputError(
+                f"the network calls a part of itself {name!r}, which torch's graphs keep for themselves",
+                hint=f"rename self.{name}, and its keys in the checkpoint",
+            )
+
+
 def _require_float32(module: nn.Module) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
@@ -245,7 +256,7 @@ def _layer(node: fx.Node, key: str, macs: int, batch: int) -> Layer:
     weight = node.args[WEIGHT_ARGUMENT].meta["val"]  # type: ignore[union-attr]
     shape = tuple(int(size) for size in weight.shape)
     transposed = node.target in TRANSPOSED
-    groups = int(argument(node, "groups", 1)) if transposed else 1
+    groups = argument(node, "groups", 1) if transposed else 1
     axis = (1 if groups == 1 else None) if transposed else 0
     op = WEIGHT_OPS[node.target]  # type: ignore[index]
     outputs = _product([_size(size) for size in node.meta["val"].shape]) // batch

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import zoo
 import zoo_families
+from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import Network
 from zoo_sequences import SEQUENCES
 from zoo_traps import TRAPS, UNTRACEABLE
@@ -179,3 +183,68 @@ def test_labels_are_reshaped_as_the_activation_is() -> None:
     back = reshaped(labels, flat, (2, 24), (2, 6, 4))
     assert back is not None
     assert back.labels.shape == (1, 6, 1)
+
+
+# -- what is pruned isn't always zero --------------------------------------------------------------------------------
+
+
+class Written(nn.Module):
+    """``first`` makes channels, ``forward`` does something with them, and ``last`` reads what comes of it."""
+
+    def __init__(self, code: Callable[..., Tensor], width: int = 1) -> None:
+        super().__init__()
+        self.code, self.first, self.last = code, nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(width, 4, 3)
+        self.one, self.weight = nn.Conv2d(1, 1, 3, padding=1), nn.Parameter(torch.randn(6, 8, 3, 3))
+        self.kernel, self.rows = nn.Parameter(torch.ones(1, 1, 3, 3)), nn.Embedding(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.code(self, self.first(x)))
+
+
+def written(y: Tensor, write: Callable[[Tensor], Any]) -> Tensor:
+    y = y.relu().clone()
+    write(y)
+    return y.sum(1, keepdim=True)
+
+
+# By what the rules have to see.
+NOT_ZERO: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "a bias in the batch": (lambda s, y: s.one(y.reshape(-1, 1, 8, 8)).reshape(-1, 8, 8, 8).sum(1, keepdim=True), 1),
+    "sigmoid_ of a view": (lambda s, y: written(y, lambda y: y[:, :4].sigmoid_()), 1),
+    "fill_ of a view": (lambda s, y: written(y, lambda y: y[:, :3].fill_(1.0)), 1),
+    "add_ beside the graph": (lambda s, y: written(y, lambda y: y.detach().add_(1.0)), 1),
+    "a weight that is made": (lambda s, y: F.conv2d(y.sigmoid(), F.softplus(s.weight), padding=1), 6),
+    "padding that isn't zero": (lambda s, y: F.pad(y, (1, 1, 1, 1), value=1.0).sum(1, keepdim=True), 1),
+    "hardtanh above zero": (lambda s, y: F.hardtanh(y, 0.1, 1.0).sum(1, keepdim=True), 1),
+    "hardtanh": (lambda s, y: F.hardtanh(y).sum(1, keepdim=True), 1),
+    "a norm without weights": (lambda s, y: F.group_norm(y + 1, 4).sum(1, keepdim=True), 1),
+    "rows by a threshold": (lambda s, y: s.rows((y.mean((2, 3)) > 0).long()).reshape(-1, 1, 8, 4), 1),
+    "a division by its maximum": (lambda s, y: y / y.abs().amax((2, 3), keepdim=True), 8),
+    "a logarithm": (lambda s, y: y.square().log(), 8),
+    "noise of its own": (lambda s, y: y + torch.randn_like(y), 8),
+    "noise for all": (lambda s, y: y + torch.randn(y.shape[0], 1, 8, 8), 8),
+    "dropout at all times": (lambda s, y: F.dropout(y, 0.5), 8),
+    "a kernel for all channels": (lambda s, y: F.conv2d(y, s.kernel.expand(8, 1, 3, 3), padding=1, groups=8), 8),
+    "the same, repeated": (lambda s, y: F.conv2d(y, s.kernel.repeat(8, 1, 1, 1), padding=1, groups=8), 8),
+    "a length": (lambda s, y: torch.linalg.vector_norm(y, dim=1, keepdim=True), 1),
+    "pooled and put back": (lambda s, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2), 8),
+}
+# Those of which nothing can be cut, or not the channels that are written.
+CUT = {"hardtanh", "a length", "noise for all", "pooled and put back"}
+
+
+@pytest.mark.parametrize("what", NOT_ZERO)
+def test_what_is_not_zero_when_it_is_pruned_is_seen(what: str) -> None:
+    code, width = NOT_ZERO[what]
+    module = Written(code, width).eval().requires_grad_(False)
+    channels = find_channels(trace_graph(module, (torch.randn(2, 3, 8, 8),)))
+    keep = {group.name: range(0, group.size, 2) for group in channels.groups}
+    assert worst_difference(channels, kept_channels(channels, keep), (torch.randn(3, 3, 8, 8),)) <= 1e-9
+    assert ("first.weight" in keep) is (what in CUT)
+
+
+def test_a_part_that_is_named_as_a_graphs_own_is_refused_by_name() -> None:
+    module = nn.Module()
+    module.graph = nn.Linear(3, 3)
+    with pytest.raises(InputError, match="'graph', which torch's graphs keep"):
+        trace_graph(module, (torch.randn(2, 3),))

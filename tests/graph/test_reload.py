@@ -23,6 +23,7 @@ from zoo_traps import TRAPS, UNTRACEABLE
 from compress.graph.cut import cut, kept_channels
 from compress.graph.groups import Channels, find_channels
 from compress.graph.reload import ReloadError, sliced
+from compress.graph.sliced_attention import SlicedAttention
 from compress.graph.trace import Graph, trace_graph
 
 OTHERS = [*zoo.NETWORKS, *SEQUENCES, *(n for n in zoo_families.FAMILIES if {"timm", "transformers"} & n.traits)]
@@ -395,12 +396,72 @@ def test_a_scale_that_follows_the_width_is_refused_by_name() -> None:
     assert "pass scale=" in caught.value.hint
 
 
-def test_heads_of_torchs_own_attention_are_refused_by_name() -> None:
-    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
-    message = r"^self_attn \(MultiheadAttention\): torch's class is as wide inside as its embedding"
-    with pytest.raises(ReloadError, match=message) as caught:
-        reloaded(layer, torch.randn(2, 7, 12))
-    assert "--exclude" in caught.value.hint
+class TorchAttention(nn.Module):
+    """All that torch's own attention can be given."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+        self.attention = nn.MultiheadAttention(12, 3, **options)
+        self.norm, self.out = nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = self.inner(x)
+        memory = memory[..., : self.attention.kdim]
+        padding = torch.zeros(x.shape[0], x.shape[1], dtype=torch.bool)
+        padding[:, -1] = True
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y, _ = self.attention(x, memory, memory, key_padding_mask=padding, attn_mask=causal)
+        z, _ = self.attention(x, memory, memory, need_weights=False, attn_mask=causal.float() * -3)
+        return self.out(self.norm(x + y + z))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"kdim": 7, "vdim": 7}],
+    ids=str,
+)
+def test_torchs_own_attention_loses_heads_and_keeps_its_class(options: dict[str, Any]) -> None:
+    module, x = TorchAttention(batch_first=True, **options), torch.randn(2, 7, 12)
+    small = reloaded(module, x)
+    attention: Any = small.attention
+    assert isinstance(attention, nn.MultiheadAttention)
+    assert attention.num_heads < 3
+    assert dict(small.named_parameters()).keys() == dict(module.named_parameters()).keys()
+
+
+def test_a_transformer_of_torchs_own_layers_is_cut_again_in_its_class() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, dropout=0.0)
+    x = torch.randn(2, 7, 12)
+    small = reloaded(nn.TransformerEncoder(layer, 2), x)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 5:] = True
+    with torch.no_grad():
+        fast = small.eval()(x, src_key_padding_mask=padding)
+        slow = small.train()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fast[~padding], slow[~padding])
+    smaller: Any = reloaded(small.eval(), x)
+    assert len(smaller.layers[0].self_attn.in_proj_weight) < len(small.layers[0].self_attn.in_proj_weight)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}],
+    ids=str,
+)
+def test_sliced_attention_is_torchs_where_nothing_was_cut(batch_first: bool, options: dict[str, bool]) -> None:
+    whole = nn.MultiheadAttention(12, 3, batch_first=batch_first, **options)
+    other: Any = copy.deepcopy(whole)
+    other.__class__, other.scale = SlicedAttention, 0.5
+    for x in (torch.randn(5, 5, 12), torch.randn(5, 12)):
+        causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        padding = torch.zeros(x.shape[:-1], dtype=torch.bool)
+        padding[..., 4] = True
+        for given in ({}, {"average_attn_weights": False}, {"need_weights": False}):
+            for masks in ({}, {"key_padding_mask": padding, "attn_mask": causal}):
+                expected, found = (m(x, x, x, **given, **masks) for m in (whole, other))
+                torch.testing.assert_close(expected, found)
 
 
 def test_a_feed_forward_beside_torchs_own_attention_reloads() -> None:
