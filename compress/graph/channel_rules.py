@@ -109,17 +109,16 @@ def read(reading: Reading, node: fx.Node) -> Result:
     name = op_name(node)
     if name in RULES:
         return RULES[name](reading, node)
-    tags = getattr(node.target, "tags", ())
-    if draws(node):
+    if _draws(node):
         for source in node.all_input_nodes:
             reading.freeze(reading.value(source), f"{name} draws random numbers for it")
         return ()
-    if name in POINTWISE or torch.Tag.pointwise in tags:
+    if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return pointwise(reading, node)
     return unknown(reading, node)
 
 
-def draws(node: fx.Node) -> bool:
+def _draws(node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
     if isinstance(node.target, torch._ops.OpOverload):
         flags = (argument(node, name, None) for name in ("train", "training"))
@@ -175,10 +174,10 @@ def pointwise(reading: Reading, node: fx.Node) -> Value:
 
 def _freeze_infinite(reading: Reading, node: fx.Node, operands: Sequence[Operand]) -> None:
     """What is zero when pruned can't be divided by: zeros after it would not make up for what isn't finite."""
-    name, exponent = op_name(node), node.args[1] if len(node.args) > 1 else None
-    if name in QUOTIENTS and isinstance(exponent, fx.Node):
-        value = reading.value(exponent)
-    elif name in INFINITE_AT_ZERO or (name == "pow" and isinstance(exponent, (int, float)) and exponent < 0):
+    name, second = op_name(node), node.args[1] if len(node.args) > 1 else None
+    if name in QUOTIENTS and isinstance(second, fx.Node):
+        value = reading.value(second)
+    elif name in INFINITE_AT_ZERO or (name == "pow" and isinstance(second, (int, float)) and second < 0):
         value = operands[0].value if operands else ()
     else:
         return
@@ -289,8 +288,8 @@ def convolution(reading: Reading, node: fx.Node) -> Value:
         is_zero |= shape_of(weight)[1] == 1 and _is_zero(inside, channel)
     else:
         _meet(labels, read_labels, inputs, f"{op_name(node)} reads channels that stay")
-    rest = rest if bias is None else list(_unzeroed(tuple(rest)))
-    return (*rest, *_offset(reading, node, outputs, bias, channel, is_zero=is_zero))
+    beside = tuple(rest) if bias is None else unzeroed(tuple(rest))
+    return (*beside, *_offset(reading, node, outputs, bias, channel, is_zero=is_zero))
 
 
 def _is_zero(value: Value, dim: int) -> bool:
@@ -378,10 +377,11 @@ def linear(reading: Reading, node: fx.Node) -> Value:
     _freeze_unless_zero(labels, last, -1, stored, 1, "linear")
     rest = tuple(axis for axis in value if axis.labels.shape[-1] == 1)
     outputs, bias = labels.vector(stored, 0), argument(node, "bias", None)
-    return (*_unzeroed(rest), *_offset(reading, node, outputs, bias, dims - 1, is_zero=_is_zero(stored, 0)))
+    return (*unzeroed(rest), *_offset(reading, node, outputs, bias, dims - 1, is_zero=_is_zero(stored, 0)))
 
 
-def _unzeroed(value: Value) -> Value:
+def unzeroed(value: Value) -> Value:
+    """The same channels, of what may not be zero where they are pruned."""
     return tuple(replace(axis, is_zero=False) for axis in value)
 
 
@@ -425,7 +425,7 @@ def _by_channel(reading: Reading, node: fx.Node, stored: Sequence[Any], *, zeroe
             zeroes &= _is_zero(reading.value(part), 0)
     rest = tuple(axis for axis in value if axis.labels.shape[1] == 1)
     was_zero = any(axis.is_zero for axis in value if axis.labels.shape[1] > 1)
-    return (*_unzeroed(rest), *(() if channels is None else (Axis(along(channels, 1, dims), zeroes or was_zero),)))
+    return (*unzeroed(rest), *(() if channels is None else (Axis(along(channels, 1, dims), zeroes or was_zero),)))
 
 
 @rule("prelu", "_prelu_kernel")
@@ -561,7 +561,7 @@ def attention(reading: Reading, node: fx.Node) -> Value:
     if isinstance(mask, fx.Node):
         scores = broadcast(labels, [Operand(scores, shape), _operand(reading, mask)], "other", "attention's mask")
     kept = _across(labels, scores, len(shape) - 1, "attention's softmax sums over it")
-    return _product(reading, Operand(_unzeroed(kept), shape), value, "attention")
+    return _product(reading, Operand(unzeroed(kept), shape), value, "attention")
 
 
 def _repeat_heads(side: Operand, repeats: int) -> Operand:
@@ -638,7 +638,7 @@ def _across(labels: Labels, value: Value, dim: int, reason: str) -> Value:
 def over_dim(reading: Reading, node: fx.Node) -> Value:
     dim = int(operand(node, 1)) % len(shape_of(node))
     kept = _across(reading.labels, reading.value(node.args[0]), dim, f"{op_name(node)} runs over it")
-    return kept if op_name(node).startswith("cum") else _unzeroed(kept)
+    return kept if op_name(node).startswith("cum") else unzeroed(kept)
 
 
 @rule("sort", "topk")
@@ -646,7 +646,7 @@ def ordered(reading: Reading, node: fx.Node) -> Result:
     dim = argument(node, "dim", -1)
     dims = len(shape_of(node.args[0]))
     kept = _across(reading.labels, reading.value(node.args[0]), int(dim) % dims, f"{op_name(node)} runs over it")
-    return [_unzeroed(kept), _unzeroed(kept)]
+    return [unzeroed(kept), unzeroed(kept)]
 
 
 @rule(
@@ -759,19 +759,18 @@ def pad(reading: Reading, node: fx.Node) -> Value:
     fill = argument(node, "value", None)
     padded = {dims - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
     padded = {d: (low, high) for d, (low, high) in padded.items() if low or high}
+    adds_zeros = mode != "constant" or fill in (None, 0) or not padded
     found = []
     for axis in value:
         if not any(d in padded for d in axis.varying()):
-            found.append(
-                replace(axis, is_zero=axis.is_zero and (mode != "constant" or fill in (None, 0) or not padded))
-            )
+            found.append(replace(axis, is_zero=axis.is_zero and adds_zeros))
         elif mode != "constant" or len(axis.varying()) > 1 or any(not isinstance(x, int) or x < 0 for x in amounts):
             reading.labels.freeze(axis.labels, "pad mixes it with its neighbours")
         else:
             (dim,) = axis.varying()
             low, high = padded[dim]
             parts = [reading.labels.fresh(low), axis.labels.reshape(-1), reading.labels.fresh(high)]
-            found.append(Axis(along(torch.cat(parts), dim, dims), axis.is_zero and fill in (None, 0)))
+            found.append(Axis(along(torch.cat(parts), dim, dims), axis.is_zero and adds_zeros))
     return tuple(found)
 
 
@@ -805,36 +804,26 @@ def turn(reading: Reading, node: fx.Node) -> Value:
 @rule("expand", "expand_as", "broadcast_to")
 def expand(reading: Reading, node: fx.Node) -> Value:
     """Copies of what has no channels, as of a mask for every head, are as many as what they are joined with."""
-    dims, before = len(shape_of(node)), reading.value(node.args[0])
-    found = [
-        replace(axis, labels=axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape)))
-        for axis in before
-    ]
-    return (*found, *_copies(reading, node))
+    source = _aligned(_operand(reading, node.args[0]), len(shape_of(node)))
+    return (*source.value, *_copies(reading, node, source))
 
 
-def _copies(reading: Reading, node: fx.Node) -> list[Axis]:
+def _copies(reading: Reading, node: fx.Node, source: Operand) -> list[Axis]:
     """Labels along the dimensions of size 1 that an op widens, where nothing else of its input is a channel."""
-    source = node.args[0]
-    if not all(map(reading.labels.is_free, reading.value(source))):
+    if not all(map(reading.labels.is_free, source.value)):
         return []
-    lengths = (1,) * (len(shape_of(node)) - len(shape_of(source))) + shape_of(source)
-    return [axis for axis in _of_any_size(reading, node, False) if lengths[axis.varying()[0]] == 1]
+    return [axis for axis in _of_any_size(reading, node, False) if source.shape[axis.varying()[0]] == 1]
 
 
 @rule("repeat", "tile")
 def repeat(reading: Reading, node: fx.Node) -> Value:
     dims, times = len(shape_of(node)), list(node.args[1])  # type: ignore[arg-type]
     times = [1] * (dims - len(times)) + times
-    found = _copies(reading, node)
-    for axis in reading.value(node.args[0]):
-        labels = axis.labels.reshape((1,) * (dims - axis.labels.dim()) + tuple(axis.labels.shape))
-        found.append(
-            replace(
-                axis,
-                labels=labels.repeat([hint_of(t) if s > 1 else 1 for t, s in zip(times, labels.shape, strict=True)]),
-            )
-        )
+    source = _aligned(_operand(reading, node.args[0]), dims)
+    found = _copies(reading, node, source)
+    for axis in source.value:
+        counts = [hint_of(t) if s > 1 else 1 for t, s in zip(times, axis.labels.shape, strict=True)]
+        found.append(replace(axis, labels=axis.labels.repeat(counts)))
     return tuple(found)
 
 

@@ -187,12 +187,12 @@ def _fit_repeats(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
     """Copies of one place; of more, the places themselves are what goes."""
     times: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     dims, lengths = len(shape_of(original)), shape_of(original.args[0])
-    for place in range(len(times)):
-        dim = place - len(times) + dims
-        length = lengths[dim - dims] if dim - dims >= -len(lengths) else 1
-        left = cut_.along(original, dim) if length == 1 else None
+    times = [1] * (dims - len(times)) + times
+    lengths = (1,) * (dims - len(lengths)) + lengths
+    for dim in range(dims):
+        left = cut_.along(original, dim) if lengths[dim] == 1 else None
         if left is not None:
-            times[place] = int(left.sum())
+            times[dim] = int(left.sum())
     node.args = (node.args[0], times, *node.args[2:])
 
 

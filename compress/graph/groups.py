@@ -12,13 +12,13 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .channel_rules import KERNEL, Reading, Result, op_name, read, shape_of
+from .channel_rules import KERNEL, Reading, Result, op_name, read, shape_of, unzeroed
 from .labels import Axis, Labels, Value, along
 from .rewrite import tensor_at, unlift
 from .trace import WEIGHT_ARGUMENT, Graph, aten
@@ -208,8 +208,8 @@ def _unzero(reading: Reading, node: fx.Node) -> None:
         result = reading.values.get(node)
         if result is not None:
             parts = [result] if isinstance(result, tuple) else result
-            unzeroed = [tuple(replace(axis, is_zero=False) for axis in value) for value in parts]
-            reading.values[node] = unzeroed[0] if isinstance(result, tuple) else unzeroed
+            changed = [unzeroed(value) for value in parts]
+            reading.values[node] = changed[0] if isinstance(result, tuple) else changed
             waiting += [user for user in node.users if shares(user) and user.args[0] is node]
 
 

@@ -229,7 +229,7 @@ NOT_ZERO: dict[str, tuple[Callable[..., Tensor], int]] = {
     "a length": (lambda s, y: torch.linalg.vector_norm(y, dim=1, keepdim=True), 1),
     "pooled and put back": (lambda s, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2), 8),
 }
-# Those of which nothing can be cut, or not the channels that are written.
+# Those whose first channels can be cut all the same.
 CUT = {"hardtanh", "a length", "noise for all", "pooled and put back"}
 
 
