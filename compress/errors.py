@@ -21,6 +21,8 @@ class HCompressError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # what a traceback shows of it
 
 
 class UsageError(HCompressError):

@@ -35,6 +35,7 @@ from compress.export import onnx_model, serialize, write_program
 from compress.formats import pt2
 from compress.graph.channel_cost import channel_costs, total
 from compress.graph.cut import cut, kept_channels, worst_difference
+from compress.graph.graph_forward import why_graph
 from compress.graph.groups import Channels, find_channels
 from compress.graph.reload import sliced
 from compress.graph.trace import Graph, trace_graph
@@ -44,6 +45,7 @@ from compress.verify import open_session, runtime_forward
 TOLERANCE = 1e-9
 FLOAT_TOLERANCE = 1e-4  # of the largest output, where two kernels sum in float32
 YES = "yes"
+GRAPH = "graph: "  # and why
 REQUIRED = {"reload": 0.8, "program": 0.95, "onnx": 0.95}  # of the networks that are cut
 ENOUGH = 0.15  # of the parameters
 SHARE = 0.5  # of each group's channels that stay
@@ -58,7 +60,8 @@ class Outcome:
         kind: ``refused``, ``wrong``, ``little`` (less than ``ENOUGH`` could be cut) or ``cut``.
         removed: Share of the parameters.
         difference: In float64, of the largest output.
-        reload: ``yes``, or why the network's own class doesn't hold what is left; empty where little was cut.
+        reload: ``yes``; or ``graph: ``, and why an instance of the network's own class runs the cut graph; or why there
+            is none. Empty where little was cut.
         program: The same of the exported program.
         onnx: And of the ONNX file.
     """
@@ -100,8 +103,11 @@ def delivered(network: Network, module: nn.Module, graph: Graph, channels: Chann
     small = cut(channels, channels.module, kept)
     inputs = network.inputs(3)
 
+    instances: list[nn.Module] = []
+
     def reloaded() -> Callable[..., Any]:
-        return sliced(module, graph, channels, kept)
+        instances.append(sliced(module, graph, channels, kept))
+        return instances[0]
 
     assembled: list[tuple[Graph, Compressed, fx.GraphModule]] = []
 
@@ -123,7 +129,9 @@ def delivered(network: Network, module: nn.Module, graph: Graph, channels: Chann
         return runtime_forward(open_session(serialize(onnx_model(*files())), 1))
 
     ways = {"reload": reloaded, "program": program, "onnx": onnx}
-    return {name: compared(make, small, inputs) for name, make in ways.items()}
+    found = {name: compared(make, small, inputs) for name, make in ways.items()}
+    why = why_graph(instances[0]) if instances else ""
+    return {**found, "reload": GRAPH + why} if why and found["reload"] == YES else found
 
 
 def compared(make: Callable[[], Callable[..., Any]], small: nn.Module, inputs: tuple[Tensor, ...]) -> str:
@@ -180,7 +188,7 @@ the largest output, with every parameter and buffer random.
 What is left of those that are cut is then written to the files that a run writes, and read again: in float32 the
 exported program and ONNX Runtime have to give what the cut graph gives, within 1e-4 of the largest output. The
 network's own class, with its tensors sliced and its attributes made to fit, has to do so too, after its proof in
-float64; where its code has a size in it that no attribute holds, it is refused.
+float64: by its own code, or, where that has a size in it that no attribute holds, with the cut graph as its forward.
 
 | of the {cut} that are cut | | required | wrong |
 | --- | --- | --- | --- |
@@ -207,19 +215,27 @@ def page(outcomes: Sequence[Outcome]) -> str:
     for o in outcomes:
         figures = f"{o.num_groups} | {o.removed:.0%} | {o.difference:.0e} | {o.time_s:.2f} s"
         ways = {way: getattr(o, way) for way in REQUIRED}
-        marks = " | ".join("" if not text else YES if text == YES else "no" for text in ways.values())
+        marks = " | ".join(mark(text) for text in ways.values())
         named = [f"{TITLES[way]}: {text}" for way, text in ways.items() if text not in ("", YES)]
         reasons = "; ".join([o.reasons, *named] if o.reasons else named).replace("|", " ")
         rows.append(f"| {o.name} | {o.kind} | {figures if o.kind != 'refused' else ' | | | '} | {marks} | {reasons} |")
     return head + "\n".join(rows) + "\n"
 
 
+def mark(text: str) -> str:
+    if text.startswith(GRAPH):
+        return "graph"
+    return "no" if text not in ("", YES) else text
+
+
 def delivery(outcomes: Sequence[Outcome], way: str) -> str:
     """A row of the head table."""
     texts = [getattr(o, way) for o in outcomes if o.kind == "cut"]
-    good, wrong = texts.count(YES), sum(text.startswith("WRONG") for text in texts)
+    wrong, graphs = (sum(text.startswith(start) for text in texts) for start in ("WRONG", GRAPH))
+    good = texts.count(YES) + graphs
     share = good / max(1, len(texts))
-    return f"| {TITLES[way]} | {good} ({share:.0%}) | {REQUIRED[way]:.0%} | {wrong} |"
+    of_them = f"; {graphs} by the cut graph" if way == "reload" else ""
+    return f"| {TITLES[way]} | {good} ({share:.0%}{of_them}) | {REQUIRED[way]:.0%} | {wrong} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -218,9 +218,10 @@ def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str)
     found = []
     for known, zeros in merged:
         varying_dims = [d for d, size in enumerate(known.shape) if size > 1]
-        for number, side in enumerate(aligned):
-            if number not in zeros and any(side.shape[d] > 1 for d in varying_dims):
-                labels.freeze(known, f"{name} joins it with a tensor that has no channels there")
+        without = [side for number, side in enumerate(aligned) if number not in zeros]
+        if any(side.shape[d] > 1 for side in without for d in varying_dims):
+            labels.freeze(known, f"{name} joins it with a tensor that has no channels there")
+            continue
         if kind == "mul":
             is_zero = any(zeros.values())
         elif kind == "add":
@@ -699,7 +700,7 @@ def glu(reading: Reading, node: fx.Node) -> Value:
     half = shape_of(node)[dim]
     parts = []
     for start in (0, half):
-        value = tuple(_narrow(axis, dim, start, half) for axis in reading.value(node.args[0]))
+        value = _narrow(reading, node, dim, start, half)
         parts.append(Operand(value, shape_of(node)))
     return broadcast(reading.labels, parts, "first", "glu")
 
@@ -843,12 +844,19 @@ def repeat_interleave(reading: Reading, node: fx.Node) -> Value:
     )
 
 
-def _narrow(axis: Axis, dim: int, start: int, length: int, step: int = 1) -> Axis:
-    if axis.labels.shape[dim] == 1:
-        return axis
-    chosen = [slice(None)] * axis.labels.dim()
-    chosen[dim] = slice(start, start + length, step)
-    return replace(axis, labels=shrink(axis.labels[tuple(chosen)]))
+def _narrow(reading: Reading, node: fx.Node, dim: int, start: int, length: int, step: int = 1) -> Value:
+    """A piece along ``dim``; one that is a single channel's has none."""
+    found = []
+    for axis in reading.value(node.args[0]):
+        if axis.labels.shape[dim] > 1:
+            chosen = [slice(None)] * axis.labels.dim()
+            chosen[dim] = slice(start, start + length, step)
+            axis = replace(axis, labels=shrink(axis.labels[tuple(chosen)]))
+            if axis.labels.numel() == 1:
+                reading.labels.freeze(axis.labels, f"{op_name(node)} takes it alone")
+                continue
+        found.append(axis)
+    return tuple(found)
 
 
 def slice_bounds(node: fx.Node) -> tuple[int, int, int, int]:
@@ -865,7 +873,7 @@ def slice_bounds(node: fx.Node) -> tuple[int, int, int, int]:
 @rule("slice")
 def slice_(reading: Reading, node: fx.Node) -> Value:
     dim, start, length, step = slice_bounds(node)
-    return tuple(_narrow(axis, dim, start, length, step) for axis in reading.value(node.args[0]))
+    return _narrow(reading, node, dim, start, length, step)
 
 
 @rule("narrow")
@@ -873,7 +881,7 @@ def narrow(reading: Reading, node: fx.Node) -> Value:
     dim = int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
     if not all(isinstance(a, int) for a in node.args[2:4]):
         return unknown_value(reading, node)
-    return tuple(_narrow(axis, dim, int(node.args[2]), int(node.args[3])) for axis in reading.value(node.args[0]))  # type: ignore[arg-type]
+    return _narrow(reading, node, dim, int(node.args[2]), int(node.args[3]))  # type: ignore[arg-type]
 
 
 @rule("select")
@@ -910,10 +918,7 @@ def split_sizes(node: fx.Node) -> tuple[int, list[int]]:
 def split(reading: Reading, node: fx.Node) -> Result:
     dim, sizes = split_sizes(node)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        tuple(_narrow(axis, dim, start, size) for axis in reading.value(node.args[0]))
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+    return [_narrow(reading, node, dim, start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 @rule("getitem")

@@ -1,8 +1,8 @@
 """The user's own module without the channels that were cut: its tensors sliced, the sizes that it keeps made to fit.
 
 Which attributes are sizes is decided by running: a module that stops, or whose output is no value of the cut graph, is
-given other sizes (``sizes``). What comes out is proved, or refused: numbers in the code, and in closures, are out of
-reach.
+given other sizes (``sizes``). What comes out is proved. Numbers in the code, and in closures, are out of reach: a
+module that has them runs the cut graph.
 Cost: a forward pass in float64 for each try, and for each attribute that could have stayed.
 """
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from .channel_rules import op_name, shape_of
 from .cut import cut, float64_by_default, probe_inputs, randomised, seeded, sliced_tensor, tensor_leaves
+from .graph_forward import give_graph
 from .groups import Channels, source_line
 from .rewrite import put_tensor, tensor_at
 from .sizes import (
@@ -44,7 +45,7 @@ from .trace import Graph, argument, aten
 
 TOLERANCE = 1e-9  # of the largest output, in float64
 MOST_TRIES = 150
-HINT = "model.pt2 and model.onnx hold the smaller network; or let forward read that size from an attribute, or write -1"
+HINT = "let forward read that size from an attribute, or write -1; model.pt2 and model.onnx hold the smaller network"
 
 
 class ReloadError(InputError):
@@ -88,7 +89,8 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
     """A copy of the user's module with its tensors sliced as ``cut`` slices them, and its attributes made to fit.
 
     Proved: in evaluation mode, with random parameters and buffers in float64, its outputs equal the cut graph's within
-    1e-9 of the largest, on a batch that it wasn't traced with.
+    1e-9 of the largest, on a batch that it wasn't traced with. Where its code has a size in it that no attribute holds,
+    its ``forward`` runs the cut graph, and ``why_graph`` of it says why.
 
     Args:
         module: What ``graph`` was traced from; not changed.
@@ -97,7 +99,7 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
         seed: Of the random tensors.
 
     Raises:
-        ReloadError: The class can't compute it; names the layer, and the line or the size that doesn't fit.
+        ReloadError: The module can't be copied, or its graph doesn't run on its tensors; names the layer.
     """
     base = _copied(module)
     names = {group[0]: group for group in graph.tied}
@@ -125,7 +127,12 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
     try:
         chosen = _search(trial, inputs, reference, units)
     except _NotFound as error:
-        raise _refusal(trial, error.failure, homeless, _narrowed(channels, small, reference)) from None
+        chosen = {}
+        refusal = _refusal(trial, error.failure, homeless, _narrowed(channels, small, reference))
+        give_graph(trial, small, refusal.message, refusal.hint)
+        if _tried(trial, inputs, reference) is not None:
+            raise refusal from None
+        give_graph(base, cut(channels, channels.module, kept), refusal.message, refusal.hint)
     for place, size in (fixed | chosen).items():
         put_size(base, place, size)
     return base

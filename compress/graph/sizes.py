@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +28,7 @@ from .trace import argument
 MOST_CHOICES = 40  # of sizes for one module
 MOST_NESTED = 4  # containers in containers
 MOST_SIZES = 2000  # in one attribute
-MOST_PARTS = 8  # that the code cuts one size into, or makes it of
+MOST_PARTS = 64  # that the code cuts one size into, or makes it of: heads, positions that are flattened
 TO_THE_END = 2**31  # a slice's end beyond any dimension
 PRIVATE = frozenset(vars(nn.Module()))
 LAYERS = (
@@ -164,7 +165,7 @@ def _slice_pairs(node: fx.Node, small: fx.Node) -> list[Pair]:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 # -- layers of torch -------------------------------------------------------------------------------------------------
@@ -239,8 +240,10 @@ def _replaced(held: Any, steps: Sequence[Any], size: Size) -> Any:
         items[key] = _replaced(items[key], rest, size)
         return _like(held, items)
     made = copy.copy(held)
-    holder = made if isinstance(made, dict) else vars(made)
-    holder[key] = _replaced(holder[key], rest, size)
+    if isinstance(made, dict):
+        made[key] = _replaced(made[key], rest, size)
+    else:  # a frozen dataclass allows it no other way
+        object.__setattr__(made, key, _replaced(getattr(made, key), rest, size))
     return made
 
 
@@ -266,22 +269,33 @@ def kept_sizes(module: nn.Module, path: str) -> dict[Place, Size]:
 def _nested(value: Any, depth: int) -> Iterator[tuple[tuple[Any, ...], Size]]:
     if _is_size(value):
         if value > 1:
-            yield (), value
+            yield (), int(value)
         return
     if depth == MOST_NESTED or isinstance(value, (nn.Module, Tensor, str, bytes, ModuleType)) or callable(value):
         return
     inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, (tuple, list)):
         if len(value) > 1 and all(map(_is_size, value)):
-            yield (), tuple(value)
+            yield (), tuple(map(int, value))
         inside = enumerate(value)
     elif isinstance(value, dict):
         inside = value.items()
-    elif hasattr(value, "__dict__"):
-        inside = vars(value).items()
+    else:
+        inside = _attributes(value)
     for key, item in inside:
         for steps, size in _nested(item, depth + 1):
             yield (key, *steps), size
+
+
+def _attributes(value: object) -> list[tuple[str, Any]]:
+    """In its dictionary, and in the slots of its classes."""
+    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    found = [(name, getattr(value, name)) for name in slots if not name.startswith("__") and hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).items(), *found]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 # -- what they could be ----------------------------------------------------------------------------------------------
@@ -302,13 +316,13 @@ def find_units(
             continue
         held = [places[path] for path in around(need.path)]
         exact = _first({place: need.new for place, size in sizes.items() if size == need.old} for sizes in held)
-        scaled = _first(_scaled(sizes, need) for sizes in held)
-        if not exact and not scaled and isinstance(need.old, int):
+        scaled, nested = (_first(_scaled(sizes, need, inside) for sizes in held) for inside in (False, True))
+        if not exact and not scaled and not nested and isinstance(need.old, int):
             homeless.append(need)
-        for place, size in exact.items():
-            likely[place][size] += 1
-        for place, size in scaled.items():
-            (possible if exact else likely)[place][size] += 1
+        ranked = [found for found in (exact, scaled, nested) if found]
+        for rank, found in enumerate(ranked):
+            for place, size in found.items():
+                (possible if rank else likely)[place][size] += 1
     shrunk = _shrunk(channels, shapes)
     units = {}
     for path, sizes in places.items():
@@ -330,14 +344,18 @@ def _first(candidates: Iterable[dict[Place, Size]]) -> dict[Place, Size]:
     return next((found for found in candidates if found), {})
 
 
-def _scaled(sizes: Mapping[Place, Size], need: Need) -> dict[Place, Size]:
-    """Attributes that are a multiple or a part of what a node has, as they would be in the cut graph."""
+def _scaled(sizes: Mapping[Place, Size], need: Need, is_nested: bool) -> dict[Place, Size]:
+    """Attributes that are a multiple or a part of what a node has, as they would be in the cut graph.
+
+    Args:
+        is_nested: Of those inside of other objects, or else of the module's own.
+    """
     old, new = need.old, need.new
     if not isinstance(old, int) or not isinstance(new, int) or old < 2 or new < 1:
         return {}
     found: dict[Place, Size] = {}
     for place, size in sizes.items():
-        if isinstance(size, int) and len(place.steps) == 1 and size != old and size * new % old == 0:
+        if isinstance(size, int) and (len(place.steps) > 1) is is_nested and size != old and size * new % old == 0:
             low, high = sorted((size, old))
             if high % low == 0 and high // low <= MOST_PARTS:
                 found[place] = size * new // old

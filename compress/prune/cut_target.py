@@ -59,6 +59,10 @@ class CutTarget:
         least: float,
         cost: Cost | None,
     ) -> None:
+        if not 0 <= least <= 1 or (multiple_of is not None and multiple_of < 1):
+            raise UsageError(
+                f"least={least:g} and multiple_of={multiple_of}", hint="a share from 0 to 1, and a number above 0"
+            )
         require_prunable(channels, is_any=bool(movable.any()))
         self.channels, self.budget, self.least, self.cost = channels, budget, least, cost
         costs = channel_costs(channels, len(graph.example_inputs[0]))
@@ -80,12 +84,13 @@ class CutTarget:
         """What the channels that stay, bool ``[c]``, cost; their number for a sparsity."""
         return float(total(self.terms, kept)) if self.cost is None else float(self.cost(keep_of(self.channels, kept)))
 
-    def choose(self, scores: Tensor, share: float, movable: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, share: float, movable: Tensor, gone: Tensor | None = None) -> Tensor:
         """The channels that stay, bool ``[c]``, after a share of the way from the whole network to the limit.
 
         Args:
             scores: Saliencies; those of zero go first.
             movable: Channels that may go.
+            gone: Those of them that are away already, at a score of zero.
 
         Raises:
             BudgetError: The limit is out of reach; gives the least that is left.
@@ -93,18 +98,25 @@ class CutTarget:
         end = self.limit
         if self.cost is not None:
             if self._final is None or share == 1:
-                self._final = self._measured(scores, movable)
+                self._final = self._measured(scores, movable, gone)
             end = self._final
-        return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable)
+        return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable, gone)
 
-    def _chosen(self, scores: Tensor, limit: float, movable: Tensor) -> Tensor:
+    def _chosen(self, scores: Tensor, limit: float, movable: Tensor, gone: Tensor | None) -> Tensor:
         quantity = self.budget.quantity if self.cost is None else "macs"
         with budget_of(quantity, self.terms):
             return choose(
-                self.channels, scores, self.terms, limit, multiple_of=self.multiples, least=self.least, movable=movable
+                self.channels,
+                scores,
+                self.terms,
+                limit,
+                multiple_of=self.multiples,
+                least=self.least,
+                movable=movable,
+                gone=gone,
             )
 
-    def _measured(self, scores: Tensor, movable: Tensor) -> float:
+    def _measured(self, scores: Tensor, movable: Tensor, gone: Tensor | None) -> float:
         """The MACs whose cut comes to the limit."""
         low, high = 0.0, 1.0
         best: float | None = None
@@ -112,7 +124,7 @@ class CutTarget:
         for _ in range(TRIES):
             middle = (low + high) / 2
             try:
-                found = self.cost_of(self._chosen(scores, middle * self._dense_terms, movable))
+                found = self.cost_of(self._chosen(scores, middle * self._dense_terms, movable, gone))
             except BudgetError:
                 low = middle
                 continue

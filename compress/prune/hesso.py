@@ -39,6 +39,7 @@ from .group_saliency import CRITERIA, RunningScores, channel_sums
 from .selection import require_prunable
 
 DEFAULT = "macs=50%"
+STEPS = 250
 LEAST = 0.1  # of a group's channels stays in any case
 # Of the criteria. The curvature alone beats the published five by three points on the demo's network at half the MACs.
 WEIGHTS: Mapping[str, float] = {"curvature": 1.0}
@@ -78,7 +79,8 @@ class Hesso:
         example_inputs: Tensors ``[n, ...]``; forward's arguments.
         budget: ``macs``, ``params``, ``bytes`` of the parameters, ``sparsity`` (share of all channels that goes), or
             any other quantity that ``cost`` gives.
-        steps: Of the whole training.
+        steps: Of the whole training: calls of ``step``. All that goes is at zero after half of them, by the usual
+            schedule; the training may be longer.
         schedule: When channels are picked and shrunk.
         weights: Of the criteria in ``group_saliency.CRITERIA``, by name; ``PUBLISHED`` are the paper's five.
         multiple_of: What a group that loses channels keeps is a multiple of this.
@@ -100,7 +102,7 @@ class Hesso:
         example_inputs: Sequence[Tensor] | Tensor,
         *,
         budget: str | Budget = DEFAULT,
-        steps: int,
+        steps: int = STEPS,
         schedule: Schedule | None = None,
         weights: Mapping[str, float] = WEIGHTS,
         multiple_of: int | None = 1,
@@ -177,7 +179,7 @@ class Hesso:
         if self.optimizer is None:
             raise UsageError("there is no optimizer to step", hint="set hesso.optimizer, or pass it to Hesso")
         if scaler is not None and scaler.is_enabled():
-            scaler.unscale_(self.optimizer)
+            _unscale(scaler, self.optimizer)
             self._may_overflow = True
         self._before(closure is not None)
         result: Any
@@ -205,11 +207,24 @@ class Hesso:
                 hint=f"call hesso.step() in every step, or lower steps={self.steps}",
             )
         kept = ~self._gone
+        self._require_zero()
         check_cut(self.graph, self.channels, kept, seed=0)
         copied = copy_of(self.model)
         parameter = next(self.model.parameters())
         small = self._sliced(copied, kept)
         return small.to(parameter.device)
+
+    def _require_zero(self) -> None:
+        """Refuse a network in which what is cut isn't zero: without it another one would be left."""
+        tensors = tensors_of(self.model)
+        gone = torch.cat([self._gone, torch.zeros(1, dtype=torch.bool)])
+        for place in self.places:
+            tensor, places = tensors.get(place.tensor), gone[place.channel].nonzero().reshape(-1)
+            if tensor is not None and bool(tensor.detach().index_select(place.dim, places.to(tensor.device)).any()):
+                raise UsageError(
+                    f"{place.tensor} isn't zero where it is cut: it was changed after the last hesso.step()",
+                    hint="load other weights before the schedule ends, and let hesso.step() be the last that writes",
+                )
 
     def _sliced(self, copied: nn.Module, kept: Tensor) -> nn.Module:
         if not isinstance(copied, fx.GraphModule):
@@ -320,7 +335,7 @@ class Hesso:
 
     def _select(self, scores: Tensor, share: float = 1.0) -> Tensor:
         """bool ``[c]``: what goes for a share of all that the budget removes."""
-        return ~self.target.choose(scores, share, self._movable | self._gone)
+        return ~self.target.choose(scores, share, self._movable | self._gone, self._gone)
 
     def _is_own(self) -> Tensor:
         """bool ``[c]``: channels all of whose tensors are the model's, and can be held at zero."""
@@ -387,6 +402,15 @@ class Hesso:
         self._movable, self._is_trained = state["movable"].clone(), state["is_trained"].clone()
         self.target.load_state_dict(state["target"])
         self.scores.load_state_dict(state["scores"])
+
+
+def _unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Once a step, as the caller may have done it to clip the gradients."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
 
 
 def _checked(weights: Mapping[str, float]) -> dict[str, float]:

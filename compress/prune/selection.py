@@ -34,6 +34,7 @@ def choose(
     multiple_of: int | Sequence[int] | None = 1,
     least: float = 0.0,
     movable: Tensor | None = None,
+    gone: Tensor | None = None,
 ) -> Tensor:
     """The channels that stay, bool ``[c]``, so that the sum of ``terms`` is at most ``limit``.
 
@@ -45,15 +46,16 @@ def choose(
             limit by far.
         least: The share of a group's channels that stays in any case; one channel always does.
         movable: Channels that may go, bool ``[c]``; all where None.
+        gone: Those that are away already, at a score of zero: they aren't put back.
 
     Raises:
         BudgetError: The limit is out of reach; gives the least that is left. Or no channel may go: lists the reasons.
     """
     if multiple_of is None:
-        return _aligned(channels, scores, terms, limit, least, movable)[1]
+        return _aligned(channels, scores, terms, limit, least, movable, gone)[1]
     if isinstance(multiple_of, int):
         multiple_of = [multiple_of] * len(channels.groups)
-    return _chosen(channels, scores, terms, limit, multiple_of, least, movable)
+    return _chosen(channels, scores, terms, limit, multiple_of, least, movable, gone)
 
 
 def aligned_multiples(
@@ -70,17 +72,23 @@ def aligned_multiples(
     Raises:
         BudgetError: As for ``choose``.
     """
-    return _aligned(channels, scores, terms, limit, least, movable)[0]
+    return _aligned(channels, scores, terms, limit, least, movable, None)[0]
 
 
 def _aligned(
-    channels: Channels, scores: Tensor, terms: Sequence[Term], limit: float, least: float, movable: Tensor | None
+    channels: Channels,
+    scores: Tensor,
+    terms: Sequence[Term],
+    limit: float,
+    least: float,
+    movable: Tensor | None,
+    gone: Tensor | None,
 ) -> tuple[list[int], Tensor]:
     """Those numbers, and the channels that stay with them."""
     for block in BLOCKS:
         sizes = [next((b for b in (block, block // 2) if b and group.size >= 2 * b), 1) for group in channels.groups]
         try:
-            kept = _chosen(channels, scores, terms, limit, sizes, least, movable)
+            kept = _chosen(channels, scores, terms, limit, sizes, least, movable, gone)
         except BudgetError:
             if block == 1:
                 raise
@@ -98,6 +106,7 @@ def _chosen(
     multiples: Sequence[int],
     least: float,
     movable: Tensor | None,
+    gone: Tensor | None,
 ) -> Tensor:
     scores = scores.double()
     movable = torch.ones(len(scores), dtype=torch.bool) if movable is None else movable
@@ -131,7 +140,8 @@ def _chosen(
         raise BudgetError("the limit is out of reach", hint=f"{reached:,} are left with all that may go", least=reached)
     # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
     for group, block in sorted(removed, key=lambda entry: -float(scores[entry[1]].sum())):
-        if tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
+        is_away = gone is not None and bool(gone[block].any())
+        if is_away or tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
             continue
         kept[block] = True
         if total(terms, kept) > limit or not _is_whole(channels, kept, multiples):

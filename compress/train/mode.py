@@ -1,27 +1,19 @@
 """A network in training mode, and back exactly as it was.
 
-An exported network has its mode written into its nodes: ``aten.batch_norm`` says whether it takes its statistics from
-the batch, ``aten.dropout`` whether it drops. A branch on ``self.training`` is gone for good, and attention keeps the
-dropout that it was exported with, none.
+An exported network has its mode written into its nodes (``graph/switches.py``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
 
-from ..graph.trace import argument, aten
-
-# What ops call the argument that says whether they train: norms, dropouts, recurrent layers, rrelu.
-SWITCHES = ("training", "train", "use_input_stats")
-NORMS = (aten.batch_norm.default, aten.instance_norm.default)
-MOMENTUM = 0.1  # of statistics whose own is zero: what torch exports for those that average over all batches
-METADATA = aten._assert_tensor_metadata.default
-Changes = Mapping[str, Any]
+from ..graph.switches import METADATA, NORMS, Changes, set_argument, switched, training_arguments
+from ..graph.trace import argument
 
 
 @contextmanager
@@ -32,7 +24,7 @@ def training_mode(module: nn.Module) -> Iterator[None]:
         module: An exported network, nested graphs included, or any other, whose own ``train()`` is called. A graph is
             compiled again on the way in and out, which takes about 0.2 ms a node.
     """
-    with _modes(module), _changed(module, _in_training):
+    with _modes(module), _changed(module, training_arguments):
         if not any(isinstance(part, fx.GraphModule) for part in module.modules()):
             module.train()  # the user's own may hold some layers back
         for part in _graphs_and_parts(module):
@@ -49,7 +41,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     uses: Counter[str] = Counter()
 
     def of_the_batch(node: fx.Node) -> Changes:
-        changes = _switched(node) if node.target in NORMS else {}
+        changes = switched(node) if node.target in NORMS else {}
         if not changes:
             return {}
         uses[str(argument(node, "running_mean", None))] += 1
@@ -82,19 +74,6 @@ def _graphs_and_parts(module: nn.Module) -> list[nn.Module]:
     return parts if any(isinstance(part, fx.GraphModule) for part in parts) else []
 
 
-def _in_training(node: fx.Node) -> Changes:
-    changes = _switched(node)
-    if changes and node.target in NORMS and argument(node, "momentum", MOMENTUM) == 0:
-        return {**changes, "momentum": MOMENTUM}
-    return changes
-
-
-def _switched(node: fx.Node) -> Changes:
-    """The argument that puts an op into training; none where it has none or trains already."""
-    names = {parameter.name for parameter in getattr(getattr(node.target, "_schema", None), "arguments", ())}
-    return {name: True for name in SWITCHES if name in names and argument(node, name, None) is False}
-
-
 @contextmanager
 def _modes(module: nn.Module) -> Iterator[None]:
     """The ``training`` flag of every part, as found."""
@@ -119,7 +98,7 @@ def _changed(module: object, changes: Callable[[fx.Node], Changes], silence: obj
                 if wanted or (silence is not None and node.target is silence):
                     found.append((part, node, node.target, node.args, node.kwargs))
                     for name, value in wanted.items():
-                        _set_argument(node, name, value)
+                        set_argument(node, name, value)
                     node.target = _nothing if node.target is silence else node.target
         for part in {id(part): part for part, *_ in found}.values():
             part.recompile()
@@ -133,15 +112,3 @@ def _changed(module: object, changes: Callable[[fx.Node], Changes], silence: obj
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """In place of an assert."""
-
-
-def _set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Set an argument by its schema name; those before it that are left out take their defaults."""
-    parameters = node.target._schema.arguments  # type: ignore[union-attr]
-    place = next(i for i, parameter in enumerate(parameters) if parameter.name == name)
-    if name in node.kwargs or parameters[place].kwarg_only:
-        node.kwargs = {**node.kwargs, name: value}
-        return
-    before = [argument(node, parameter.name, parameter.default_value) for parameter in parameters[:place]]
-    node.args = (*before, value, *node.args[place + 1 :])
-    node.kwargs = {k: v for k, v in node.kwargs.items() if k not in {p.name for p in parameters[:place]}}

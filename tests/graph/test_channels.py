@@ -227,10 +227,11 @@ NOT_ZERO: dict[str, tuple[Callable[..., Tensor], int]] = {
     "a kernel for all channels": (lambda s, y: F.conv2d(y, s.kernel.expand(8, 1, 3, 3), padding=1, groups=8), 8),
     "the same, repeated": (lambda s, y: F.conv2d(y, s.kernel.repeat(8, 1, 1, 1), padding=1, groups=8), 8),
     "a length": (lambda s, y: torch.linalg.vector_norm(y, dim=1, keepdim=True), 1),
+    "one taken alone": (lambda s, y: torch.cat([y[:, 1:2], y[:, :1], y[:, 2:]], 1), 8),
     "pooled and put back": (lambda s, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2), 8),
 }
 # Those whose first channels can be cut all the same.
-CUT = {"hardtanh", "a length", "noise for all", "pooled and put back"}
+CUT = {"hardtanh", "a length", "noise for all", "one taken alone", "pooled and put back"}
 
 
 @pytest.mark.parametrize("what", NOT_ZERO)

@@ -1,13 +1,16 @@
-"""A module with sliced tensors and patched attributes computes what the cut graph does, or is refused by name."""
+"""A module with sliced tensors and patched attributes computes what the cut graph does, or runs it and says why."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -21,13 +24,14 @@ from zoo_sequences import SEQUENCES
 from zoo_traps import TRAPS, UNTRACEABLE
 
 from compress.graph.cut import cut, kept_channels
+from compress.graph.graph_forward import why_graph
 from compress.graph.groups import Channels, find_channels
 from compress.graph.reload import ReloadError, sliced
 from compress.graph.sliced_attention import SlicedAttention
 from compress.graph.trace import Graph, trace_graph
 
 OTHERS = [*zoo.NETWORKS, *SEQUENCES, *(n for n in zoo_families.FAMILIES if {"timm", "transformers"} & n.traits)]
-# Their forward has a number of channels or heads in its code, or halves channels that are cut unevenly.
+# Their code has a number of channels or heads in it, or halves channels that are cut unevenly: a graph is their forward.
 LITERAL = {
     "cifar_resnet", "Res2Net", "Ghost", "SpaceToDepth", "Maxout", "TemporalShift", "SelectiveKernel", "NonLocal",
     "DiffusionBlock",
@@ -67,35 +71,31 @@ def assert_same(found: nn.Module, expected: nn.Module, inputs: tuple[Tensor, ...
                 assert float((f - e).abs().max()) <= 1e-4 * float(e.abs().max())
 
 
-def assert_reloads_or_refuses(network: Network) -> bool:
-    """Whether it reloads."""
+def assert_reloads(network: Network) -> str:
+    """Why by a graph; empty where the class's own code computes it."""
     module, inputs = network.make(), network.inputs(2)
     graph, channels = read(module, inputs)
     kept = drawn(channels)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    try:
-        small = sliced(module, graph, channels, kept)
-    except ReloadError as error:
-        assert "(" in error.message and error.hint
-        return False
-    finally:
-        assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    small = sliced(module, graph, channels, kept)
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert isinstance(small, type(module)) and list(small.state_dict()) == list(module.state_dict())
     assert_same(small, cut(channels, channels.module, kept), network.inputs(3))
-    return True
+    return why_graph(small)
 
 
 @pytest.mark.parametrize("case", [n for n in TRAPS if UNTRACEABLE not in n.traits], ids=lambda n: n.name)
 def test_the_users_class_computes_what_the_cut_graph_does(case: Network) -> None:
-    assert assert_reloads_or_refuses(case) is (case.name not in LITERAL)
+    assert bool(assert_reloads(case)) is (case.name in LITERAL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OTHERS, ids=lambda n: n.name)
-def test_other_packages_classes_compute_what_the_cut_graph_does_or_are_refused(case: Network) -> None:
+def test_other_packages_classes_compute_what_the_cut_graph_does(case: Network) -> None:
     for package in ("timm", "transformers"):
         if package in case.traits:
             pytest.importorskip(package, reason="pip install '.[zoo]'", exc_type=ImportError)
-    assert_reloads_or_refuses(case)
+    assert_reloads(case)
 
 
 # -- layers of torch -------------------------------------------------------------------------------------------------
@@ -366,14 +366,10 @@ def closure(width: int) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     "shape", [closure(4), functools.partial(torch.reshape, shape=(-1, 4, 3))], ids=["lambda", "partial"]
 )
-def test_a_size_in_a_closure_is_refused_by_name(shape: Callable[[Tensor], Tensor]) -> None:
-    module = nn.Sequential(Closed(shape))
-    message = (
-        r"^0 \(Closed\): (view|reshape) at test_reload\.py:\d+ needs 2 where it has 4, and no attribute holds that$"
-    )
-    with pytest.raises(ReloadError, match=message) as caught:
-        reloaded(module, torch.randn(2, 6))
-    assert "model.pt2" in caught.value.hint
+def test_a_size_in_a_closure_takes_the_graph_and_says_why(shape: Callable[[Tensor], Tensor]) -> None:
+    why = why_graph(reloaded(nn.Sequential(Closed(shape)), torch.randn(2, 6)))
+    reason = r"0 \(Closed\): (view|reshape) at test_reload\.py:\d+ needs 2 where it has 4, and no attribute holds that;"
+    assert re.search(reason, why) and "or write -1" in why
 
 
 class Scaled(nn.Module):
@@ -389,11 +385,130 @@ class Scaled(nn.Module):
         return self.out(y[:, 0])
 
 
-def test_a_scale_that_follows_the_width_is_refused_by_name() -> None:
-    message = r"the network \(Scaled\): scaled_dot_product_attention at .*takes its scale from the width of its heads"
-    with pytest.raises(ReloadError, match=message) as caught:
-        reloaded(Scaled(), torch.randn(2, 5, 6))
-    assert "pass scale=" in caught.value.hint
+def test_a_scale_that_follows_the_width_takes_the_graph_and_says_why() -> None:
+    why = why_graph(reloaded(Scaled(), torch.randn(2, 5, 6)))
+    assert re.search(r"the network \(Scaled\): scaled_dot_product_attention at .*takes its scale from the width", why)
+    assert "pass scale= in forward" in why
+
+
+# -- a graph as forward ----------------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """A number of channels in its code; norms and dropouts that training switches; a constant beside its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.dropout = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.fc, self.wave = nn.Linear(8 * 16, 5), torch.linspace(0, 1, 16)
+
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        y = F.max_pool2d(self.norm(self.conv(x)).relu(), 2).reshape(-1, 8, 16) * self.wave
+        return {"y": self.fc(self.dropout(y.reshape(-1, 8 * 16))) + shift}
+
+
+def with_a_graph() -> tuple[Fixed, tuple[Tensor, Tensor]]:
+    inputs = (torch.randn(4, 3, 8, 8), torch.randn(4, 5))
+    small = reloaded(Fixed(), *inputs)
+    assert isinstance(small, Fixed) and why_graph(small)
+    return small, inputs
+
+
+def test_a_graph_trains_as_code_does() -> None:
+    small, inputs = with_a_graph()
+    small.requires_grad_(True).train()
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    torch.manual_seed(0)
+    first, second = small(*inputs)["y"], small(*inputs)["y"]
+    assert not torch.equal(first, second), "dropout drops"
+    y = F.batch_norm(F.conv2d(inputs[0], small.conv.weight, small.conv.bias, padding=1), None, None, training=True)
+    assert y.shape[1] == 4
+    first.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in (small.conv.weight, small.norm.bias, small.fc.weight))
+    assert not torch.equal(before["norm.running_var"], small.norm.running_var), "statistics move"
+    small.eval()
+    assert torch.equal(small(*inputs)["y"], small(*inputs)["y"])
+
+
+def test_a_graph_takes_its_inputs_as_the_code_does_and_any_batch() -> None:
+    small, (x, shift) = with_a_graph()
+    expected = small(x, shift)["y"]
+    assert torch.equal(small(shift=shift, x=x)["y"], expected)
+    assert torch.allclose(small(x[:1], shift[:1])["y"], expected[:1], atol=1e-6)
+
+
+def test_a_graph_follows_its_module() -> None:
+    small, inputs = with_a_graph()
+    copied = copy.deepcopy(small)
+    with torch.no_grad():
+        copied.fc.bias.add_(1.0)
+    assert torch.allclose(copied(*inputs)["y"], small(*inputs)["y"] + 1, atol=1e-6)
+    copied.load_state_dict(small.state_dict())
+    assert torch.equal(copied(*inputs)["y"], small(*inputs)["y"])
+    wide = copied.double()(*(x.double() for x in inputs))["y"]
+    assert wide.dtype is torch.float64 and torch.allclose(wide.float(), small(*inputs)["y"], atol=1e-5)
+
+
+def test_a_module_with_a_graph_is_cut_again() -> None:
+    small, inputs = with_a_graph()
+    again: Any = reloaded(small, *inputs)
+    assert isinstance(again, Fixed) and again.conv.out_channels == 2
+
+
+class Unread(nn.Module):
+    """Its code runs a layer whose output nothing reads, and which no graph has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unread, self.fc = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        self.unread(y)
+        return self.fc(y)
+
+
+def test_a_layer_that_nothing_reads_is_no_obstacle() -> None:
+    assert "unread (Linear)" in why_graph(reloaded(Unread(), torch.randn(2, 6)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    width: int = 12
+
+
+class Slots:
+    __slots__ = ("width",)
+
+    def __init__(self) -> None:
+        self.width = 12
+
+
+class Held(nn.Module):
+    """Its width times the number of positions is what its code reshapes to."""
+
+    def __init__(self, held: Any, read: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.held, self.read, self.conv, self.fc = held, read, nn.Conv2d(3, 12, 3), nn.Linear(12 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).view(x.shape[0], self.read(self.held) * 16))
+
+
+@pytest.mark.parametrize(
+    ("held", "read"),
+    [
+        (Options(), lambda held: held.width),
+        (Slots(), lambda held: held.width),
+        (SimpleNamespace(width=12), lambda held: held.width),
+        ({"model": {"width": 12}}, lambda held: held["model"]["width"]),
+        (np.int64(12), lambda held: held),
+    ],
+    ids=["dataclass", "slots", "namespace", "dictionaries", "numpy"],
+)
+def test_a_part_of_a_size_is_found_where_configurations_hold_it(held: Any, read: Callable[[Any], int]) -> None:
+    small: Any = reloaded(Held(held, read), torch.randn(2, 3, 6, 6))
+    assert not why_graph(small) and small.read(small.held) == 6 and read(held) == 12
 
 
 class TorchAttention(nn.Module):
