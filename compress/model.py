@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .data import load_object
 from .errors import HCompressError, InputError, UsageError, escape
 from .formats.checkpoint import Checkpoint, read_checkpoint
 from .formats.packed import QuantizedTensor, decode
+from .graph.graph_forward import why_graph
 from .graph.trace import require_dynamic_batch, tied_names
 from .manifest import NAME as MANIFEST
 from .manifest import check_files, read_manifest
@@ -94,7 +96,8 @@ def _filled(
     """An architecture without what was cut, with a state dict in it, and what there is to note."""
     module = cut_module(module, cuts, path)
     notes = load_state(module, state, path)
-    return _ready(module), notes
+    why = why_graph(module)
+    return _ready(module), (*notes, f"{type(module).__name__}: {why}") if why else notes
 
 
 def _require_float32(program: nn.Module, path: Path) -> None:
@@ -308,7 +311,8 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
             activations, as in model.onnx.
 
     Returns:
-        The network in evaluation mode.
+        The network in evaluation mode, parameters without gradients. Warns where the class's own code can't compute
+        what is left of it after a cut: its ``forward`` then runs the exported graph.
 
     Raises:
         InputError: Not a run folder, or its files were changed.
@@ -318,14 +322,23 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
         >>> network = compress.load("run-q", resnet20)  # doctest: +SKIP
     """
     if factory is None or isinstance(factory, str):
-        return load_source(Path(run), factory, None).module
+        module = load_source(Path(run), factory, None).module
+        _warn_of_graph(module)
+        return module
     manifest = read_manifest(Path(run))
     check_files(Path(run), manifest)
     path = Path(run) / WEIGHTS
     checkpoint = read_checkpoint(path)
     state, _ = _unpack(checkpoint)
     module = call_factory(factory, {}, getattr(factory, "__name__", "factory"))
-    return _filled(module, state, read_cuts(checkpoint.metadata, path), path)[0]
+    module = _filled(module, state, read_cuts(checkpoint.metadata, path), path)[0]
+    _warn_of_graph(module)
+    return module
+
+
+def _warn_of_graph(module: nn.Module) -> None:
+    if why_graph(module):
+        warnings.warn(f"{type(module).__name__}: {why_graph(module)}", stacklevel=3)
 
 
 def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tensor, ...], str]:

@@ -45,7 +45,7 @@ from .trace import Graph, argument, aten
 
 TOLERANCE = 1e-9  # of the largest output, in float64
 MOST_TRIES = 150
-HINT = "let forward read that size from an attribute, or write -1; model.pt2 and model.onnx hold the smaller network"
+HINT = "let forward read that size from an attribute, or write -1"
 
 
 class ReloadError(InputError):
@@ -101,7 +101,7 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
     Raises:
         ReloadError: The module can't be copied, or its graph doesn't run on its tensors; names the layer.
     """
-    base = _copied(module)
+    base = copied(module)
     names = {group[0]: group for group in graph.tied}
     stored = {target: names.get(target, (target,)) for target in channels.weights if _has_tensor(base, target)}
     for target, aliases in stored.items():
@@ -141,8 +141,12 @@ def sliced(module: nn.Module, graph: Graph, channels: Channels, kept: Tensor, *,
 # -- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors that were computed, as a weight under a norm is, without their history."""
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors that were computed, as a weight under a norm is, without their history.
+
+    Raises:
+        ReloadError: Something that it holds can't be copied.
+    """
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in pytree.tree_leaves([held for name, held in vars(part).items() if name not in PRIVATE]):
@@ -153,7 +157,9 @@ def _copied(module: nn.Module) -> nn.Module:
     # What a user's object can't do when it is copied may raise anything.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ReloadError(f"{type(module).__name__} can't be copied ({reason})", hint=HINT) from error
+        raise ReloadError(
+            f"{type(module).__name__} can't be copied ({reason})", hint="leave out what can't be"
+        ) from error
 
 
 def _has_tensor(module: nn.Module, target: str) -> bool:
@@ -393,7 +399,7 @@ def _refusal(module: nn.Module, failure: Failure, homeless: Sequence[Need], narr
             return ReloadError(
                 f"{named(module_path(node))}: scaled_dot_product_attention at {source_line(node)} takes its scale from "
                 "the width of its heads, and they get narrower",
-                hint="pass scale= in forward; model.pt2 and model.onnx hold the smaller network",
+                hint="pass scale= in forward",
             )
     lines = [need for need in homeless if source_line(need.node) == failure.where]
     for need in lines or [need for need in homeless if need.path in around(failure.path)]:

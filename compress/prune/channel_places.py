@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..graph.groups import Channels
+from ..graph.reload import copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     try:
         for p, _ in held:
             p.grad = None
-        return copy.deepcopy(model).cpu()
+        return copied(model).cpu()
     finally:
         for p, grad in held:
             p.grad = grad

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..budget import Budget
 from ..errors import UsageError
 from .cut_target import Cost
 from .group_saliency import RunningScores
-from .hesso import DEFAULT, LEAST, WEIGHTS, Hesso, Schedule
+from .hesso import DEFAULT, LEAST, STEPS, WEIGHTS, Hesso, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ class Cric(Hesso):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        example_inputs: Sequence[Tensor] | Tensor,
+        example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
         *,
         budget: str | Budget = DEFAULT,
-        steps: int,
+        steps: int = STEPS,
         schedule: Schedule | None = None,
         cycles: Cycles | None = None,
         weights: Mapping[str, float] = WEIGHTS,
@@ -90,7 +90,7 @@ class Cric(Hesso):
         cost: Cost | None = None,
         seed: int = 0,
     ) -> None:
-        self.cycles, self.seed = cycles or Cycles(), seed
+        self.cycles, self.seed = Cycles() if cycles is None else cycles, seed
         super().__init__(
             model,
             optimizer,
@@ -104,6 +104,7 @@ class Cric(Hesso):
             exclude=exclude,
             cost=cost,
         )
+        self.settings |= {"cycles": asdict(self.cycles), "seed": seed}
         self.violations: list[int] = []  # of each cycle
         self._place = 0  # of the step in its cycle
         self._redundant: Tensor | None = None

@@ -19,7 +19,7 @@ from ..graph.cut import Keep
 from ..graph.groups import Channels
 from ..graph.trace import Graph
 from .channel_plan import FLOAT_BYTES
-from .selection import aligned_multiples, budget_of, choose, require_prunable
+from .selection import NEAR, aligned_multiples, budget_of, choose, require_prunable
 
 CLOSE = 0.01  # below the limit: where a measured cost is near enough
 TRIES = 12  # of a measured cost, in one bisection
@@ -38,6 +38,7 @@ class CutTarget:
             one go.
         least: Share of each group that stays in any case.
         cost: The budget's quantity for the channels that stay, by group.
+        itemsize: Bytes of a parameter.
 
     Attributes:
         dense: Cost of the whole network.
@@ -58,6 +59,7 @@ class CutTarget:
         multiple_of: int | None,
         least: float,
         cost: Cost | None,
+        itemsize: float = FLOAT_BYTES,
     ) -> None:
         if not 0 <= least <= 1 or (multiple_of is not None and multiple_of < 1):
             raise UsageError(
@@ -66,7 +68,7 @@ class CutTarget:
         require_prunable(channels, is_any=bool(movable.any()))
         self.channels, self.budget, self.least, self.cost = channels, budget, least, cost
         costs = channel_costs(channels, len(graph.example_inputs[0]))
-        self.terms = costs.macs if cost is not None else _terms(budget, costs)
+        self.terms = costs.macs if cost is not None else _terms(budget, costs, itemsize)
         whole = torch.ones(len(movable), dtype=torch.bool)
         self.dense = self.cost_of(whole)
         is_share = budget.quantity == "sparsity"
@@ -75,8 +77,10 @@ class CutTarget:
         self._final: float | None = None  # limit of the terms that the measured cost comes to its own with
         self.multiples = [multiple_of or 1] * len(channels.groups)
         flat = torch.ones(len(movable), dtype=torch.float64)
+        self._may_be_finer = False
         self.choose(flat, 1.0, movable)  # raises where that can't be
         if multiple_of is None:
+            self._may_be_finer = True
             reached = self.limit if self._final is None else self._final
             self.multiples = aligned_multiples(channels, flat, self.terms, reached, least=least, movable=movable)
 
@@ -100,7 +104,13 @@ class CutTarget:
             if self._final is None or share == 1:
                 self._final = self._measured(scores, movable, gone)
             end = self._final
-        return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable, gone)
+        kept = self._chosen(scores, end, movable, gone)
+        if share < 1:  # of what would go in the end, or the last steps might be too coarse to come near the limit
+            return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable & ~kept, gone)
+        while self._may_be_finer and total(self.terms, kept) < NEAR * end and max(self.multiples) > 1:
+            self.multiples = [max(1, multiple // 2) for multiple in self.multiples]
+            kept = self._chosen(scores, end, movable, gone)
+        return kept
 
     def _chosen(self, scores: Tensor, limit: float, movable: Tensor, gone: Tensor | None) -> Tensor:
         quantity = self.budget.quantity if self.cost is None else "macs"
@@ -154,13 +164,13 @@ def keep_of(channels: Channels, kept: Tensor) -> dict[str, list[int]]:
     return {group.name: chosen.nonzero().reshape(-1).tolist() for group, chosen in channels.split(kept)}
 
 
-def _terms(budget: Budget, costs: ChannelCosts) -> Sequence[Term]:
+def _terms(budget: Budget, costs: ChannelCosts, itemsize: float) -> Sequence[Term]:
     if budget.quantity == "macs":
         return costs.macs
     if budget.quantity == "params":
         return costs.params
     if budget.quantity == "bytes":
-        return [Term(FLOAT_BYTES * term.amount, term.factors) for term in costs.params]
+        return [Term(itemsize * term.amount, term.factors) for term in costs.params]
     if budget.quantity == "sparsity":
         return costs.channels
     raise UsageError(

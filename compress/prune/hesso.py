@@ -17,8 +17,10 @@ Cost: of a step in the warm-up and the periods, three products the size of the p
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ from torch import Tensor, fx, nn
 from ..budget import Budget, parse_budget
 from ..errors import BudgetError, InputError, NumericsError, UsageError
 from ..graph.cut import cut
+from ..graph.graph_forward import why_graph
 from ..graph.groups import find_channels
-from ..graph.reload import sliced
+from ..graph.reload import ReloadError, sliced
 from ..graph.rewrite import tensor_names
 from ..graph.trace import Graph, trace_graph
 from ..pruned import check_cut, with_tensors
@@ -74,13 +77,14 @@ class Hesso:
     """A training that ends in a smaller network.
 
     Args:
-        model: Of any class, or an exported graph; its tensors are changed in place.
+        model: Of any class, or an exported graph; its tensors are changed in place. What ``torch.compile`` and data
+            parallelism wrap is taken out.
         optimizer: Steps on the model's parameters. May be set later, as ``hesso.optimizer``.
-        example_inputs: Tensors ``[n, ...]``; forward's arguments.
+        example_inputs: Tensors ``[n, ...]`` of one ``n``, or of 1: forward's arguments in order, or by name.
         budget: ``macs``, ``params``, ``bytes`` of the parameters, ``sparsity`` (share of all channels that goes), or
             any other quantity that ``cost`` gives.
-        steps: Of the whole training: calls of ``step``. All that goes is at zero after half of them, by the usual
-            schedule; the training may be longer.
+        steps: Of the whole training: calls of ``step``, not batches. By the usual schedule all that goes is at zero
+            after half of them; the training may be longer.
         schedule: When channels are picked and shrunk.
         weights: Of the criteria in ``group_saliency.CRITERIA``, by name; ``PUBLISHED`` are the paper's five.
         multiple_of: What a group that loses channels keeps is a multiple of this.
@@ -91,7 +95,7 @@ class Hesso:
 
     Raises:
         BudgetError: The budget is out of reach; gives the least that is left. Or no channel can go: lists the reasons.
-        UsageError: An option that is none, or a glob that matches nothing.
+        UsageError: An option that is none, a glob that matches nothing, or an optimizer of another model.
         InputError: torch.export can't trace the model.
     """
 
@@ -99,7 +103,7 @@ class Hesso:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        example_inputs: Sequence[Tensor] | Tensor,
+        example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
         *,
         budget: str | Budget = DEFAULT,
         steps: int = STEPS,
@@ -110,11 +114,20 @@ class Hesso:
         exclude: Sequence[str] = (),
         cost: Cost | None = None,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.schedule = schedule or Schedule()
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
+        self.schedule = Schedule() if schedule is None else schedule
+        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        _require(model=(model, nn.Module), budget=(self.budget, Budget), steps=(steps, int))
+        _require(schedule=(self.schedule, Schedule), weights=(weights, Mapping))
+        self.model, self.optimizer = _unwrapped(model), optimizer
         self.weights = _checked(weights)
-        self.graph = _traced(model, example_inputs)
+        self.settings: dict[str, Any] = {
+            "method": type(self).__name__, "budget": str(self.budget), "steps": steps, "weights": self.weights,
+            "schedule": asdict(self.schedule), "multiple_of": multiple_of, "least": least, "exclude": list(exclude),
+        }  # fmt: skip
+        if optimizer is not None:
+            _require_steps_on(self.model, optimizer)
+        self.graph = _traced(self.model, example_inputs)
         self.channels = find_channels(self.graph)
         self.count = self.channels.count
         self.places = find_places(self.channels)
@@ -130,7 +143,14 @@ class Hesso:
         self._movable = movable_channels(self.channels, self.graph, exclude) & self._is_own()
         require_prunable(self.channels, is_any=bool(self._movable.any()))
         self.target = CutTarget(
-            self.channels, self.graph, self.budget, self._movable, multiple_of=multiple_of, least=least, cost=cost
+            self.channels,
+            self.graph,
+            self.budget,
+            self._movable,
+            multiple_of=multiple_of,
+            least=least,
+            cost=cost,
+            itemsize=_itemsize(self.model),
         )
 
         self.scores = RunningScores(tuple(self.weights), self.count)
@@ -178,6 +198,8 @@ class Hesso:
         """
         if self.optimizer is None:
             raise UsageError("there is no optimizer to step", hint="set hesso.optimizer, or pass it to Hesso")
+        if self.number == 0:
+            _require_steps_on(self.model, self.optimizer)
         if scaler is not None and scaler.is_enabled():
             _unscale(scaler, self.optimizer)
             self._may_overflow = True
@@ -194,11 +216,17 @@ class Hesso:
         self.number += 1
         return result
 
-    def compress(self) -> nn.Module:
-        """The smaller network with the trained weights: of the model's class, or a graph where that can't hold it.
+    def compress(self, model: nn.Module | None = None) -> nn.Module:
+        """The smaller network, of the model's class.
+
+        Warns where the class's own code can't compute it, and the exported graph of it does.
+
+        Args:
+            model: A network of the same class whose weights are to be taken, as a moving average of the model's: what
+                goes is cut out of it as well, whatever it holds there.
 
         Raises:
-            UsageError: Channels are still on their way out.
+            UsageError: Channels are still on their way out, or the model isn't zero there any more.
             GateError: The cut network isn't the masked one; names the group.
         """
         if self.number < self.num_steps:
@@ -207,31 +235,49 @@ class Hesso:
                 hint=f"call hesso.step() in every step, or lower steps={self.steps}",
             )
         kept = ~self._gone
-        self._require_zero()
+        source = self.model if model is None else _unwrapped(model)
+        copied = copy_of(source)
+        if model is None:
+            self._require_zero(tensors_of(copied))
+        else:
+            self._require_alike(copied)
+            with torch.no_grad():
+                scale_channels(self.places, tensors_of(copied), self._factors())
         check_cut(self.graph, self.channels, kept, seed=0)
-        copied = copy_of(self.model)
-        parameter = next(self.model.parameters())
         small = self._sliced(copied, kept)
-        return small.to(parameter.device)
+        return small.to(next(source.parameters()).device)
 
-    def _require_zero(self) -> None:
+    def _require_alike(self, other: nn.Module) -> None:
+        shapes = [{name: tuple(t.shape) for name, t in tensors_of(m).items()} for m in (self.model, other)]
+        for name, shape in shapes[0].items():
+            if shapes[1].get(name) != shape:
+                raise UsageError(
+                    f"{name} has shape {shapes[1].get(name)} in the network to compress, {shape} in the trained one",
+                    hint="give a network of the same class and sizes, such as a copy with averaged weights",
+                )
+
+    def _require_zero(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a network in which what is cut isn't zero: without it another one would be left."""
-        tensors = tensors_of(self.model)
         gone = torch.cat([self._gone, torch.zeros(1, dtype=torch.bool)])
         for place in self.places:
             tensor, places = tensors.get(place.tensor), gone[place.channel].nonzero().reshape(-1)
             if tensor is not None and bool(tensor.detach().index_select(place.dim, places.to(tensor.device)).any()):
                 raise UsageError(
                     f"{place.tensor} isn't zero where it is cut: it was changed after the last hesso.step()",
-                    hint="load other weights before the schedule ends, and let hesso.step() be the last that writes",
+                    hint="let hesso.step() be the last that writes; other weights: hesso.compress(other_model)",
                 )
 
     def _sliced(self, copied: nn.Module, kept: Tensor) -> nn.Module:
         if not isinstance(copied, fx.GraphModule):
+            name = type(copied).__name__
             try:
-                return sliced(copied, self.graph, self.channels, kept)
-            except InputError:  # the exported graph always can
-                pass
+                small = sliced(copied, self.graph, self.channels, kept)
+            except ReloadError as error:
+                warnings.warn(f"{name} can't hold what is left, and a graph is: {error.message}", stacklevel=3)
+            else:
+                if why_graph(small):
+                    warnings.warn(f"{name}: {why_graph(small)}", stacklevel=3)
+                return small
         small = cut(self.channels, with_tensors(self.channels.module, tensors_of(copied)), kept)
         read = tensor_names(small)
         for name, _ in list(small.named_parameters(remove_duplicate=False)):
@@ -269,12 +315,30 @@ class Hesso:
 
     def _observe(self) -> None:
         gradients = {name: p.grad for name, p in self._parameters().items() if p.grad is not None}
+        if self.number == 0:
+            self._check_gradients(gradients)
         sums = channel_sums(self.places, self._reference(), gradients, self.count)
         self._is_trained |= sums.is_trained
         # The gradients of a scaled loss that overflowed say nothing, and the scaler leaves their step out too.
         if not self._may_overflow or bool(torch.isfinite(sums.gg).all()):
             scores, among = self._running()
             scores.add(sums, among)
+
+    def _check_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Refuse a first step in which no channel has a gradient; warn of what trains beside the graph."""
+        if not gradients.keys() & {place.tensor for place in self.places}:
+            raise UsageError("no channel's parameters have gradients", hint="call hesso.step() after loss.backward()")
+        graph = self.channels.module.graph
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+        read |= {name for names in self.graph.tied for name in names}
+        beside = sorted(gradients.keys() - read)
+        if beside:
+            named = ", ".join(beside[:3]) + " and others" * (len(beside) > 3)
+            warnings.warn(
+                f"{named}: trained, but not run in evaluation: they keep their shapes, and the smaller network may not "
+                "run in training mode",
+                stacklevel=4,
+            )
 
     def _running(self) -> tuple[RunningScores, Tensor]:
         """What this step's saliencies are added to, and the channels whose mean is made 1."""
@@ -327,7 +391,7 @@ class Hesso:
     def _scores(self) -> Tensor:
         """float64 ``[c]``; zero for what is gone already."""
         if not bool((self._movable & self._is_trained).any()):
-            raise BudgetError("no channel's parameters have gradients", hint="call hesso.step() after loss.backward()")
+            raise BudgetError("no channel's parameters had gradients that aren't zero", hint="train some of them")
         if not self.scores.steps:
             raise NumericsError("no step had finite gradients", hint="lower the loss scale or the learning rate")
         self._movable &= self._is_trained
@@ -358,8 +422,7 @@ class Hesso:
         """Parameters, buffers and optimizer state of what is gone to zero: momentum would revive it."""
         if not bool(self._gone.any()):
             return
-        factors = torch.cat([(~self._gone).double(), torch.ones(1, dtype=torch.float64)])
-        tensors = tensors_of(self.model)
+        factors, tensors = self._factors(), tensors_of(self.model)
         scale_channels(self.places, tensors, factors)
         if self.optimizer is not None:
             for place in self.places:
@@ -369,11 +432,16 @@ class Hesso:
                         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
                             scale_channels([place], {place.tensor: value}, factors)
 
+    def _factors(self) -> Tensor:
+        """float64 ``[c + 1]``: zero for what is gone, one for all else."""
+        return torch.cat([(~self._gone).double(), torch.ones(1, dtype=torch.float64)])
+
     # -- resuming
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs beside the model's and the optimizer's own state."""
         return {
+            "settings": dict(self.settings),
             "number": self.number,
             "bounds": list(self._bounds),
             "groups": [(group.name, group.size) for group in self.channels.groups],
@@ -389,7 +457,7 @@ class Hesso:
         """Go on from a saved state.
 
         Raises:
-            InputError: It is of another network.
+            InputError: It is of another network, or of other settings.
         """
         groups = [(group.name, group.size) for group in self.channels.groups]
         if [tuple(group) for group in state["groups"]] != groups:
@@ -397,6 +465,13 @@ class Hesso:
                 f"the state is of a network with {len(state['groups'])} channel groups, this one has {len(groups)}",
                 hint="resume with the model that was trained",
             )
+        given = state.get("settings", {})
+        for name, value in self.settings.items():
+            if given.get(name) != value:
+                raise InputError(
+                    f"the state is of {name}={given.get(name)}, and this training has {name}={value}",
+                    hint="resume with the settings that the training began with",
+                )
         self.number, self._bounds = int(state["number"]), [int(bound) for bound in state["bounds"]]
         self._gone, self._leaving = state["gone"].clone(), state["leaving"].clone()
         self._movable, self._is_trained = state["movable"].clone(), state["is_trained"].clone()
@@ -424,9 +499,66 @@ def _checked(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items() if weight > 0}
 
 
-def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Tensor) -> Graph:
+def _require(**arguments: tuple[object, type]) -> None:
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            known = "text, as 'macs=50%'" if kind is Budget else kind.__name__
+            raise UsageError(f"{name} is {value!r}, of type {type(value).__name__}", hint=f"give one of {known}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, which has the same parameters."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "_orig_mod" in model._modules:
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        assert inner is not None
+        model = inner
+    return model
+
+
+def _itemsize(model: nn.Module) -> float:
+    """Bytes of a parameter, on average."""
+    parameters = list(model.parameters())
+    return sum(p.numel() * p.element_size() for p in parameters) / max(1, sum(p.numel() for p in parameters))
+
+
+def _require_steps_on(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise UsageError("the optimizer has none of the model's parameters", hint="make it of model.parameters()")
+
+
+def _arguments(model: nn.Module, given: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> tuple[Tensor, ...]:
+    """Forward's arguments, in order.
+
+    Raises:
+        UsageError: They aren't tensors, or not batches of one size.
+    """
+    if isinstance(given, Mapping):
+        try:
+            given = tuple(inspect.signature(model.forward).bind(**given).args)
+        except TypeError as error:
+            raise UsageError(
+                f"example_inputs aren't forward's arguments: {error}", hint="name them as it does"
+            ) from None
+    inputs = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    for number, x in enumerate(inputs):
+        if not isinstance(x, Tensor) or not x.dim():
+            raise UsageError(
+                f"example_inputs[{number}] is {'a number' if isinstance(x, Tensor) else type(x).__name__}",
+                hint="give tensors [n, ...]; what else forward takes: wrap the network in a module that has it",
+            )
+    counts = sorted({len(x) for x in inputs} - {1})
+    if not inputs or len(counts) > 1 or 0 in counts:
+        raise UsageError(
+            f"example_inputs have {', '.join(str(len(x)) for x in inputs) or 'no'} examples",
+            hint="each is a batch [n, ...] of the same n; expand what is the same for all, as a mask",
+        )
+    return inputs
+
+
+def _traced(model: nn.Module, example_inputs: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> Graph:
     """Of a copy on the processor in evaluation mode: the model itself keeps its mode, device and gradients."""
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = _arguments(model, example_inputs)
     # Tracing takes a batch of one for a constant.
     pairs = tuple(torch.cat([x, x]) if len(x) == 1 else x[:2] for x in (x.detach().cpu() for x in inputs))
     copied = copy_of(model).float().eval().requires_grad_(False)

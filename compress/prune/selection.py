@@ -6,6 +6,7 @@ on what else was cut: it is kept exactly, term by term.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 from collections import defaultdict
@@ -114,6 +115,48 @@ def _chosen(
     queues = _queues(channels, scores, movable, multiples, least)
     require_prunable(channels, is_any=any(queues))
     tally = _Tally(channels, terms)
+    removed = _cheapest_first(tally, queues, scores, limit)
+    for _, block in removed:
+        kept[block] = False
+    if tally.amount > limit and total(terms, kept) > limit:
+        reached = total(terms, kept)
+        raise BudgetError("the limit is out of reach", hint=f"{reached:,} are left with all that may go", least=reached)
+    # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
+    removed = [(group, block) for group, block in removed if gone is None or not bool(gone[block].any())]
+    for group, block in sorted(removed, key=lambda entry: -float(scores[entry[1]].sum())):
+        if tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
+            continue
+        kept[block] = True
+        if total(terms, kept) > limit or not _is_whole(channels, kept, multiples):
+            kept[block] = False
+        else:
+            tally.remove(group, -len(block))
+    reached = total(terms, kept)
+    if reached >= NEAR * limit:
+        return kept
+    # Still far below, by a block that saves much: it comes back, and less salient ones of other groups go.
+    last = {group: block for group, block in removed if not bool(kept[block].any())}
+    found = [(False, 0.0, kept)]
+    for group, block in last.items():
+        trial, tried = copy.deepcopy(tally), kept.clone()
+        trial.remove(group, -len(block))
+        others = [[] if other == group else list(queue) for other, queue in enumerate(queues)]
+        given = [block for _, block in _cheapest_first(trial, others, scores, limit)]
+        tried[block] = True
+        lost = -float(scores[block].sum())
+        for block in given:
+            tried[block] = False
+            lost += float(scores[block].sum())
+        cost = total(terms, tried)
+        if reached < cost <= limit and (cost >= NEAR * limit or lost < 0) and _is_whole(channels, tried, multiples):
+            found.append((cost >= NEAR * limit, -lost, tried))
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+def _cheapest_first(
+    tally: _Tally, queues: Sequence[list[Tensor]], scores: Tensor, limit: float
+) -> list[tuple[int, Tensor]]:
+    """Take blocks from the queues until the tally is at the limit; those that lose least for what they save first."""
     heap: list[tuple[float, int, int]] = []
 
     def push(group: int) -> None:
@@ -131,24 +174,10 @@ def _chosen(
             push(group)
             continue
         block = queues[group].pop(0)
-        kept[block] = False
         removed.append((group, block))
         tally.remove(group, len(block))
         push(group)
-    if tally.amount > limit and total(terms, kept) > limit:
-        reached = total(terms, kept)
-        raise BudgetError("the limit is out of reach", hint=f"{reached:,} are left with all that may go", least=reached)
-    # The last step may have gone far below: what fits comes back, the most salient first, a whole step at a time.
-    for group, block in sorted(removed, key=lambda entry: -float(scores[entry[1]].sum())):
-        is_away = gone is not None and bool(gone[block].any())
-        if is_away or tally.amount - tally.saved(group, -len(block)) > limit + SLACK:
-            continue
-        kept[block] = True
-        if total(terms, kept) > limit or not _is_whole(channels, kept, multiples):
-            kept[block] = False
-        else:
-            tally.remove(group, -len(block))
-    return kept
+    return removed
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from compress.graph.sliced_attention import SlicedAttention
 from compress.graph.trace import Graph, trace_graph
 
 OTHERS = [*zoo.NETWORKS, *SEQUENCES, *(n for n in zoo_families.FAMILIES if {"timm", "transformers"} & n.traits)]
-# Their code has a number of channels or heads in it, or halves channels that are cut unevenly: a graph is their forward.
+# By a graph: their code has a number of channels or heads in it, or halves channels that are cut unevenly.
 LITERAL = {
     "cifar_resnet", "Res2Net", "Ghost", "SpaceToDepth", "Maxout", "TemporalShift", "SelectiveKernel", "NonLocal",
     "DiffusionBlock",

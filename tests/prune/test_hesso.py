@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from compress.graph.cut import cut, kept_channels, masked, randomised
 from compress.graph.groups import find_channels
 from compress.graph.trace import trace_graph
 from compress.prune.channel_places import find_places
+from compress.prune.cric import Cric
 from compress.prune.group_saliency import CRITERIA, RunningScores, channel_sums
 from compress.prune.hesso import PUBLISHED, WEIGHTS, Hesso, Schedule
 from compress.train.adahessian import AdaHessian
@@ -88,12 +91,19 @@ def test_the_smaller_network_computes_what_the_whole_one_does_and_meets_the_budg
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9 * float(b.detach().abs().max()))
 
 
-def test_the_budget_is_met_within_2_percent_where_channels_are_small() -> None:
+@pytest.mark.parametrize(("budget", "steps"), [("macs=50%", STEPS), ("params=60%", 60), ("macs=70%", 30)])
+@pytest.mark.parametrize("multiple_of", [1, None])
+def test_the_budget_is_met_within_2_percent_where_channels_are_small(
+    budget: str, steps: int, multiple_of: int | None
+) -> None:
     model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    hesso = trained(Hesso(model, sgd(model.parameters()), x, budget="macs=50%", steps=STEPS), (x,))
+    hesso = Hesso(model, sgd(model.parameters()), x, budget=budget, steps=steps, multiple_of=multiple_of)
+    trained(hesso, (x,), steps)
     assert 0.98 * hesso.target.limit <= hesso.cost() <= hesso.target.limit
-    assert trace_graph(hesso.compress().eval(), (x,)).macs == hesso.cost()
+    small = hesso.compress().eval()
+    counted = trace_graph(small, (x,)).macs if budget.startswith("macs") else sum(p.numel() for p in small.parameters())
+    assert counted == hesso.cost()
 
 
 def test_an_exported_graph_is_pruned_as_its_module_is() -> None:
@@ -104,13 +114,98 @@ def test_an_exported_graph_is_pruned_as_its_module_is() -> None:
     assert torch.equal(hesso.compress()(*case.inputs(3)), expected(*case.inputs(3)))
 
 
-def test_the_graph_is_what_is_returned_where_the_class_can_not_hold_the_cut() -> None:
+def test_where_the_code_can_not_hold_the_cut_the_class_runs_the_graph_with_a_warning() -> None:
     case = named("Split")
     model = case.make().requires_grad_(True)
     hesso = trained(Hesso(model, sgd(model.parameters()), case.inputs(2), steps=STEPS), case.inputs(4))
-    small = hesso.compress()
-    assert isinstance(small, torch.fx.GraphModule)
+    with pytest.warns(UserWarning, match=r"^Split: forward runs the exported graph, .* split_with_sizes at zoo\.py"):
+        small = hesso.compress()
+    assert isinstance(small, type(model))
     assert all(parameter.requires_grad for parameter in small.parameters())
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed last, which has a history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = two_convolutions(), torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.inner(x)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [Keeping, lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 2))],
+    ids=["attribute", "spectral norm"],
+)
+def test_tensors_with_a_history_are_no_obstacle(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    model(examples())
+    small = trained(Hesso(model, sgd(model.parameters()), examples(), steps=STEPS), (examples(),)).compress()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_wraps_a_network_is_taken_off() -> None:
+    for wrap in (nn.DataParallel, torch.compile):
+        model = two_convolutions()
+        hesso = Hesso(wrap(model), sgd(model.parameters()), examples(), steps=STEPS)  # type: ignore[arg-type]
+        assert hesso.model is model
+
+
+def test_inputs_go_by_name_too() -> None:
+    case = named("TwoInputs")
+    model, inputs = case.make().requires_grad_(True), case.inputs(2)
+    names = list(inspect.signature(model.forward).parameters)
+    by_name = Hesso(model, sgd(model.parameters()), dict(zip(reversed(names), reversed(inputs), strict=True)))
+    assert by_name.target.dense == Hesso(model, None, inputs).target.dense
+
+
+class Auxiliary(nn.Module):
+    """A head that training alone runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.auxiliary = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x).relu().mean((2, 3))
+        return (self.head(y), self.auxiliary(y)) if self.training else self.head(y)
+
+
+def test_a_head_that_training_alone_runs_is_warned_of() -> None:
+    model = Auxiliary().train()
+    hesso = Hesso(model, sgd(model.parameters()), examples(), steps=STEPS)
+    with pytest.warns(UserWarning, match=r"^auxiliary\.bias, auxiliary\.weight: trained, but not run in evaluation"):
+        trained(hesso, (examples(),))
+
+
+# -- other weights
+
+
+def test_an_average_of_the_weights_is_cut_as_the_model_is() -> None:
+    hesso = trained(opened(), (examples(),))
+    average = copy.deepcopy(hesso.model)
+    with torch.no_grad():
+        for p in average.parameters():
+            p.add_(0.1)
+    zeros = masked(hesso.channels, average, kept_channels(hesso.channels, hesso.kept))
+    small = hesso.compress(average)
+    torch.testing.assert_close(small.eval()(examples()), zeros.eval()(examples()), rtol=0, atol=1e-5)
+    assert bool((average[0].weight.detach().flatten(1) != 0).any(1).all()), "itself isn't changed"
+    with pytest.raises(UsageError, match=r"0\.weight has shape None in the network to compress"):
+        hesso.compress(nn.ReLU())
+
+
+def test_weights_that_were_written_after_the_last_step_are_refused() -> None:
+    hesso = trained(opened(), (examples(),))
+    with torch.no_grad():
+        hesso.model[0].weight.add_(0.1)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(UsageError, match=r"0\.weight isn't zero where it is cut: it was changed after the last"):
+        hesso.compress()
 
 
 def test_mode_device_and_gradients_are_left_as_found() -> None:
@@ -207,9 +302,21 @@ def test_channels_without_any_gradient_stay() -> None:
 
 def test_without_gradients_there_is_nothing_to_decide_by() -> None:
     hesso = opened(steps=2)
-    hesso.step()
-    with pytest.raises(BudgetError, match="no channel's parameters have gradients"):
+    with pytest.raises(UsageError, match="no channel's parameters have gradients"):
         hesso.step()
+
+
+def test_a_scaler_whose_gradients_were_clipped_steps_once() -> None:
+    hesso = opened()
+    assert hesso.optimizer is not None
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    scaler.scale(loss_of(hesso.model, (examples(),))).backward()
+    scaler.unscale_(hesso.optimizer)
+    norm = nn.utils.clip_grad_norm_(hesso.model.parameters(), 1e9)
+    hesso.step(scaler=scaler)
+    total = torch.stack([p.grad.norm() for p in hesso.model.parameters() if p.grad is not None]).norm()
+    torch.testing.assert_close(total, norm)
+    scaler.update()
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, PUBLISHED])
@@ -293,6 +400,24 @@ def test_a_state_of_another_network_is_refused() -> None:
         other.load_state_dict(opened().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": "macs=80%"}, "of budget=macs=60%, and this training has budget=macs=80%"),
+        ({"steps": 2 * STEPS}, "of steps=8, and this training has steps=16"),
+        ({"weights": PUBLISHED}, "of weights="),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        opened(**options).load_state_dict(opened().state_dict())
+
+
+def test_a_state_of_the_other_method_is_refused() -> None:
+    with pytest.raises(InputError, match="of method=Hesso, and this training has method=Cric"):
+        Cric(two_convolutions(), None, examples()).load_state_dict(opened().state_dict())
+
+
 # -- budgets
 
 
@@ -363,11 +488,49 @@ def test_excluded_weights_keep_their_channels() -> None:
         ({"weights": {}}, UsageError, "they need weights"),
         ({"exclude": ["9.*"]}, UsageError, "matches no weight"),
         ({"exclude": ["*"]}, BudgetError, "no channel of the network can be cut"),
+        ({"exclude": "9.weight"}, UsageError, r"9\.weight.* matches no weight"),
+        ({"multiple_of": -1}, UsageError, "multiple_of=-1"),
+        ({"least": 1.5}, UsageError, r"least=1\.5"),
+        ({"budget": 0.5}, UsageError, r"budget is 0\.5, of type float"),
+        ({"steps": 10.5}, UsageError, r"steps is 10\.5, of type float"),
+        ({"weights": "magnitude"}, UsageError, "weights is 'magnitude', of type str"),
+        ({"schedule": 0.5}, UsageError, r"schedule is 0\.5, of type float"),
     ],
 )
 def test_what_can_not_be_done_is_said(options: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         opened(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((), "have no examples"),
+        ((torch.randn(4, 3, 8, 8), torch.randn(7, 2)), "have 4, 7 examples"),
+        ((torch.randn(4, 3, 8, 8), torch.tensor(1.0)), r"example_inputs\[1\] is a number"),
+        ((torch.randn(4, 3, 8, 8), None), r"example_inputs\[1\] is NoneType"),
+        ({"x": torch.randn(4, 3, 8, 8)}, "aren't forward's arguments"),
+    ],
+)
+def test_example_inputs_that_are_none_are_said(given: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Hesso(two_convolutions(), None, given)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = two_convolutions(), two_convolutions()
+    with pytest.raises(UsageError, match="none of the model's parameters"):
+        Hesso(model, sgd(other.parameters()), examples())
+    hesso = Hesso(model, None, examples())
+    hesso.optimizer = sgd(other.parameters())
+    with pytest.raises(UsageError, match="none of the model's parameters"):
+        hesso.step()
+
+
+def test_a_traceback_shows_the_way_out() -> None:
+    with pytest.raises(UsageError) as caught:
+        opened(multiple_of=-1)
+    assert "hint: a share from 0 to 1, and a number above 0" in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_schedule_longer_than_the_training_is_refused() -> None:
