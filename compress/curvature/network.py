@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data import Data
 from ..errors import InputError, NumericsError
-from ..graph.rewrite import unlift
+from ..graph.rewrite import move, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS, Graph, Layer, aten
 
 PASS_BATCH = 32  # examples of a forward and backward pass
@@ -93,8 +93,8 @@ def open_network(graph: Graph, *, layers: tuple[Layer, ...] | None = None, devic
         layers: Those that matter; all of the graph's where None.
     """
     module = unlift(graph.program, graph.tied)
-    module.recompile()  # calls it by the names that tied weights now go by
     _own_tensors(module, device)
+    move(module, device)  # compiles it: calls it by the names that tied weights now go by
     chosen = graph.layers if layers is None else layers
     names = {layer.tensor for layer in chosen}
     weights: dict[str, nn.Parameter] = {}

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .rewrite import put_tensor, tensor_at, tensor_names
+from .rewrite import move, put_tensor, tensor_at, tensor_names
 from .switches import METADATA, set_argument, training_arguments
 
 HELD = "_hcompress_graph"  # attribute of the module
+CPU = torch.device("cpu")
 
 
 class HeldGraph:
@@ -35,7 +36,7 @@ class HeldGraph:
 
     def __init__(self, owner: nn.Module, graph: fx.GraphModule, reason: str, hint: str) -> None:
         self.reason, self.hint = reason, hint
-        self.graphs = {False: _prepared(graph, is_training=False), True: _prepared(graph, is_training=True)}
+        self.graphs = {(is_training, CPU): _prepared(graph, is_training=is_training) for is_training in (False, True)}
         named = (*owner.named_parameters(remove_duplicate=False), *owner.named_buffers(remove_duplicate=False))
         held = {name for name, _ in named}
         self.names, self.constants = sorted(tensor_names(graph) & held), sorted(tensor_names(graph) - held)
@@ -45,12 +46,20 @@ class HeldGraph:
 
     def run(self, owner: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         """What the graph computes with the tensors of ``owner``."""
-        graph, parameter = self.graphs[owner.training], next(owner.parameters())
+        parameter = next(owner.parameters())
+        graph = self._graph(owner.training, parameter.device)
         tensors = {name: _tensor(owner, name) for name in self.names}
         for name in self.constants:
             constant = tensor_at(graph, name).to(parameter.device)
             tensors[name] = constant.to(parameter.dtype) if constant.is_floating_point() else constant
         return functional_call(graph, tensors, inputs)
+
+    def _graph(self, is_training: bool, device: torch.device) -> fx.GraphModule:
+        key = (is_training, device)
+        if key not in self.graphs:
+            self.graphs[key] = copy.deepcopy(self.graphs[is_training, CPU])
+            move(self.graphs[key], device)
+        return self.graphs[key]
 
 
 def give_graph(module: nn.Module, graph: fx.GraphModule, reason: str, hint: str) -> None:

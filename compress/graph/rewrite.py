@@ -15,6 +15,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
@@ -107,6 +108,20 @@ def tensor_at(module: nn.Module, target: str) -> Tensor:
 def tensor_names(module: fx.GraphModule) -> set[str]:
     """The names that a graph reads stored tensors by."""
     return {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+
+
+def move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network, and to the same device what its graphs make there: a range of positions, a mask."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+            part.recompile()
+    return module.to(device)
 
 
 def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:

@@ -32,7 +32,7 @@ from ..graph.cut import cut
 from ..graph.graph_forward import why_graph
 from ..graph.groups import find_channels
 from ..graph.reload import ReloadError, sliced
-from ..graph.rewrite import tensor_names
+from ..graph.rewrite import move, tensor_names
 from ..graph.trace import Graph, trace_graph
 from ..pruned import check_cut, with_tensors
 from .channel_places import copy_of, find_places, scale_channels, tensors_of
@@ -245,7 +245,7 @@ class Hesso:
                 scale_channels(self.places, tensors_of(copied), self._factors())
         check_cut(self.graph, self.channels, kept, seed=0)
         small = self._sliced(copied, kept)
-        return small.to(next(source.parameters()).device)
+        return move(small, next(source.parameters()).device)
 
     def _require_alike(self, other: nn.Module) -> None:
         shapes = [{name: tuple(t.shape) for name, t in tensors_of(m).items()} for m in (self.model, other)]

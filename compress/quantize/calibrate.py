@@ -17,7 +17,7 @@ from ..context import Context, Progress
 from ..curvature.network import require_finite
 from ..data import Data
 from ..errors import UsageError
-from ..graph.rewrite import activation_points, points_for
+from ..graph.rewrite import activation_points, move, points_for
 from ..graph.trace import Graph
 from ..plan import Quantize
 
@@ -100,4 +100,7 @@ def activation_ranges(
 
 def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """The module itself on the CPU, a copy on any other device: it may share tensors with the source."""
-    return module if device.type == "cpu" else copy.deepcopy(module).to(device)
+    if device.type != "cpu":
+        module = copy.deepcopy(module)
+        move(module, device)
+    return module

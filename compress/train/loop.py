@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..context import Progress
 from ..data import Data
 from ..errors import NumericsError, UsageError
+from ..graph.rewrite import move
 from ..task import Task
 from .batches import CPU, DROPOUT, Batches, step_seed, training_batches
 from .distill import divergence_from as divergence_from
@@ -363,16 +364,16 @@ def _copy(state: Mapping[str, Tensor], module: nn.Module) -> None:
 def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
     """On the device, and back where it was."""
     home = next((tensor.device for tensor in module.parameters()), device)
-    module.to(device)
+    move(module, device)
     try:
         yield
     finally:
-        module.to(home)
+        move(module, home)
 
 
 def _on_device(teacher: Network | None, device: torch.device) -> Network | None:
     """The teacher itself on the CPU, a copy on any other device."""
-    return copy.deepcopy(teacher).to(device) if isinstance(teacher, nn.Module) and device.type != "cpu" else teacher
+    return move(copy.deepcopy(teacher), device) if isinstance(teacher, nn.Module) and device.type != "cpu" else teacher
 
 
 @contextmanager

@@ -403,7 +403,8 @@ class Fixed(nn.Module):
         self.fc, self.wave = nn.Linear(8 * 16, 5), torch.linspace(0, 1, 16)
 
     def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
-        y = F.max_pool2d(self.norm(self.conv(x)).relu(), 2).reshape(-1, 8, 16) * self.wave
+        y = F.max_pool2d(self.norm(self.conv(x)).relu(), 2).reshape(-1, 8, 16) * self.wave.to(x.device)
+        y = y + torch.arange(16, device=x.device)
         return {"y": self.fc(self.dropout(y.reshape(-1, 8 * 16))) + shift}
 
 
@@ -447,6 +448,12 @@ def test_a_graph_follows_its_module() -> None:
     assert torch.equal(copied(*inputs)["y"], small(*inputs)["y"])
     wide = copied.double()(*(x.double() for x in inputs))["y"]
     assert wide.dtype is torch.float64 and torch.allclose(wide.float(), small(*inputs)["y"], atol=1e-5)
+
+
+def test_a_graph_runs_where_its_module_is() -> None:
+    small, inputs = with_a_graph()
+    far = copy.deepcopy(small).to("meta")(*(x.to("meta") for x in inputs))["y"]
+    assert far.device.type == "meta" and far.shape == small(*inputs)["y"].shape
 
 
 def test_a_module_with_a_graph_is_cut_again() -> None:

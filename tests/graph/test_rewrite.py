@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from zoo import TOKENS, Network, named
 
@@ -24,6 +24,7 @@ from compress.graph.rewrite import (
     activation_points,
     finish,
     fold_batch_norms,
+    move,
     points_for,
     quantize_activations,
     set_weight,
@@ -195,3 +196,26 @@ def test_a_mixed_program_is_equal_after_reading(tmp_path: Path) -> None:
     write_program(module, graph.example_inputs, tmp_path / "model.pt2")
     found = pt2.read(tmp_path / "model.pt2").module(check_guards=False)
     assert torch.equal(module(*network.inputs(3)), found(*network.inputs(3)))
+
+
+class Positions(nn.Module):
+    """Makes tensors while it runs, on the device of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.ones(8, 8, device=x.device, dtype=torch.bool).tril()
+        y = self.table(x) + self.table(torch.arange(8, device=x.device)) * torch.linspace(0, 1, 4).to(x.device)
+        return self.fc(torch.where(seen[..., None], y[:, None], 0.0).sum(2))
+
+
+def test_a_moved_graph_makes_its_tensors_where_it_is() -> None:
+    x = torch.zeros(2, 8, dtype=torch.int64)
+    graph = trace_graph(Positions().eval(), (x,))
+    module = unlift(graph.program, graph.tied)
+    expected = module(x)
+    move(module, torch.device("meta"))
+    assert module(x.to("meta")).device.type == "meta"
+    assert expected.shape == module(x.to("meta")).shape
