@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,11 +27,17 @@ class Terminated(BaseException):
 
 
 _received: list[int] = []
+_journals: list[Path] = []
 
 
 def note_signal(signum: int) -> None:
     """Remember a signal: whatever it makes of the code that it hits, the run was stopped."""
     _received.append(signum)
+
+
+def note_journal(path: Path) -> None:
+    """Remember where the state of this run's training is kept, if it comes to that."""
+    _journals[:] = [path]
 
 
 def check_signals() -> None:
@@ -58,6 +65,7 @@ def report(error: BaseException, arguments: Sequence[str]) -> int:
         return 0
     failure = describe(error)
     _received.clear()
+    _journals.clear()
     flags = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     with contextlib.suppress(OSError):  # A closed stderr must not hide the exit code.
         if failure.code == 1 or "--debug" in flags:
@@ -86,9 +94,9 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         return _from_click(error)
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Failure(130, "interrupted", "interrupted; nothing was written")
+        return _stopped(130, "interrupted")
     if isinstance(error, Terminated):
-        return Failure(143, "terminated", "terminated; nothing was written")
+        return _stopped(143, "terminated")
     if isinstance(error, OSError) and error.errno in (*FULL, *DENIED):
         return _from_disk(error)
     if _is_out_of_memory(error):
@@ -104,6 +112,14 @@ def describe(error: BaseException) -> Failure:
         f"{type(error).__name__}: {error}",
         f"this is a bug in hcompress {__version__}; please report it with the lines above and the command",
     )
+
+
+def _stopped(code: int, kind: str) -> Failure:
+    for journal in _journals:
+        if journal.is_file():
+            hint = "the same command with --resume goes on from there"
+            return Failure(code, kind, f"{kind}; the state of the training is in {journal}", hint)
+    return Failure(code, kind, f"{kind}; nothing was written")
 
 
 def _from_click(error: click.ClickException) -> Failure:

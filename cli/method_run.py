@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..settings import Value
-from . import options, preflight
+from . import failure, options, preflight
 from .figures import print_report, size
 from .output import print_json, print_line
 from .progress import Progress
@@ -52,7 +52,9 @@ def run_job(
         plan = preflight.plan_file(plan)
     preflight.check_inputs(checkpoint, settings)
     if not dry_run:
-        preflight.check_out(Path(settings["out"].value), force=force)
+        out = Path(settings["out"].value)
+        preflight.check_out(out, force=force)
+        failure.note_journal(preflight.journal_of(out))
 
     from ..pipeline import run_method
 

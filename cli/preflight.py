@@ -49,6 +49,13 @@ def check_out(folder: Path, *, force: bool) -> None:
     check_target(folder, force)
 
 
+def journal_of(folder: Path) -> Path:
+    """Where a run into the folder keeps the state of its training."""
+    from ..store import journal_path
+
+    return journal_path(folder)
+
+
 def check_method(job: str, settings: Settings) -> None:
     """The method, if one is named, is one of the job's."""
     if settings["method"].value:

@@ -74,7 +74,7 @@ class Target:
 
     def journal(self) -> Path | None:
         """Where the state of a training is kept while it runs: beside the run folder."""
-        return None if self.out is None else self.out.with_name(f"{self.out.name}.journal")
+        return None if self.out is None else store.journal_path(self.out)
 
 
 def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Target) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .build import (
 )
 from .context import Context, Progress
 from .data import Data
-from .errors import InputError, UsageError, escape
+from .errors import GateError, InputError, UsageError, escape
 from .finish import (
     DENSE,
     LATENCY_REPEATS,
@@ -53,6 +53,7 @@ from .registry import METHODS, TASKS, Method, find_measure, find_method, load_mo
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
 from .task import Task, load_task
+from .train.journal import delete_journals
 from .verdict import Verdict, limit_check, metric_checks
 from .verify import (
     evaluate,
@@ -151,13 +152,23 @@ def _plan_and_finish(
             if is_asked(opened):
                 fitted = planning.recovered(opened, fitted, target.journal(), resume=target.resume)
             decided, built = planning.publish(opened, fitted, target.stage)
-    if (journal := target.journal()) is not None:
-        journal.unlink(missing_ok=True)
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
     target = replace(target, frontier=decided.frontier, sensitivities=sensitivities)
-    return finish(opened, built, decided.plan, dense, target)
+    try:
+        record = finish(opened, built, decided.plan, dense, target)
+    except GateError:
+        _delete_journals(target)
+        raise
+    _delete_journals(target)
+    return record
+
+
+def _delete_journals(target: Target) -> None:
+    """A run that is published or rejected has nothing to go on with."""
+    if (journal := target.journal()) is not None:
+        delete_journals(journal)
 
 
 def _require_job(plan: Plan, method: Method, path: Path | None) -> None:

@@ -48,6 +48,7 @@ from .registry import METHODS, Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
 from .settings import Settings
 from .task import Task
+from .train.journal import journal_of_pass
 from .train.recipe import Training
 from .verdict import Gates, metric_checks
 from .verify import evaluate, open_session, runtime_forward
@@ -241,8 +242,11 @@ def _within_bytes(
     training: Training | None,
 ) -> tuple[Decided, Built]:
     """Lower what the weights may take by what the written file has beyond its budget, until it fits."""
+    number = 1
     while (overhead := overhead_of(job, built, decided.plan, goal.budget, goal.dense)) is not None:
-        before = decided.plan.decisions
+        before, number = decided.plan.decisions, number + 1
+        if training is not None and goal.journal is not None:
+            training = replace(training, journal=journal_of_pass(goal.journal, number))
         if decided.frontier is None:
             decided = _decide(job, goal, sensitivities, {}, overhead=overhead, training=training)
         else:

@@ -23,6 +23,7 @@ from .pruned import Pruned, prune, trainable_copy
 from .task import check_targets
 from .train.augment import NAMES
 from .train.features import Features
+from .train.journal import delete_journals
 from .train.loop import Hooks, train
 from .train.masks import hold_masks
 from .train.recipe import Recipe, Training
@@ -78,10 +79,9 @@ def training(job: Job, *, journal: Path | None, resume: bool) -> Training:
     data = training_data(job)
     recipe = recipe_of(job, len(data), default=DEFAULT_STEPS)
     assert recipe is not None
-    if recipe.patience is not None:
-        job.notes.append("--patience is left out: the weights nearest to the dense network are those before the cut")
-        recipe = replace(recipe, patience=None)
     job.notes.append(described(recipe, data))
+    if journal is not None and not resume:
+        delete_journals(journal)
     return Training(data, recipe, int(job.value("seed")), journal, resume)
 
 
@@ -138,8 +138,8 @@ def recovered(
         resume=resume,
     )
     job.notes.append(f"{described(recipe, data)}; {trained.moved()}")
-    if recipe.patience is not None and trained.step < recipe.steps:
-        job.notes.append(f"the weights are those of step {trained.step}, nearest to the dense network")
+    if trained.step == 0:
+        job.notes.append("training did not help: its start is the nearest to the dense network, and is kept")
     return with_values(plan, sidecar, module, state, masks, {"recover": asdict(recipe)})
 
 

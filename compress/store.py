@@ -83,6 +83,11 @@ def _own_folders() -> Iterator[Path]:
             yield find()
 
 
+def journal_path(out: Path) -> Path:
+    """Where the state of a training is kept while the run into ``out`` is under way."""
+    return out.with_name(f"{out.name}.journal")
+
+
 def check_unlocked(out: Path) -> None:
     """Answer at once where another run writes ``out``; the run itself takes the lock.
 

@@ -540,6 +540,22 @@ def test_a_signal_cleans_up_and_gets_its_code(number: signal.Signals, code: int,
     assert err.splitlines() == ["cleaned up", "work: stopped after 0.0 s", f"error: {words}"]
 
 
+def test_an_interruption_names_the_journal_of_the_training(
+    run: Capture, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **keywords: Any) -> None:
+        Path("small.journal").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_method", stop)
+    assert run("prune model.pt --out small --json") == 130
+    error = json.loads(run.out)["error"]
+    assert error["message"] == "interrupted; the state of the training is in small.journal"
+    assert error["hint"] == "the same command with --resume goes on from there"
+    Path("small.journal").unlink()
+    assert run("prune model.pt --out other") == 130 and "nothing was written" in run.err
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{shlex.quote(str(ENTRY))} settings --json | true; exit ${{PIPESTATUS[0]}}"
     # The pipe may close before or after the write; both are quiet.

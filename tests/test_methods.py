@@ -318,3 +318,58 @@ def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(
     assert "another checkpoint" in notes
     assert ("pass --recover-steps" in notes) == (first > 0 and then == 0)
     assert not (tmp_path / "again.journal").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_twice_for_its_bytes_is_resumed_in_the_second_training(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.train.loop.JOURNAL_EVERY_S", -1)
+
+    def go(out: Path, stop: tuple[int, int] | None, *, resume: bool = False) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+        first = iter([5000])  # bytes too many
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage == "plan":
+                seen.append((seen[-1][0] + 1 if seen else 1, 0))
+            if stage == "recover":
+                seen.append((seen[-1][0], done))
+                if seen[-1] == stop:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr("compress.planning.overhead_of", lambda *given: next(first, None))
+        pipeline.run_method(
+            "prune", data.checkpoint, settings(data, out, method="hesso", budget="60%"), force=False, dry_run=False,
+            plan=None, resume=resume, command=[], progress=progress,
+        )  # fmt: skip
+        return [step for step in seen if step[1]]
+
+    assert (2, 20) in go(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", (2, 7))
+    assert go(tmp_path / "run", None, resume=True)[0] == (2, 8), "no step is made twice"
+    for name in ("plan.json", "model.onnx"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob("*.journal*"))
+
+
+def test_a_journal_of_another_budget_is_refused(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.train.loop.JOURNAL_EVERY_S", -1)
+
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        if stage == "recover":
+            raise KeyboardInterrupt
+
+    def go(budget: str, *, resume: bool = False, **given: Any) -> None:
+        pipeline.run_method(
+            "prune", data.checkpoint, settings(data, tmp_path / "run", method="hesso", budget=budget, **given),
+            force=False, dry_run=False, plan=None, resume=resume, command=[], progress=interrupt,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        go("macs=60%")
+    go_on = {"macs=50%": {}, "macs=60%": {"multiple_of": 4}}
+    for budget, given in go_on.items():
+        with pytest.raises(UsageError, match="the journal is of another training"):
+            go(budget, resume=True, **given)

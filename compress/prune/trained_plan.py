@@ -89,6 +89,7 @@ def trained_plan(
     costs = channel_costs(channels, len(graph.example_inputs[0]))
     quantity, limit, cost = _limit(budget or DEFAULT, channels, costs, graph, context)
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
+    recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     state = dict(source.module.state_dict())
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
 
@@ -122,7 +123,13 @@ def trained_plan(
         device=context.device,
         progress=context.progress,
         features=Features(channels, lambda: method.unshrunk),
-        hooks=Hooks(step=step, state=method.state_dict, restore=method.load_state_dict),
+        hooks=Hooks(
+            step=step,
+            state=method.state_dict,
+            restore=method.load_state_dict,
+            may_keep=lambda: method.number >= method.num_steps,
+            settings={**recorded, "method": name, "budget": asdict(budget or DEFAULT), "overhead": context.overhead},
+        ),
         journal=training.journal,
         resume=training.resume,
     )
@@ -130,7 +137,6 @@ def trained_plan(
     kept = kept_channels(channels, method.kept)
     read = tensor_names(module) & state.keys()
     changed = {target for target in read if not torch.equal(tensor_at(module, target), state[target])}
-    recorded = {"exclude": list(exclude), "multiple_of": multiple_of, "recover": asdict(training.recipe)}
     return channel_plan(
         name,
         source,
@@ -140,6 +146,6 @@ def trained_plan(
         changed,
         calibration=calibration,
         budget=budget,
-        options=recorded,
+        options={**recorded, "recover": asdict(training.recipe)},
         predicted=cost_figures(costs, kept),
     )

@@ -23,16 +23,16 @@ from ..data import Data
 from ..errors import DiskError, InputError, UsageError
 from .recipe import Recipe
 
-SCHEMA = "hcompress.training/1"
+SCHEMA = "hcompress.training/2"
 
 
 def training_digest(
     module: nn.Module, recipe: Recipe, *, data: Data, calibration: Data | None, teacher: object, surroundings: object
 ) -> str:
-    """Hash of all that the weights of a training follow from, but for the hooks of a method.
+    """Hash of all that the weights of a training follow from.
 
     Args:
-        surroundings: Plain values, such as the seed.
+        surroundings: Plain values, such as the seed and what a method's hooks follow.
     """
     found = {
         "recipe": asdict(recipe),
@@ -69,8 +69,22 @@ def write_journal(path: Path, digest: str, state: Mapping[str, Any]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise DiskError(f"{path}: the journal can't be written ({_line(error)})", hint="free some space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def journal_of_pass(path: Path, number: int) -> Path:
+    """The journal of a run's ``number``-th training, counted from 1: a byte budget may take more than one."""
+    return path if number == 1 else path.with_name(f"{path.name}.{number}")
+
+
+def delete_journals(path: Path) -> None:
+    """Those of all of a run's trainings."""
+    number = 1
+    while (journal := journal_of_pass(path, number)).is_file():
+        journal.unlink()
+        number += 1
 
 
 def read_journal(path: Path, digest: str) -> Mapping[str, Any]:

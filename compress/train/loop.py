@@ -30,6 +30,7 @@ from .batches import CPU, DROPOUT, Batches, step_seed, training_batches
 from .distill import divergence_from as divergence_from
 from .distill import first_tensor, loss_of, run
 from .features import Features, Values, tapped
+from .interruption import signals_held
 from .journal import read_journal, training_digest, write_journal
 from .mode import training_mode, unguarded
 from .optimizers import make_optimizer
@@ -53,12 +54,16 @@ class Hooks:
         after: Called before the first step and after each: puts masks back.
         state: What the hooks keep from step to step, tensors and plain values, for the journal.
         restore: Takes that state back.
+        may_keep: Whether the weights of now may be those that are kept; always where None.
+        settings: Plain values that the hooks follow: a journal of others is one of another training.
     """
 
     step: Callable[[torch.optim.Optimizer, int], None] | None = None
     after: Callable[[], None] | None = None
     state: Callable[[], dict[str, Any]] | None = None
     restore: Callable[[dict[str, Any]], None] | None = None
+    may_keep: Callable[[], bool] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -69,7 +74,8 @@ class Trained:
         losses: Of every step.
         divergences: ``(step, divergence from the dense network on the calibration data)`` of every check; the first is
             before any step. None where there is no calibration data or no dense network.
-        step: Whose weights were kept: the number of steps that they had.
+        step: Whose weights were kept: the number of steps that they had. Those of the check with the least divergence,
+            the first one included; the last ones where nothing is compared.
         precision: Of forward and backward passes.
         time_s: Over all runs of a training that was resumed.
     """
@@ -89,7 +95,10 @@ class Trained:
         before, after = self.divergence_before, self.divergence_after
         if before is None or after is None:
             return "there was no dense network to compare it with"
-        return f"divergence from the dense network on the calibration data {before:.3g} before, {after:.3g} after"
+        whose = "" if self.step == len(self.losses) else f", those of step {self.step} being the nearest"
+        return (
+            f"divergence from the dense network on the calibration data {before:.3g} before, {after:.3g} after{whose}"
+        )
 
     @property
     def divergence_after(self) -> float | None:
@@ -123,7 +132,7 @@ def train(
         calibration: Where the divergence from it is checked.
         seed: Of batches, augmentation and dropout.
         features: What is compared inside both networks, where both are exported and the recipe distils.
-        journal: A file for the state while it runs, written every 20 seconds and at the end.
+        journal: A file for the state while it runs, written every 20 seconds, at the end, and on SIGINT or SIGTERM.
         resume: Go on from the journal, where there is one.
 
     Raises:
@@ -137,10 +146,10 @@ def train(
         raise UsageError(
             f"{data.name} has no labels to train with", hint="pass data with y, or train towards the dense network"
         )
-    device, digest = device or CPU, ""
+    device, digest, hooks = device or CPU, "", hooks or Hooks()
     trained = Trained(precision=recipe.precision or ("bfloat16" if device.type == "cuda" else "float32"))
     if journal is not None:
-        surroundings = [seed, task.name, trained.precision]
+        surroundings = [seed, task.name, trained.precision, hooks.settings]
         digest = training_digest(
             module, recipe, data=data, calibration=calibration, teacher=teacher, surroundings=surroundings
         )
@@ -157,7 +166,7 @@ def train(
         inner = None
         if features is not None and recipe.features > 0 and (recipe.distill > 0 or data.targets is None):
             inner = _Inner(features, stack.enter_context(tapped(dense)), stack.enter_context(tapped(module)))
-        going = _Run(module, task, recipe, dense, calibration, batches, hooks or Hooks(), optimizer, trained, inner)
+        going = _Run(module, task, recipe, dense, calibration, batches, hooks, optimizer, trained, inner)
         if journal is not None and resume and journal.is_file():
             going.restore(read_journal(journal, digest))
         # Dropout draws from the global generator, which is seeded in each step; the caller's comes back.
@@ -167,23 +176,29 @@ def train(
 
 def _train(going: _Run, progress: Progress, journal: _Journal) -> Trained:
     started, before = time.monotonic(), going.trained.time_s
-    if going.number == 0:
-        if going.hooks.after is not None:
-            going.hooks.after()
-        going.check()
-    while not going.is_over():
-        until = going.next_check()
-        with training_mode(going.module):
-            while going.number < until:
-                going.step()
-                going.trained.time_s = before + time.monotonic() - started
-                if going.number < until:  # a state is whole after the check
-                    journal.save(going)
-                    progress(STAGE, going.number, going.recipe.steps)
-        going.check()
-        journal.save(going)
-        progress(STAGE, going.number, going.recipe.steps)
-    journal.save(going, at_once=True)
+    with signals_held(lambda: journal.save(going, at_once=True)) as release:
+
+        def go_on() -> None:
+            """What may happen where a state is whole."""
+            journal.save(going)
+            release()
+            progress(STAGE, going.number, going.recipe.steps)
+
+        if going.number == 0:
+            if going.hooks.after is not None:
+                going.hooks.after()
+            going.check()
+        while not going.is_over():
+            until = going.next_check()
+            with training_mode(going.module):
+                while going.number < until:
+                    going.step()
+                    going.trained.time_s = before + time.monotonic() - started
+                    if going.number < until:  # a state is whole after the check
+                        go_on()
+            going.check()
+            go_on()
+        journal.save(going, at_once=True)
     going.keep_best()
     _require_finite(going.module)
     return going.trained
@@ -218,7 +233,8 @@ class _Run:
 
     Attributes:
         number: Of steps made.
-        best: Tensors of the check with the least divergence.
+        best: Tensors of the check with the least divergence, of those that may be kept.
+        best_step: Steps before it.
         stale: Checks since then.
     """
 
@@ -234,6 +250,7 @@ class _Run:
     inner: _Inner | None = None
     number: int = 0
     best: dict[str, Tensor] | None = None
+    best_step: int = 0
     least: float = math.inf
     stale: int = 0
 
@@ -242,30 +259,29 @@ class _Run:
         return self.number >= self.recipe.steps or (patience is not None and self.stale >= patience)
 
     def next_check(self) -> int:
-        """The step that a check follows: the last one, and others where it decides something."""
-        if self.recipe.patience is None:
-            return self.recipe.steps
+        """The step that a check follows."""
         every = math.ceil(self.recipe.steps / CHECKS)
         return min(self.recipe.steps, (self.number // every + 1) * every)
 
     def check(self) -> None:
-        """Measure how far the network is from the dense one."""
+        """Measure how far the network is from the dense one: where it may be kept, and before any step."""
         self.trained.step = self.number
-        if self.teacher is None or self.calibration is None:
+        may_keep = self.hooks.may_keep is None or self.hooks.may_keep()
+        if self.teacher is None or self.calibration is None or not (may_keep or self.number == 0):
             return
         found = divergence_from(self.teacher, self.module, self.calibration, self.task, self.batches.device)
         self.trained.divergences.append((self.number, found))
-        if self.recipe.patience is None:
+        if not may_keep:
             return
         self.stale += 1
         if found < self.least:
-            self.least, self.stale = found, 0
+            self.least, self.best_step, self.stale = found, self.number, 0
             self.best = {name: value.detach().clone() for name, value in _tensors(self.module).items()}
 
     def keep_best(self) -> None:
         if self.best is not None:
             _copy(self.best, self.module)
-            self.trained.step = next(step for step, found in self.trained.divergences if found == self.least)
+            self.trained.step = self.best_step
 
     def step(self) -> None:
         recipe = self.recipe
@@ -328,6 +344,7 @@ class _Run:
             "hooks": {} if self.hooks.state is None else self.hooks.state(),
             "number": self.number,
             "best": self.best,
+            "best_step": self.best_step,
             "least": self.least,
             "stale": self.stale,
             "trained": asdict(self.trained),
@@ -339,6 +356,7 @@ class _Run:
         if self.hooks.restore is not None:
             self.hooks.restore(state["hooks"])
         self.number, self.least, self.stale = state["number"], state["least"], state["stale"]
+        self.best_step = state["best_step"]
         self.best = None if state["best"] is None else dict(state["best"])
         self.trained = Trained(**state["trained"])
 

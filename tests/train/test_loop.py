@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -180,7 +183,7 @@ def test_a_resumed_run_gives_the_same_bytes(
             module, images(), Classification(), recipe(**options), teacher=taught, calibration=images(24),
             progress=progress, hooks=hooks.hooks(), journal=journal, resume=resume,
         )  # fmt: skip
-        assert hooks.calls == found.step if options.get("patience") is None else 12
+        assert hooks.calls == 12
         return found
 
     whole, journal = copy.deepcopy(start), tmp_path / "journal"
@@ -229,7 +232,10 @@ def journalled(taught: fx.GraphModule, path: Path, *, resume: bool = False, **op
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"data": images(64)}, {"recipe": {"lr": 0.01}}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 1}, {"data": images(64)}, {"recipe": {"lr": 0.01}}, {"hooks": Hooks(settings={"budget": "macs=30%"})}],
+)
 def test_a_journal_of_another_training_is_refused(
     taught: fx.GraphModule, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
@@ -304,15 +310,67 @@ def test_the_best_check_is_kept_and_patience_ends_the_run(taught: fx.GraphModule
     assert divergence_from(taught, module, data, Classification(), CPU) == found.divergence_after
 
 
-def test_the_start_is_kept_where_training_only_harms(taught: fx.GraphModule) -> None:
+@pytest.mark.parametrize("patience", [3, None])
+def test_the_start_is_kept_where_training_only_harms(taught: fx.GraphModule, patience: int | None) -> None:
     module = copy.deepcopy(taught)
     before = state_digest(module)
-    data = images()
-    found = train(
-        module, data, Classification(), recipe(10, patience=3, lr=1.0), teacher=taught, calibration=data, progress=quiet
-    )
+    data, how = images(), recipe(10, patience=patience, lr=1.0)
+    found = train(module, data, Classification(), how, teacher=taught, calibration=data, progress=quiet)
     assert found.step == 0
     assert state_digest(module) == before
+    assert "those of step 0 being the nearest" in found.moved()
+
+
+def test_only_what_a_method_allows_is_kept(taught: fx.GraphModule) -> None:
+    module, data = copy.deepcopy(taught), images()
+    steps: list[int] = []
+
+    def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+        optimizer.step()
+        steps.append(number)
+
+    found = train(
+        module, data, Classification(), recipe(10, lr=1.0), teacher=taught, calibration=data, progress=quiet,
+        hooks=Hooks(step=step, may_keep=lambda: len(steps) >= 7),
+    )  # fmt: skip
+    assert [step for step, _ in found.divergences] == [0, 7, 8, 9, 10]
+    assert found.divergence_after == min(value for step, value in found.divergences if step)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_the_step_and_the_state_is_saved(
+    taught: fx.GraphModule, tmp_path: Path, signum: signal.Signals
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    def go(module: fx.GraphModule, *, stops: bool, resume: bool = False) -> str:
+        made: list[int] = []
+
+        def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+            if stops and number == 4:
+                os.kill(os.getpid(), signum)
+            optimizer.step()
+            made.append(number)
+
+        train(
+            module, images(), Classification(), recipe(), teacher=taught, calibration=images(24), progress=quiet,
+            hooks=Hooks(step=step), journal=tmp_path / "journal", resume=resume,
+        )  # fmt: skip
+        assert made == list(range(5 if resume else 0, 12))
+        return state_digest(module)
+
+    before = signal.signal(signum, stop)
+    try:
+        with pytest.raises(Stopped):
+            go(smaller(taught), stops=True)
+        assert signal.getsignal(signum) is stop
+    finally:
+        signal.signal(signum, before)
+    assert go(smaller(taught), stops=False, resume=True) == go(smaller(taught), stops=False)
 
 
 def test_nothing_stops_early_without_calibration_data(taught: fx.GraphModule) -> None:
