@@ -146,10 +146,10 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         )
     elif target.gates.max_drop is not None or target.gates.min_metric is not None:
         raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
-    timed = {"compressed": built.onnx} if plan is None else {"dense": dense.onnx, "compressed": built.onnx}
-    sessions = {name: open_session(model, threads or LATENCY_THREADS) for name, model in timed.items()}
+    models = {"compressed": built.onnx} if plan is None else {"dense": dense.onnx, "compressed": built.onnx}
+    sessions = {name: open_session(model, threads or LATENCY_THREADS) for name, model in models.items()}
     single = tuple(x[:1] for x in examples)
-    latency = _timed(sessions, single, target.budget, progress)
+    latency = timed(sessions, single, target.budget, progress)
     delivered = delivered_name(settings)
     shapes = {layer.tensor: layer.shape for layer in job.graph.layers}
     layers = figures.layer_records(
@@ -209,7 +209,7 @@ def _num_elements(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _timed(
+def timed(
     sessions: Mapping[str, Session], inputs: tuple[Tensor, ...], budget: Budget | None, progress: Progress
 ) -> dict[str, Latency]:
     """Latencies in turns; where they miss a budget, again: other work only makes them longer."""
@@ -242,7 +242,8 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
     job.progress("loss on calibration data", len(data), len(data))
     what = "KL divergence from" if are_logits else "mean squared difference from"
     return {
-        "predicted": plan.predicted.get("loss"),
+        # Of another checkpoint, what was predicted says nothing about this one.
+        "predicted": plan.predicted.get("loss") if plan.source_sha256 == job.source.sha256 else None,
         "measured": total / len(data),
         "unit": "nats" if are_logits else "squared output",
         "what": f"{what} the dense network, calibration data",

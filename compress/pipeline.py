@@ -155,7 +155,8 @@ def _plan_and_finish(
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
-    target = replace(target, frontier=decided.frontier, sensitivities=sensitivities)
+    budget = target.budget or decided.plan.budget
+    target = replace(target, budget=budget, frontier=decided.frontier, sensitivities=sensitivities)
     try:
         record = finish(opened, built, decided.plan, dense, target)
     except GateError:

@@ -36,7 +36,7 @@ from .context import Context
 from .errors import BudgetError, InputError, UsageError, escape
 from .export import onnx_model, serialize
 from .figures import LATENCY_SLACK
-from .finish import LATENCY_THREADS, read_evaluation
+from .finish import LATENCY_THREADS, read_evaluation, timed
 from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
 from .frontier import NAME as FRONTIER
 from .graph.trace import trace_graph
@@ -51,7 +51,7 @@ from .task import Task
 from .train.journal import journal_of_pass
 from .train.recipe import Training
 from .verdict import Gates, metric_checks
-from .verify import evaluate, open_session, runtime_forward
+from .verify import Session, evaluate, open_session, runtime_forward
 
 DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be lost
 RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
@@ -60,6 +60,7 @@ LATENCY_TRIES = 8
 FIRST_SHARE = 0.6  # of the MACs: the first network that a latency is measured of
 LEAST_SHARE = 0.02  # of the MACs: a search ends when two networks are nearer
 CLOSE_LATENCY = 0.95  # of the budget: a network this near is not made slower again
+DENSE_LATENCY = "dense latency"  # in the memo of a job
 WIDTHS = (*range(2, 9), FLOAT_BITS)
 
 
@@ -167,7 +168,8 @@ def _decide(
     """The plan for the goal's budget, or for another one on the way to it."""
     job.progress("plan", 0, None)
     context = planning_context(job, goal.dense, overhead)
-    context = replace(context, costs=costs, training=training, memo=job.memo, latency=partial(_exported_latency, job))
+    latency = partial(_exported_latency, job, goal.dense)
+    context = replace(context, costs=costs, training=training, memo=job.memo, latency=latency)
     plan, tensors = load_module(goal.method).plan(
         job.source,
         job.graph,
@@ -184,7 +186,7 @@ def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, T
     plan, tensors = corrected(job, plan, tensors, context)
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
-    plan, sidecar = sealed(replace(plan, budget=budget, seed=seed, inputs=inputs), tensors)
+    plan, sidecar = sealed(replace(plan, budget=budget or plan.budget, seed=seed, inputs=inputs), tensors)
     return Decided(plan, sidecar, context.frontiers[-1] if context.frontiers else None)
 
 
@@ -262,13 +264,13 @@ def _within_bytes(
 def _within_latency(job: Job, goal: Goal, decided: Decided, built: Built) -> tuple[Decided, Built]:
     """The best point whose written file is measured within the budget; predictions only say where to look."""
     assert goal.budget is not None and decided.frontier is not None
-    limit = goal.budget.absolute(_measured_latency(job, goal.dense.onnx))
+    limit = goal.budget.absolute(_dense_latency(job, goal.dense))
     low, high = -1, len(decided.frontier.costs)  # the last point within the budget, the first one beyond it
     tried: dict[int, float] = {}
     for _ in range(LATENCY_TRIES):
         assert decided.frontier is not None
         index = decided.frontier.index
-        tried[index] = _measured_latency(job, built.onnx)
+        tried[index] = _measured_latency(job, goal.dense, built.onnx)
         decided = _settled(decided, tried[index])
         low, high = (max(low, index), high) if tried[index] <= limit else (low, min(high, index))
         if high - low <= 1 or CLOSE_LATENCY * limit <= tried[index] <= limit:
@@ -279,7 +281,7 @@ def _within_latency(job: Job, goal: Goal, decided: Decided, built: Built) -> tup
         decided, built = publish(job, decided, goal.stage)
     if low < 0:
         decided, built = publish(job, _moved(job, goal, decided, 0), goal.stage)
-        least = tried[0] if 0 in tried else _measured_latency(job, built.onnx)
+        least = tried[0] if 0 in tried else _measured_latency(job, goal.dense, built.onnx)
         if least > limit:
             raise BudgetError(
                 f"{goal.budget} is out of reach: the fastest network of {goal.method.name} takes {least:.3g} ms",
@@ -293,20 +295,21 @@ def _within_latency(job: Job, goal: Goal, decided: Decided, built: Built) -> tup
 
 
 def _within_latency_of_channels(job: Job, goal: Goal, decided: Decided, built: Built) -> tuple[Decided, Built]:
-    """The most MACs whose written file is measured within the budget.
+    """The most MACs whose written file is measured within the budget, and once more as the run's check measures it.
 
     Latency isn't a sum over channels, as runtimes compute them in blocks: each network that is tried is measured.
     """
     assert goal.budget is not None
-    dense = _measured_latency(job, goal.dense.onnx)
-    limit = goal.budget.absolute(dense)
-    low, high, best, least = 0.0, 1.0, None, math.inf
+    limit = goal.budget.absolute(_dense_latency(job, goal.dense))
+    low, high, least = 0.0, 1.0, math.inf
+    within: dict[float, Decided] = {}  # by MACs
     share = decided.plan.predicted["macs"] / job.graph.macs
     for _ in range(LATENCY_TRIES):
-        found = _measured_latency(job, built.onnx)
+        found = _measured_latency(job, goal.dense, built.onnx)
         least = min(least, found)
         if found <= limit:
-            best, low = decided, max(low, share)
+            within[decided.plan.predicted["macs"]] = decided
+            low = max(low, share)
             if found >= CLOSE_LATENCY * limit:
                 break
         else:
@@ -317,17 +320,23 @@ def _within_latency_of_channels(job: Job, goal: Goal, decided: Decided, built: B
         try:
             decided = _decide(job, goal, {}, {}, overhead=0, budget=Budget("macs", share, "dense"))
         except BudgetError:
-            if best is None and low == 0.0 and share < LEAST_SHARE:
+            if not within and low == 0.0 and share < LEAST_SHARE:
                 break
             low = share
             continue
         decided, built = publish(job, decided, goal.stage)
-    if best is None:
-        raise BudgetError(
-            f"{goal.budget} is out of reach: the fastest network that was tried takes {least:.3g} ms",
-            hint=f"raise --budget to latency={1.03 * least:.3g}ms",
-        )
-    return publish(job, best, goal.stage)
+    missed: list[float] = []
+    for macs in sorted(within, reverse=True):
+        decided, built = publish(job, within[macs], goal.stage)
+        found, limit = _checked_latency(job, goal, built)
+        if found <= LATENCY_SLACK * limit:
+            return decided, built
+        missed.append(found)
+    least = min(missed, default=least)
+    raise BudgetError(
+        f"{goal.budget} is out of reach: the fastest network that was tried takes {least:.3g} ms",
+        hint=f"raise --budget to latency={1.03 * least:.3g}ms",
+    )
 
 
 def _trained_to_latency(
@@ -336,25 +345,52 @@ def _trained_to_latency(
     """A method that trains measures the cuts that it may make; what was written is measured once more."""
     assert goal.budget is not None
     decided, built = publish(job, _decide(job, goal, sensitivities, {}, overhead=0, training=training), goal.stage)
-    limit, found = goal.budget.absolute(_measured_latency(job, goal.dense.onnx)), _measured_latency(job, built.onnx)
+    found, limit = _checked_latency(job, goal, built)
     if found > LATENCY_SLACK * limit:
         raise BudgetError(
-            f"{goal.budget} is missed: the trained network takes {found:.3g} ms",
-            hint=f"lower --budget; what was measured of its cuts before the training was {limit:.3g} ms or less",
+            f"{goal.budget} is missed: the trained network takes {found:.3g} ms, {limit:.3g} ms are allowed",
+            hint=f"raise --budget to latency={1.03 * found:.3g}ms; its cuts were within before the training",
         )
     return decided, built
 
 
-def _exported_latency(job: Job, network: fx.GraphModule) -> float:
+def _checked_latency(job: Job, goal: Goal, built: Built) -> tuple[float, float]:
+    """What a written network takes, as the run's check will measure it, and what it may take: milliseconds."""
+    assert goal.budget is not None
+    found = timed(_sessions(job, goal.dense, built.onnx), _one_example(job), goal.budget, job.progress)
+    return found["compressed"].median, goal.budget.absolute(found["dense"].median)
+
+
+def _exported_latency(job: Job, dense: Dense, network: fx.GraphModule) -> float:
     """Of a network that was cut: median milliseconds of its ONNX file."""
-    return _measured_latency(job, plain_onnx(trace_graph(network, job.graph.example_inputs), network))
+    return _measured_latency(job, dense, plain_onnx(trace_graph(network, job.graph.example_inputs), network))
 
 
-def _measured_latency(job: Job, model: bytes) -> float:
-    """Median milliseconds of an ONNX network at batch 1."""
-    session = open_session(model, job.value("threads") or LATENCY_THREADS)
-    inputs = tuple(x[:1] for x in job.graph.example_inputs)
-    return measure_latency({"compressed": session}, inputs, LATENCY_REPEATS, job.progress)["compressed"].median
+def _measured_latency(job: Job, dense: Dense, model: bytes) -> float:
+    """Median milliseconds of an ONNX network at batch 1, as if the dense one took what it took at first.
+
+    Other work comes and goes, and slows both: they are timed in turns.
+    """
+    found = measure_latency(_sessions(job, dense, model), _one_example(job), LATENCY_REPEATS, job.progress)
+    return found["compressed"].median * _dense_latency(job, dense) / found["dense"].median
+
+
+def _dense_latency(job: Job, dense: Dense) -> float:
+    """Median milliseconds of the dense network at batch 1, measured once a run."""
+    if DENSE_LATENCY not in job.memo:
+        session = open_session(dense.onnx, job.value("threads") or LATENCY_THREADS)
+        found = measure_latency({"dense": session}, _one_example(job), LATENCY_REPEATS, job.progress)
+        job.memo[DENSE_LATENCY] = found["dense"].median
+    return float(job.memo[DENSE_LATENCY])
+
+
+def _sessions(job: Job, dense: Dense, model: bytes) -> dict[str, Session]:
+    threads = job.value("threads") or LATENCY_THREADS
+    return {"dense": open_session(dense.onnx, threads), "compressed": open_session(model, threads)}
+
+
+def _one_example(job: Job) -> tuple[Tensor, ...]:
+    return tuple(x[:1] for x in job.graph.example_inputs)
 
 
 def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
@@ -378,7 +414,7 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         job.graph,
         job.graph.without(tuple(job.value("exclude") or ())),
         WIDTHS,
-        tuple(x[:1] for x in job.graph.example_inputs),
+        _one_example(job),
         threads=int(job.value("threads") or LATENCY_THREADS),
         integer_activations=bool(ranges),
         notes=job.notes,

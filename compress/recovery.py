@@ -140,6 +140,7 @@ def recovered(
     job.notes.append(f"{described(recipe, data)}; {trained.moved()}")
     if trained.step == 0:
         job.notes.append("training did not help: its start is the nearest to the dense network, and is kept")
+        return plan, dict(sidecar)
     return with_values(plan, sidecar, module, state, masks, {"recover": asdict(recipe)})
 
 

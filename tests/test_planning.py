@@ -242,7 +242,7 @@ class Clock:
     tried: dict[int, float]
     index: int = -1
 
-    def measured(self, job: Any, model: bytes) -> float:
+    def measured(self, job: Any, dense: Any, model: bytes) -> float:
         latency = self.offset + len(model) / 10_000
         self.tried[self.index] = latency
         return latency
@@ -283,6 +283,29 @@ def test_a_latency_budget_is_met_as_it_is_measured(
     assert latency == max(within.values())
     beyond = [index for index, tried in found.tried.items() if index >= 0 and tried > limit]
     assert latency >= planning.CLOSE_LATENCY * limit or max(within) + 1 in beyond
+
+
+@pytest.mark.parametrize("missed", [1, 99])
+def test_a_cut_that_is_too_slow_in_the_last_measurement_gives_way_to_a_smaller_one(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missed: int
+) -> None:
+    sizes: list[int] = []
+
+    def checked(job: Any, goal: Any, built: Any) -> tuple[float, float]:
+        sizes.append(len(built.onnx))
+        return 20.0 if len(sizes) <= missed else len(built.onnx) / 1000, 12.0
+
+    monkeypatch.setattr(planning, "_measured_latency", lambda job, dense, model: len(model) / 1000)
+    monkeypatch.setattr(planning, "_checked_latency", checked)
+    monkeypatch.setattr(planning, "CLOSE_LATENCY", 1.0)
+    goal = {"method": "structured-obs", "budget": "latency=12ms", "multiple_of": 1, "dry_run": True}
+    if missed == 1:
+        record = quantize(files, tmp_path / "run", job="prune", **goal)
+        assert record["predicted"]["model.onnx_bytes"] == sizes[-1] < sizes[0] <= 12_000
+    else:
+        with pytest.raises(BudgetError, match="the fastest network that was tried takes 20 ms") as caught:
+            quantize(files, tmp_path / "run", job="prune", **goal)
+        assert "latency=20.6ms" in caught.value.hint
 
 
 def test_a_latency_out_of_reach_names_the_minimum_which_is_within_reach(

@@ -60,6 +60,7 @@ def plan(
     pattern = str(options.get("pattern") or UNSTRUCTURED)
     scope = str(options.get("scope") or "global")
     if pattern == UNSTRUCTURED:
+        budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
         weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
         masks = _unstructured(graph, layers, weights, budget, scope, context)
     else:
@@ -89,11 +90,10 @@ def _unstructured(
     graph: Graph,
     layers: Sequence[Layer],
     weights: Mapping[str, Tensor],
-    budget: Budget | None,
+    budget: Budget,
     scope: str,
     context: Context,
 ) -> Masks:
-    budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
     available = sum(weight.numel() for weight in weights.values())
     if budget.quantity == "sparsity":
         return _chooser(scope)(weights, removed_weights(graph, layers, budget.limit) / available)

@@ -88,11 +88,15 @@ def refit(
     calibration: Calibration,
     context: Context,
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew."""
+    """The channels of a plan cut out of another checkpoint of the architecture: the layers are fitted anew.
+
+    What that costs the loss isn't predicted.
+    """
     channels = find_channels(graph)
     kept = kept_of(channels, given.channels())
+    predicted = {name: value for name, value in given.predicted.items() if name != "loss"}
     return _fitted(
-        given.method, source, graph, channels, kept, calibration, given.budget, given.options, given.predicted, context
+        given.method, source, graph, channels, kept, calibration, given.budget, given.options, predicted, context
     )
 
 

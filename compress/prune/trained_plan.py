@@ -87,7 +87,8 @@ def trained_plan(
         raise UsageError(f"method {name} trains", hint="pass --train DATA")
     channels = find_channels(graph)
     costs = channel_costs(channels, len(graph.example_inputs[0]))
-    quantity, limit, cost = _limit(budget or DEFAULT, channels, costs, graph, context)
+    budget = budget or DEFAULT
+    quantity, limit, cost = _limit(budget, channels, costs, graph, context)
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     state = dict(source.module.state_dict())
@@ -105,7 +106,7 @@ def trained_plan(
             cost=cost,
         )
 
-    method = within_reach(budget or DEFAULT, opened, limit)
+    method = within_reach(budget, opened, limit)
     context.notes.append(f"{name}: all that goes is at zero after {method.num_steps} of {training.recipe.steps} steps")
 
     def step(optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -128,7 +129,7 @@ def trained_plan(
             state=method.state_dict,
             restore=method.load_state_dict,
             may_keep=lambda: method.number >= method.num_steps,
-            settings={**recorded, "method": name, "budget": asdict(budget or DEFAULT), "overhead": context.overhead},
+            settings={**recorded, "method": name, "budget": asdict(budget), "overhead": context.overhead},
         ),
         journal=training.journal,
         resume=training.resume,
