@@ -23,7 +23,7 @@ from compress.export import input_names, onnx_model, safetensors_bytes, serializ
 from compress.formats import pt2
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor, decode
-from compress.graph.trace import Graph, trace_graph
+from compress.graph.trace import Graph, trace_graph, trace_module
 from compress.model import Source
 from compress.quantize import uniform
 from compress.task import Calibration, Classification
@@ -182,3 +182,14 @@ def test_real_networks_run_alike_in_onnx_runtime(factory: str, data_folder: Path
     graph, compressed, assembled = build(module, (x,), activations, 4)
     session = open_session(serialize(onnx_model(graph, compressed, assembled)), 1)
     assert all(parity_holds(p, not is_text) for p in measure_parity(assembled, session, (x,)))
+
+
+def test_a_program_with_autocast_is_read_again(tmp_path: Path) -> None:
+    class Rounded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    network, x = Rounded(4, 4).eval(), torch.randn(3, 4)
+    write_program(trace_module(network, (x,)).module(check_guards=False), (x,), tmp_path / "model.pt2")
+    assert torch.equal(pt2.read(tmp_path / "model.pt2").module(check_guards=False)(x), network(x))

@@ -696,6 +696,25 @@ class BilinearPooling(nn.Module):
         return F.normalize(features, dim=1) @ F.normalize(self.classes, dim=1).t()
 
 
+@trap(num_folded=2, x=(3, 8, 8))
+class Regions(nn.Module):
+    """Attention in float32 whatever surrounds it, and statistics without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.fc = conv_bn(3, 8), conv_bn(8, 8), nn.Linear(8, 5)
+        self.query, self.key, self.value = (nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (layer(x.float()).flatten(2) for layer in (self.query, self.key, self.value))
+            y = (v @ F.softmax(0.3 * q.mT @ k, -1).mT).unflatten(-1, x.shape[2:])
+            with torch.no_grad():
+                peak = y.abs().amax((2, 3), keepdim=True)
+        return self.fc(self.out(y * torch.sigmoid(peak)).mean((2, 3)))
+
+
 @trap(UNTRACEABLE, "conv", x=(3, 8, 8))
 class EarlyExit(nn.Module):
     """The second half runs only where the first is not sure of some example."""

@@ -29,7 +29,8 @@ SIZE_OPERATORS = "sym_not sym_int sym_float sym_ite sym_max sym_min sym_sqrt sym
 OTHER_TARGETS = frozenset(
     [f"_operator.{name}" for name in OPERATORS.split()]
     + [f"torch.{name}" for name in SIZE_OPERATORS.split()]
-    + ["math.trunc", "torch._sym_sqrt", "torch.ops.higher_order.wrap_with_set_grad_enabled"]
+    + ["math.trunc", "torch._sym_sqrt"]
+    + [f"torch.ops.higher_order.wrap_with_{name}" for name in ("set_grad_enabled", "autocast")]
 )
 # srepr's constructors, then torch.utils._sympy.functions; powers and shifts are bounded apart.
 FUNCTIONS = (

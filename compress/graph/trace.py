@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import InputError, UsageError
+from .regions import inline_regions
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -144,7 +145,8 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
     """
     dynamic = tuple({0: Dim.AUTO} for _ in example_inputs)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # With gradients, so that a region without them shows.
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, example_inputs, dynamic_shapes=dynamic, strict=False)
     # torch.export lets any error of the traced code through; all of them are facts about the user's network.
@@ -154,6 +156,7 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
             f"torch.export can't trace the network ({type(error).__name__}: {reason})",
             hint="check --data or --input-shape; branches on values must become torch.where or torch.cond",
         ) from error
+    inline_regions(program)
     require_dynamic_batch(program)
     return program
 

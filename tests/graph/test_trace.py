@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import Network, named
 
 from compress.errors import InputError
-from compress.graph.trace import trace_graph
+from compress.graph.trace import trace_graph, trace_module
 
 BATCH = 2
 
@@ -111,3 +111,48 @@ class Branching(FixedBatch):
 def test_a_network_that_cannot_be_handled_is_an_input_error(module: nn.Module, words: str) -> None:
     with pytest.raises(InputError, match=words):
         trace_graph(module.eval(), (torch.randn(2, 4, dtype=next(module.parameters()).dtype),))
+
+
+class Regions(nn.Module):
+    """One region in another: without gradients, without autocast, with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            held = self.a(x)
+            with torch.autocast("cpu", enabled=False):
+                held = held + self.a(held)
+        with torch.autocast("cpu", enabled=False):
+            y = self.b(x + held).tanh()
+        with torch.autocast("cpu", torch.bfloat16):
+            z: Tensor = self.c(y)
+        return y + z
+
+
+def test_regions_are_put_in_line_and_those_without_gradients_pass_none() -> None:
+    net, x = Regions().eval(), torch.randn(3, 4)
+    module = trace_module(net, (x[:2],)).module(check_guards=False)
+    assert torch.equal(module(x), net(x))
+    parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    assert [sum("linear" in str(n.target) for n in part.graph.nodes) for part in parts] == [3, 1], "autocast stays"
+    for forward in (net, module):
+        found = torch.autograd.grad(forward(x).sum(), list(forward.parameters()), allow_unused=True)
+        assert [gradient is None for gradient in found] == [True, True, False, False, False, False]
+    assert [layer.tensor for layer in trace_graph(net, (x,)).layers] == ["a.weight", "b.weight"]
+
+
+def test_what_leaves_a_region_may_be_an_output() -> None:
+    class Held(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                y = super().forward(x)
+                return y, y.relu()
+
+    net, x = Held(4, 4), torch.randn(3, 4)
+    program = trace_module(net, (x[:2],))
+    program.validate()
+    for found, expected in zip(program.module(check_guards=False)(x), net(x), strict=True):
+        assert torch.equal(found, expected) and not found.requires_grad

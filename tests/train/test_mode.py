@@ -96,14 +96,14 @@ def test_a_batch_norm_learns_as_in_the_users_module() -> None:
 
 
 class Nested(nn.Module):
-    """torch.export makes a graph in the graph of a block with an autocast of its own."""
+    """A block with autocast is a graph in the graph."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", torch.bfloat16):
             y: Tensor = F.dropout(self.norm(self.first(x)), 0.5, self.training)
         return y * 2
 
