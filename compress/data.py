@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .errors import HCompressError, InputError, NumericsError, UsageError
 from .formats.arrays import read_arrays
+from .graph.trace import place_of
 
 ARRAY_SUFFIXES = (".npz", ".safetensors")
 # FILE.py:NAME or PACKAGE.MODULE:NAME, then maybe arguments; the folders may hold parentheses, the name doesn't.
@@ -399,10 +400,28 @@ def check_forward(module: torch.nn.Module, data: Data, flag: str) -> Any:
         with torch.no_grad():
             return module(*inputs)
     except Exception as error:  # the user's network may raise anything
+        where = place_of(error, module)
+        if _takes(module, [x[:1] for x in inputs]):
+            raise UsageError(
+                f"{flag}: the network takes one example of {data.name}, and not two at once ({_reason(error)}){where}",
+                hint="its forward fixes the batch: use x.shape[0] or -1 in place of a number",
+            ) from error
         shapes = _shapes(inputs)
         takes = inspect.signature(module.forward)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"{flag}: the network doesn't take {data.name} of shape {shapes} ({reason})",
+            f"{flag}: the network doesn't take {data.name} of shape {shapes} ({_reason(error)}){where}",
             hint=f"forward{takes}; check --data, --layout, --mean and --std",
         ) from error
+
+
+def _takes(module: torch.nn.Module, inputs: list[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            module(*(x.clone() for x in inputs))
+    except Exception:  # noqa: BLE001 - the user's network may raise anything
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

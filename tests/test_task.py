@@ -502,3 +502,16 @@ def test_a_forward_that_writes_into_its_input_leaves_the_data() -> None:
     data = Data((torch.zeros(4, 3),), None, "d")
     check_forward(Asserting(), data, "--data")
     assert not data.inputs[0].any()
+
+
+def test_a_forward_that_fixes_its_batch_is_said_with_its_line() -> None:
+    class One(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.view(1, 5))
+
+    data = Data((torch.randn(4, 5),), None, "data.npz")
+    with pytest.raises(
+        UsageError, match=r"takes one example of data\.npz, and not two at once .*x\.view\(1, 5\)"
+    ) as caught:
+        check_forward(One(5, 3), data, "--data")
+    assert "x.shape[0]" in caught.value.hint

@@ -7,16 +7,23 @@ dimension.
 from __future__ import annotations
 
 import difflib
+import io
+import linecache
+import logging
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import InputError, UsageError
 from .regions import inline_regions
@@ -37,6 +44,7 @@ TRANSPOSED = {
 }
 WEIGHT_OPS = {**CONVOLUTIONS, **TRANSPOSED, aten.linear.default: "linear"}
 RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parents[1])  # whose code isn't the network's
 WEIGHT_ARGUMENT = 1  # of every op above: (input, weight, bias, ...)
 
 
@@ -146,19 +154,55 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
     dynamic = tuple({0: Dim.AUTO} for _ in example_inputs)
     try:
         # With gradients, so that a region without them shows.
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with _silent(), torch.enable_grad():
             program = torch.export.export(module, example_inputs, dynamic_shapes=dynamic, strict=False)
     # torch.export lets any error of the traced code through; all of them are facts about the user's network.
+    except GuardOnDataDependentSymNode as error:
+        raise InputError(
+            f"torch.export can't trace the network: what it does depends on values{place_of(error, module)}",
+            hint="make the branch a torch.where or a torch.cond",
+        ) from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"torch.export can't trace the network ({type(error).__name__}: {reason})",
+            f"torch.export can't trace the network ({type(error).__name__}: {reason}){place_of(error, module)}",
             hint="check --data or --input-shape; branches on values must become torch.where or torch.cond",
         ) from error
     inline_regions(program)
     require_dynamic_batch(program)
     return program
+
+
+def place_of(error: Exception, module: nn.Module) -> str:
+    """Where in the network's own code an error comes from, ``, in block.fc (Linear) at net.py:7: code``, or nothing.
+
+    Args:
+        error: Caught where the network was called: what called that isn't part of its traceback.
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if Path(file).is_file() and not any(Path(file).is_relative_to(folder) for folder in LIBRARIES):
+            owner = frame.f_locals.get("self")
+            kind, name = type(owner).__name__, names.get(id(owner))
+            whose = f" in {name} ({kind})" if name else f" in {kind}" if name is not None else ""
+            shown = Path(file).relative_to(Path.cwd()) if Path(file).is_relative_to(Path.cwd()) else file
+            place = f",{whose} at {shown}:{line}: {linecache.getline(file, line).strip()}"
+    return place
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing of what torch warns of, logs and prints of a network that it can't trace; the error says it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def require_dynamic_batch(program: ExportedProgram) -> None:

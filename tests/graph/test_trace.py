@@ -100,17 +100,21 @@ class Branching(FixedBatch):
     ("module", "words"),
     [
         (FixedBatch(), "input x: the network fixes its batch size to 2"),
-        (Branching(), "torch.export can't trace the network"),
+        (Branching(), r"depends on values, in Branching at .*test_trace.py:\d+: return self.fc\(x\) if x.sum\(\) > 0"),
+        (nn.Sequential(nn.ReLU(), Branching()), r"depends on values, in 1 \(Branching\) at .*test_trace.py"),
         (Selecting(), "a tensor whose size u0 depends on values"),
         (nn.Linear(4, 3).half(), "weight has dtype float16"),
         (nn.Linear(4, 3).bfloat16(), "weight has dtype bfloat16"),
         (nn.Linear(4, 3).double(), "weight has dtype float64"),
     ],
-    ids=["fixed batch", "branch", "selection", "float16", "bfloat16", "float64"],
+    ids=["fixed batch", "branch", "part", "selection", "float16", "bfloat16", "float64"],
 )
-def test_a_network_that_cannot_be_handled_is_an_input_error(module: nn.Module, words: str) -> None:
+def test_a_network_that_cannot_be_handled_is_an_input_error(
+    module: nn.Module, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match=words):
         trace_graph(module.eval(), (torch.randn(2, 4, dtype=next(module.parameters()).dtype),))
+    assert capfd.readouterr() == ("", ""), "torch logs and prints of its own"
 
 
 class Regions(nn.Module):
