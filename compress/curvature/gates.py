@@ -2,7 +2,7 @@
 
 A gate multiplies a channel where the layers that sum over it read it; at zero, the channel is cut. One backward pass
 gives the derivative along every gate for each example, a row of ``G``; over output-space probes ``GᵀG/n`` is the
-Gauss-Newton matrix in the gates, ``[c, c]`` for all channels of the network together.
+Gauss-Newton matrix in the gates of all channels of the network together, whose diagonal is taken.
 Source: Molchanov et al. 2019 (arXiv:1906.10771) for gates; Martens 2020 (arXiv:1412.1193) for the matrix.
 Cost: a forward and a backward pass over the data for each probe.
 """
@@ -27,7 +27,7 @@ from .network import outputs_of, require_finite
 BATCH = 64
 
 
-def gate_curvature(
+def gate_curvatures(
     channels: Channels,
     module: fx.GraphModule,
     task: Task,
@@ -37,7 +37,7 @@ def gate_curvature(
     seed: int,
     progress: Progress,
 ) -> Tensor:
-    """The Gauss-Newton matrix of the mean loss in the gates, float64 ``[c, c]``, at the network as it is.
+    """The diagonal of the Gauss-Newton matrix of the mean loss in the gates, float64 ``[c]``, at the network as it is.
 
     Args:
         module: ``channels.module`` or a copy of it with other tensors of the same shapes.
@@ -48,7 +48,7 @@ def gate_curvature(
     """
     gates = _gates(channels)
     count = channels.count
-    total = torch.zeros(count, count, dtype=torch.float64)
+    total = torch.zeros(count, dtype=torch.float64)
     done, batches = 0, -(-len(data) // BATCH)
     for number, batch in enumerate(data.batches(BATCH)):
         first = number * BATCH
@@ -65,7 +65,7 @@ def gate_curvature(
             last = probe + 1 == passes
             rows = _rows(run, values, list(drawn), count, len(batch), retain=not last)
             require_finite(rows, "the derivative along the channels", examples, data.name)
-            total += (rows.T @ rows) / (passes * len(data))
+            total += rows.square().sum(0) / (passes * len(data))
             done += 1
     return total
 

@@ -25,7 +25,8 @@ from ..errors import NumericsError, UsageError
 from ..task import Regression, Task, has_logits
 from .network import outputs_of, require_finite
 
-MAX_OUTPUTS = 512  # of an example, where the loss Hessian of a user's task is formed
+MAX_OUTPUTS = 512  # of an example, or of a position of it, where the loss Hessian of a user's task is formed
+MAX_ELEMENTS = 2**28  # of the blocks of all positions of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +191,56 @@ def _factored(task: Task, outputs: Any, targets: Tensor | None, draw: Draw) -> t
     if targets is None:
         raise _needs_targets(task)
     leaves, found = _leaves(outputs)
+    loss = _sum_of_losses(task, leaves, targets, draw)
+    if (by_position := _position_blocks(loss, found)) is not None:
+        blocks, dim = by_position
+        require_finite(blocks, "the loss's Hessian", draw.examples, draw.name)
+        return (_drawn(blocks, draw).reshape(found[0].movedim(dim, -1).shape).movedim(-1, dim).to(found[0]),)
     sizes = [f[0].numel() for f in found]
     if sum(sizes) > MAX_OUTPUTS:
         raise UsageError(
             f"the network has {sum(sizes)} outputs an example; a loss of your own is factored up to {MAX_OUTPUTS}",
-            hint="pass --trace hessian, or logits = True on the task where the loss is a cross-entropy",
+            hint="set logits = True on the task if its loss is a cross-entropy, classes last; or pass --trace hessian",
         )
-    hessian = _output_hessian(_sum_of_losses(task, leaves, targets, draw), found).double().cpu()
+    hessian = _output_hessian(loss, found).double().cpu()
     require_finite(hessian, "the loss's Hessian", draw.examples, draw.name)
-    eigenvalues, vectors = torch.linalg.eigh((hessian + hessian.transpose(1, 2)) / 2)
-    drawn = torch.einsum("nkj,nj->nk", vectors, eigenvalues.clamp(min=0).sqrt() * _signs(eigenvalues, draw))
-    parts = torch.split(drawn.to(found[0]), sizes, 1)
+    parts = torch.split(_drawn(hessian.unsqueeze(1), draw).to(found[0]), sizes, 1)
     return tuple(part.reshape(f.shape) for part, f in zip(parts, found, strict=True))
+
+
+def _drawn(blocks: Tensor, draw: Draw) -> Tensor:
+    """``L r`` of Hessians that are block diagonal, ``[n, positions, k, k]``, as ``[n, positions * k]``."""
+    eigenvalues, vectors = torch.linalg.eigh((blocks + blocks.transpose(-1, -2)) / 2)
+    signs = _signs(eigenvalues.flatten(1), draw).reshape(eigenvalues.shape)
+    return torch.einsum("npkj,npj->npk", vectors, eigenvalues.clamp(min=0).sqrt() * signs).flatten(1)
+
+
+def _position_blocks(loss: Tensor, found: Sequence[Tensor]) -> tuple[Tensor, int] | None:
+    """The blocks ``[n, positions, k, k]`` of a loss that adds up over positions, pixels say, and the dimension of k.
+
+    None where it doesn't: the blocks, which k products with the Hessian give, must give its product with random signs.
+    """
+    if len(found) != 1 or found[0].dim() < 3:
+        return None
+    value = found[0]
+    gradient = torch.autograd.grad(loss, value, create_graph=True, allow_unused=True)[0]
+    if gradient is None or not gradient.requires_grad:
+        return None
+
+    def product(vector: Tensor, dim: int) -> Tensor:
+        return torch.autograd.grad(gradient, value, vector, retain_graph=True)[0].movedim(dim, -1).double().cpu()
+
+    signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(0)).to(value) * 2 - 1
+    for dim in dict.fromkeys((1, value.dim() - 1)):
+        k = value.shape[dim]
+        if k <= MAX_OUTPUTS and value.numel() * k <= MAX_ELEMENTS:
+            units = torch.eye(k).to(value)
+            columns = [product(unit.expand(value.movedim(dim, -1).shape).movedim(-1, dim), dim) for unit in units]
+            blocks, wanted = torch.stack(columns, -1), product(signs, dim)
+            given = torch.einsum("...kj,...j->...k", blocks, signs.movedim(dim, -1).double().cpu())
+            if torch.allclose(given, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())):
+                return blocks.reshape(len(value), -1, k, k), dim
+    return None
 
 
 def _output_hessian(loss: Tensor, found: Sequence[Tensor]) -> Tensor:

@@ -310,6 +310,13 @@ def _layer(node: fx.Node, key: str, macs: int, batch: int) -> Layer:
     return Layer(key, op, node.name, shape, weight.numel(), macs, axis, 0 if transposed else 1, outputs)
 
 
+def unused_parameters(program: ExportedProgram) -> int:
+    """How many parameters no node reads."""
+    sources = program.graph_signature.inputs_to_parameters
+    unread = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.name in sources and not n.users]
+    return sum(program.state_dict[sources[name]].numel() for name in unread)
+
+
 def batch_statistics(graph: fx.Graph) -> list[str]:
     """Batch norms that take their statistics from the batch, by the name of their node."""
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +16,16 @@ from ..graph.channel_cost import ChannelCosts, Term, total
 from ..graph.cut import sliced_tensor
 from ..graph.groups import Channels
 from ..graph.rewrite import tensor_at
-from ..graph.trace import Graph
+from ..graph.trace import Graph, unused_parameters
 from ..model import Source
 from ..plan import Decision, Plan, Replace
 from ..pruned import prune_decisions
 from ..task import Calibration
+from .selection import listed
 
 FLOAT_BYTES = 4
+LEAST = 0.1  # of a group's channels stays in any case
+Options = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -58,18 +61,37 @@ def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context
     raise UsageError(f"{budget.quantity} isn't a budget of channels", hint="use macs=50%, params=50% or 0.3MB")
 
 
-def within_reach(budget: Budget, decide: Callable[[float], T], limit: float) -> T:
+def within_reach(
+    budget: Budget, decide: Callable[[float], T], limit: float, *, graph: Graph, channels: Channels, options: Options
+) -> T:
     """What ``decide`` gives for the limit; of bytes the least there is, whose written file then says what is feasible.
 
     Raises:
-        BudgetError: Another quantity is out of reach, or nothing can be cut.
+        BudgetError: Another quantity is out of reach: says what stays in any case. Or nothing can be cut.
     """
     try:
         return decide(limit)
     except BudgetError as error:
-        if budget.quantity != "bytes" or error.least is None:
+        if error.least is None:
             raise
+        if budget.quantity != "bytes":
+            stays = "; ".join(_stays(budget, graph, channels, options))
+            raise BudgetError(f"{error.message}; {stays}", hint=error.hint, least=error.least) from None
         return decide(error.least)
+
+
+def _stays(budget: Budget, graph: Graph, channels: Channels, options: Options) -> Iterator[str]:
+    """What no budget cuts, in words."""
+    yield f"{LEAST:.0%} of each group's channels stay in any case"
+    held = ~movable_channels(channels, graph, tuple(options.get("exclude") or ()))
+    names = [group.name for group, part in channels.split(held) if bool(part.any())]
+    if names:
+        yield f"--exclude holds those of {listed(names)}"
+    if (options.get("multiple_of") or 1) > 1:
+        yield f"--multiple-of {options['multiple_of']} holds more"
+    unused = unused_parameters(graph.program)
+    if budget.quantity == "params" and unused:
+        yield f"{unused:,} parameters, which the forward pass never uses, count too"
 
 
 def channel_plan(

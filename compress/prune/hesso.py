@@ -141,7 +141,8 @@ class Hesso:
             )
 
         self._movable = movable_channels(self.channels, self.graph, exclude) & self._is_own()
-        require_prunable(self.channels, is_any=bool(self._movable.any()))
+        held = "--exclude" if exclude else ""
+        require_prunable(self.channels, is_any=bool(self._movable.any()), held=held)
         self.target = CutTarget(
             self.channels,
             self.graph,

@@ -21,6 +21,7 @@ from ..graph.channel_cost import Term, total
 from ..graph.groups import Channels
 
 NAMES = {"macs": "MACs", "params": "parameters", "bytes": "bytes of parameters"}
+NAMED = 4  # of what a message lists
 BLOCKS = (8, 4, 2, 1)
 NEAR = 0.98  # of the limit
 SLACK = 1.0  # of an amount that is summed up step by step: what is near is counted again
@@ -113,7 +114,7 @@ def _chosen(
     movable = torch.ones(len(scores), dtype=torch.bool) if movable is None else movable
     kept = torch.ones(len(scores), dtype=torch.bool)
     queues = _queues(channels, scores, movable, multiples, least)
-    require_prunable(channels, is_any=any(queues))
+    require_prunable(channels, is_any=any(queues), held=f"--multiple-of {max(multiples, default=1)}")
     tally = _Tally(channels, terms)
     removed = _cheapest_first(tally, queues, scores, limit)
     for _, block in removed:
@@ -200,23 +201,37 @@ def budget_of(quantity: str, terms: Sequence[Term]) -> Iterator[None]:
         raise BudgetError(f"the budget is out of reach: {what}", hint=hint, least=least) from None
 
 
-def require_prunable(channels: Channels, *, is_any: bool) -> None:
+def require_prunable(channels: Channels, *, is_any: bool, held: str = "") -> None:
     """Refuse a network where nothing can be cut.
 
+    Args:
+        held: The option that holds the channels that could be, if one does.
+
     Raises:
-        BudgetError: Lists the reasons.
+        BudgetError: Lists the reasons, with the layers that each is of.
     """
     if is_any:
         return
-    counts: dict[str, int] = defaultdict(int)
+    if channels.groups and held:
+        largest = max(group.size for group in channels.groups)
+        raise BudgetError(
+            f"no channel of the network can be cut: {held} holds all that could be, "
+            f"those of {listed([group.name for group in channels.groups])}",
+            hint=f"use --multiple-of {largest // 2} or less" if held.startswith("--multiple") else "exclude less",
+        )
+    tensors: dict[str, list[str]] = defaultdict(list)
     for frozen in channels.frozen:
-        counts[frozen.reason] += 1
-    most = sorted(counts.items(), key=lambda item: -item[1])[:4]
-    reasons = "; ".join(f"{reason} ({count} times)" for reason, count in most) or "no layer has channels"
+        tensors[frozen.reason].append(frozen.tensor)
+    reasons = "; ".join(f"{reason}: {listed(list(dict.fromkeys(names)))}" for reason, names in tensors.items())
     raise BudgetError(
-        f"no channel of the network can be cut: {reasons}",
-        hint="hcompress inspect --channels lists what stays and why; check --exclude and --multiple-of",
+        f"no channel of the network can be cut: {reasons or 'no layer has channels'}",
+        hint="hcompress inspect --channels lists what stays and why, with the line",
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _queues(

@@ -10,13 +10,15 @@ Cost: ten passes over the data and back, two forward passes, and for a layer wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..budget import Budget
 from ..context import Context
-from ..curvature.gates import gate_curvature
+from ..curvature.gates import gate_curvatures
 from ..graph.channel_cost import channel_costs
 from ..graph.cut import masked
 from ..graph.groups import Channels, find_channels
@@ -27,13 +29,12 @@ from ..pruned import kept_of
 from ..reconstruct.least_squares import fitting_examples, refit_layers
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-from .channel_plan import channel_plan, cost_figures, movable_channels, terms_of, within_reach
+from .channel_plan import LEAST, channel_plan, cost_figures, movable_channels, terms_of, within_reach
 from .selection import budget_of, choose, require_prunable
 
 NAME = "structured-obs"
 PROBES = 10
 DEFAULT = Budget("macs", 0.5, "dense")
-LEAST = 0.1  # of a group's channels stays in any case
 
 
 def plan(
@@ -65,16 +66,21 @@ def plan(
     budget = budget or DEFAULT
     terms, limit = terms_of(budget, costs, graph, context)
     movable = movable_channels(channels, graph, exclude)
-    require_prunable(channels, is_any=bool(movable.any()))
-    if NAME not in context.memo:
-        context.memo[NAME] = saliencies(channels, calibration, context)
-    scores = context.memo[NAME]
+    require_prunable(channels, is_any=bool(movable.any()), held="--exclude")
 
-    def chosen(limit: float) -> Tensor:
+    def chosen(limit: float, scores: Tensor) -> Tensor:
         with budget_of(budget.quantity, terms):
             return choose(channels, scores, terms, limit, multiple_of=multiple_of, least=LEAST, movable=movable)
 
-    kept = within_reach(budget, chosen, limit)
+    def within(scores: Tensor) -> Tensor:
+        decide = partial(chosen, scores=scores)
+        return within_reach(budget, decide, limit, graph=graph, channels=channels, options=options)
+
+    if NAME not in context.memo:
+        within(torch.ones(channels.count))  # whether a limit is in reach doesn't depend on saliencies, which take long
+        context.memo[NAME] = saliencies(channels, calibration, context)
+    scores = context.memo[NAME]
+    kept = within(scores)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}
     return _fitted(NAME, source, graph, channels, kept, calibration, budget, recorded, predicted, context)
@@ -102,7 +108,7 @@ def refit(
 
 def saliencies(channels: Channels, calibration: Calibration, context: Context) -> Tensor:
     """What the loss gains when a channel alone is cut, to second order, float64 ``[c]``; in units of the loss."""
-    curvature = gate_curvature(
+    curvatures = gate_curvatures(
         channels,
         channels.module,
         calibration.task,
@@ -111,7 +117,7 @@ def saliencies(channels: Channels, calibration: Calibration, context: Context) -
         seed=int(context.generator.initial_seed()),
         progress=context.progress,
     )
-    return curvature.diagonal() / 2
+    return curvatures / 2
 
 
 def _fitted(

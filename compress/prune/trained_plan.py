@@ -106,7 +106,7 @@ def trained_plan(
             cost=cost,
         )
 
-    method = within_reach(budget, opened, limit)
+    method = within_reach(budget, opened, limit, graph=graph, channels=channels, options=options)
     context.notes.append(f"{name}: all that goes is at zero after {method.num_steps} of {training.recipe.steps} steps")
 
     def step(optimizer: torch.optim.Optimizer, number: int) -> None:

@@ -185,6 +185,41 @@ def test_a_concave_part_of_the_loss_is_left_out() -> None:
     assert_close(found, torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64)).expand(2, 2, 2))
 
 
+class Pixels(Pair):
+    """A mean over pixels; with ``weight``, one that neighbours have a part in."""
+
+    weight = 0.0
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        steps = (outputs[..., 1:] - outputs[..., :-1]).square().mean()
+        return F.cross_entropy(outputs, targets) + self.weight * steps
+
+
+class SmoothPixels(Pixels):
+    weight = 0.5
+
+
+@pytest.mark.parametrize("task", [Pixels(), SmoothPixels()], ids=["by pixel", "between pixels"])
+def test_all_probes_of_a_loss_of_pixels_are_its_hessian(task: Pixels) -> None:
+    values, targets = logits(2, 3, 2, 2), torch.tensor([[[0, 1], [2, 1]], [[1, 1], [0, 2]]])
+    assert period(task, values) == 12
+    found = second_moment(task, values, targets, 12)
+    for i in range(2):
+
+        def loss(f: Tensor, i: int = i) -> Tensor:
+            return task.loss(f.reshape(1, 3, 2, 2), targets[i : i + 1])
+
+        assert_close(found[i], hessian(loss)(values[i].flatten()), atol=1e-6, rtol=1e-6)
+
+
+def test_a_loss_of_many_pixels_needs_no_hessian_of_all_of_them() -> None:
+    values, targets = logits(2, 3, 40, 40), torch.zeros(2, 40, 40, dtype=torch.int64)
+    (probe,) = cotangents(Pixels(), values, targets, draw(0, 2), mode="ggn")
+    assert probe.shape == values.shape
+    with pytest.raises(UsageError, match="the network has 4800 outputs an example"):
+        cotangents(SmoothPixels(), values, targets, draw(0, 2), mode="ggn")
+
+
 @pytest.mark.parametrize(
     ("mode", "outputs", "targets", "words"),
     [
