@@ -26,7 +26,7 @@ SCHEMA = "hcompress.init/1"
 OFFERED = (*DATA_SETTINGS, "method", "budget", *GATE_SETTINGS)
 TITLES = {
     "model": "The architecture that a state dict belongs to. The factory runs as your code.",
-    "data": "Planners see the calibration data only; the evaluation data are opened after the plan is written.",
+    "data": "Planners see the calibration data only; no plan depends on the evaluation data.",
     "task": "What the model is for: classification, regression, causal-lm or FILE.py:Task.",
     "run": "How to compress; each of these is a flag of prune and quantize, too.",
     "recover": "Training after a cut, or while channels go; each of these is a flag of prune, too.",

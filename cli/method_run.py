@@ -46,6 +46,7 @@ def run_job(
     """One ``hcompress prune`` or ``hcompress quantize``."""
     settings = with_out(options.resolve(preset), job, checkpoint)
     preflight.check_method(job, settings)
+    preflight.check_effects(job, options.given_flags(), settings, plan=plan is not None, resume=resume)
     if plan is None:
         preflight.check_budget(job, settings)
     else:

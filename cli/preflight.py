@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import InputError, UsageError
 from ..plan import read_plan
-from ..registry import find_method, methods_for
+from ..registry import Method, find_measure, find_method, methods_for
 from ..settings import BY_NAME, Settings, chosen_budget
+
+LENGTHS = {"recover_steps", "recover_epochs"}
+TRAINING = {"train", *(name for name, setting in BY_NAME.items() if setting.key.startswith("recover."))} - LENGTHS
 
 
 def check_inputs(path: Path, settings: Settings) -> None:
@@ -20,8 +24,8 @@ def check_inputs(path: Path, settings: Settings) -> None:
 
 
 def check_files(settings: Settings) -> None:
-    """The files that ``model``, ``data`` and ``eval`` name are there; ``pkg.mod:fn`` names none."""
-    for name in ("model", "data", "eval"):
+    """The files that ``model``, ``data``, ``train`` and ``eval`` name are there; ``pkg.mod:fn`` names none."""
+    for name in ("model", "data", "train", "eval"):
         text = settings[name].value or ""
         head, _, function = text.partition(":")
         is_file = head.endswith(".py") or (name != "model" and not function)
@@ -71,6 +75,37 @@ def check_budget(job: str, settings: Settings) -> None:
     if budget is not None and budget.quantity not in met:
         who = f"method {name}" if name else f"hcompress {job}"
         raise UsageError(f"{who} has no {budget.quantity} budget", hint=f"it takes {', '.join(met)}")
+
+
+def check_effects(job: str, given: Collection[str], settings: Settings, *, plan: bool, resume: bool) -> None:
+    """Every option of the command line has something to act on: none is left out in silence.
+
+    Args:
+        given: Names of the settings that are flags.
+        plan: Whether the decisions are those of a plan.
+    """
+    method = find_method(job, settings["method"].value or methods_for(job)[0].name)
+    for name in sorted(set(given) & {option for known in methods_for(job) for option in _options(known)}):
+        flag = BY_NAME[name].flag
+        if plan:
+            raise UsageError(
+                f"{flag} has no effect with --plan, which keeps a plan's decisions", hint=f"leave {flag} out"
+            )
+        if name not in _options(method):
+            takers = ", ".join(known.name for known in methods_for(job) if name in _options(known))
+            raise UsageError(f"method {method.name} has no {flag}", hint=f"methods that take it: {takers}")
+    asked = any(settings[name].value for name in LENGTHS)
+    unused = [BY_NAME[name].flag for name in sorted(set(given) & TRAINING)] + ["--resume"] * resume
+    if unused and not asked and (plan or not method.trains):
+        raise UsageError(
+            f"{unused[0]} has no effect without training", hint="pass --recover-steps N or --recover-epochs X as well"
+        )
+
+
+def _options(method: Method) -> set[str]:
+    """Settings that act on what a method decides, but for the goal."""
+    measured = (option for name in method.measures for option in find_measure(name).options)
+    return {*method.options, *measured} - {"sparsity"}
 
 
 def plan_file(path: Path) -> Path:

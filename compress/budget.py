@@ -80,7 +80,7 @@ def parse_budget(text: str) -> Budget:
         >>> parse_budget("macs=50%")
         Budget(quantity='macs', limit=0.5, of='dense')
     """
-    match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z%]*)", text.strip().lower())
+    match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?(-?[0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z%]*)", text.strip().lower())
     if match is None:
         raise UsageError(f"budget {text!r} is not understood", hint=f"examples: {EXAMPLES}")
     name, number, unit = match.group(1), float(match.group(2)), match.group(3)
@@ -88,6 +88,11 @@ def parse_budget(text: str) -> Budget:
     if quantity not in QUANTITIES:
         raise UsageError(f"budget {text!r}: unknown quantity {name!r}", hint=f"one of {', '.join(QUANTITIES)}")
     budget = _with_unit(text, quantity, number, unit)
+    if budget.of == "dense" and budget.limit > 1:
+        raise UsageError(
+            f"budget {text!r} is more than the whole network",
+            hint="give the share that remains, below 100%; hcompress export writes the network as it is",
+        )
     if budget.limit <= 0 or (budget.quantity == "sparsity" and budget.limit >= 1):
         raise UsageError(
             f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0"

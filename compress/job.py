@@ -32,7 +32,7 @@ class Job:
     """A network read and traced, with what the settings say about it.
 
     Attributes:
-        memo: What a method keeps from one plan to the next.
+        memo: What a later step needs again: of a method, from one plan to the next.
     """
 
     source: Source

@@ -41,6 +41,7 @@ from .finish import (
     finish,
     publish_summary,
     raise_if_failed,
+    read_evaluation,
     read_run,
     write_manifest,
 )
@@ -48,7 +49,7 @@ from .formats.checkpoint import read_checkpoint
 from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
-from .recovery import is_asked
+from .recovery import is_asked, recipe_of, training_data
 from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
@@ -94,6 +95,7 @@ def run_method(
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
+    recipe_of(settings, 1, usual_optimizer="sgd", default=1)  # what is wrong with it is said before any work
     if settings["eval"].value is None and (
         not dry_run or (plan is None and planning.is_searched(method, budget, settings))
     ):
@@ -135,6 +137,7 @@ def _plan_and_finish(
         needs_data=plan is None and method.needs_data,
         inputs=() if given is None else given[0].inputs,
     )
+    _check_before_work(opened, trains=is_asked(settings) or (plan is None and method.trains))
     dense = dense_files(opened)
     sensitivities: dict[str, Sensitivity] = {}
     if given is None or plan is None:
@@ -149,7 +152,7 @@ def _plan_and_finish(
             decided, built = planning.pick(opened, given[0], folder, pick, dense, target.stage)
         else:
             fitted = planning.Decided(*_fitted(opened, given, planning_context(opened, dense, 0)))
-            if is_asked(opened):
+            if is_asked(opened.settings):
                 fitted = planning.recovered(opened, fitted, target.journal(), resume=target.resume)
             decided, built = planning.publish(opened, fitted, target.stage)
     if target.out is None:
@@ -164,6 +167,15 @@ def _plan_and_finish(
         raise
     _delete_journals(target)
     return record
+
+
+def _check_before_work(job: Job, *, trains: bool) -> None:
+    """What else would be found wrong after an hour: globs, training data, and evaluation data, which nothing keeps."""
+    job.graph.without(tuple(job.value("exclude") or ()))
+    if trains:
+        training_data(job)
+    if job.value("eval") is not None:
+        read_evaluation(job)
 
 
 def _delete_journals(target: Target) -> None:
@@ -202,7 +214,7 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
     untrained = replace(plan, options={name: value for name, value in plan.options.items() if name != "recover"})
-    if untrained.options != plan.options and not is_asked(job):
+    if untrained.options != plan.options and not is_asked(job.settings):
         job.notes.append("the plan's network was trained after the cut; this one isn't: pass --recover-steps")
     refit = load_module(method).refit
     refitted, tensors = refit(untrained, sidecar, job.source, job.graph, job.calibration, context)

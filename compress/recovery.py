@@ -20,8 +20,9 @@ from .graph.trace import Graph
 from .job import Job, device_of, read_named
 from .plan import Decision, MaskWeights, Plan, Replace
 from .pruned import Pruned, prune, trainable_copy
+from .settings import Settings
 from .task import check_targets
-from .train.augment import NAMES
+from .train.augment import NAMES, require_images
 from .train.features import Features
 from .train.journal import delete_journals
 from .train.loop import Hooks, train
@@ -29,36 +30,41 @@ from .train.masks import hold_masks
 from .train.recipe import Recipe, Training
 
 DEFAULT_STEPS = 250
+TRAINING_DATA = "training data"  # in the memo of a job
 
 
-def recipe_of(job: Job, examples: int, *, default: int = 0) -> Recipe | None:
+def recipe_of(settings: Settings, examples: int, *, usual_optimizer: str, default: int = 0) -> Recipe | None:
     """How the settings say that a network is trained; None where they don't ask for it.
 
     Raises:
-        UsageError: Both steps and epochs are given, or an augmentation is unknown.
+        UsageError: Both steps and epochs are given, an augmentation is unknown, or a value is out of range.
     """
-    steps, epochs = int(job.value("recover_steps") or 0), float(job.value("recover_epochs") or 0.0)
+
+    def given(name: str) -> Any:
+        return settings[name].value
+
+    steps, epochs = int(given("recover_steps") or 0), float(given("recover_epochs") or 0.0)
     if steps and epochs:
         raise UsageError("--recover-steps and --recover-epochs say the same", hint="pass one of them")
-    batch_size = int(job.value("batch_size"))
+    batch_size = int(given("batch_size"))
     steps = steps or math.ceil(epochs * examples / batch_size)
     steps = steps or default
     if not steps:
         return None
-    augment = tuple(name for name in job.value("augment") or () if name != "none")
+    augment = tuple(name for name in given("augment") or () if name != "none")
     unknown = [name for name in augment if name not in NAMES]
     if unknown:
         raise UsageError(f"--augment {unknown[0]!r} is unknown", hint=f"choices: none, {', '.join(NAMES)}")
-    lr, patience = job.value("lr"), job.value("patience")
+    lr, patience = given("lr"), given("patience")
     return Recipe(
         steps,
-        optimizer=str(job.value("optimizer") or _usual_optimizer(job.graph)),
+        optimizer=str(given("optimizer") or usual_optimizer),
         lr=None if lr is None else float(lr),
-        schedule=str(job.value("schedule")),
+        schedule=str(given("schedule")),
         batch_size=batch_size,
         augment=augment,
-        distill=min(1.0, float(job.value("distill"))),
-        features=float(job.value("distill_features")),
+        distill=float(given("distill")),
+        features=float(given("distill_features")),
         patience=None if patience is None else int(patience),
     )
 
@@ -68,16 +74,15 @@ def _usual_optimizer(graph: Graph) -> str:
     return "sgd" if any(layer.op.startswith("conv") for layer in graph.layers) else "adamw"
 
 
-def is_asked(job: Job) -> bool:
+def is_asked(settings: Settings) -> bool:
     """Whether the settings ask for training."""
-    return bool(job.value("recover_steps") or job.value("recover_epochs"))
+    return bool(settings["recover_steps"].value or settings["recover_epochs"].value)
 
 
 def training(job: Job, *, journal: Path | None, resume: bool) -> Training:
     """What a method that trains is handed: by default for ``DEFAULT_STEPS``."""
-    job.progress("read training data", 0, None)
     data = training_data(job)
-    recipe = recipe_of(job, len(data), default=DEFAULT_STEPS)
+    recipe = recipe_of(job.settings, len(data), usual_optimizer=_usual_optimizer(job.graph), default=DEFAULT_STEPS)
     assert recipe is not None
     job.notes.append(described(recipe, data))
     if journal is not None and not resume:
@@ -91,15 +96,27 @@ def described(recipe: Recipe, data: Data) -> str:
 
 
 def training_data(job: Job) -> Data:
-    """``--train``, or all of ``--data``; checked against the network.
+    """``--train``, or all of ``--data``, read once; checked against the network and the settings.
 
     Raises:
-        UsageError: Neither is given.
+        UsageError: Neither is given, or they can't be trained on as asked.
     """
-    name = "train" if job.value("train") is not None else "data"
-    data = job.task.prepare(read_named(job.settings, name))
-    check_targets(job.task, check_forward(job.source.module, data, f"--{name}"), data)
-    return data
+    if TRAINING_DATA not in job.memo:
+        job.progress("read training data", 0, None)
+        name = "train" if job.value("train") is not None else "data"
+        data = job.task.prepare(read_named(job.settings, name))
+        check_targets(job.task, check_forward(job.source.module, data, f"--{name}"), data)
+        require_images(
+            data.inputs[0], [augmentation for augmentation in job.value("augment") if augmentation != "none"]
+        )
+        if data.targets is None and job.value("distill") == 0:
+            raise UsageError(
+                f"--distill 0 leaves nothing to learn: {data.name} has no labels",
+                hint="pass data with y, or --distill 1",
+            )
+        job.memo[TRAINING_DATA] = data
+    found: Data = job.memo[TRAINING_DATA]
+    return found
 
 
 def recovered(
@@ -111,9 +128,8 @@ def recovered(
         NumericsError: The loss is no longer finite.
         UsageError: Nothing to train on.
     """
-    job.progress("read training data", 0, None)
     data = training_data(job)
-    recipe = recipe_of(job, len(data))
+    recipe = recipe_of(job.settings, len(data), usual_optimizer=_usual_optimizer(job.graph))
     assert recipe is not None
     pruned = prune(job.graph, plan)
     graph = job.graph if pruned is None else pruned.graph

@@ -42,6 +42,7 @@ class Setting:
             are separated by commas; ``json`` and ``shape`` are checked, but stay text.
         in_preset: Whether a preset may set it. What names code or data may not: a preset is not the user's own file.
         minimum: Least value of a number; None where any will do.
+        maximum: Likewise the largest.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Setting:
     in_preset: bool = False
     metavar: str = ""
     minimum: float | None = None
+    maximum: float | None = None
 
     @property
     def flag(self) -> str:
@@ -73,7 +75,7 @@ SETTINGS = (
     ),
     Setting("data", "data.calibration", "path", "Calibration data: all that a planner sees.", metavar="DATA"),
     Setting("train", "data.train", "path", "Training data of --recover-steps; --data where not given.", metavar="DATA"),
-    Setting("eval", "data.eval", "path", "Evaluation data, opened after the plan is written.", metavar="DATA"),
+    Setting("eval", "data.eval", "path", "Evaluation data; no plan depends on them.", metavar="DATA"),
     Setting("mean", "data.mean", "numbers", "Mean per channel that array data are normalised by.", metavar="M,..."),
     Setting("std", "data.std", "numbers", "Standard deviation per channel, likewise.", metavar="S,..."),
     Setting("layout", "data.layout", "str", "Dimension order of image arrays.", choices=("nchw", "nhwc")),
@@ -122,7 +124,14 @@ SETTINGS = (
         ("sgd", "adam", "adamw", "adahessian"),
         in_preset=True,
     ),
-    Setting("lr", "recover.lr", "float", "Its largest learning rate; one of its own where not given.", in_preset=True),
+    Setting(
+        "lr",
+        "recover.lr",
+        "float",
+        "Its largest learning rate; one of its own where not given.",
+        in_preset=True,
+        minimum=0,
+    ),
     Setting(
         "schedule",
         "recover.schedule",
@@ -150,6 +159,7 @@ SETTINGS = (
         0.9,
         in_preset=True,
         minimum=0,
+        maximum=1,
     ),
     Setting(
         "distill_features",
@@ -395,8 +405,12 @@ def _convert(setting: Setting, value: Any, origin: str) -> Any:
         raise UsageError(f"{where}: {value!r} is not {TYPES[setting.type]}", hint=setting.help) from None
     if setting.choices and converted not in setting.choices:
         raise UsageError(f"{where}: {value!r} is not a choice", hint=f"choices: {', '.join(setting.choices)}")
-    if setting.minimum is not None and converted < setting.minimum:
-        raise UsageError(f"{where}: {value!r} is below {setting.minimum:g}", hint=setting.help)
+    low, high = setting.minimum, setting.maximum
+    allowed = f"{low:g} to {high:g}" if low is not None and high is not None else f"{low} or more"
+    if low is not None and converted < low:
+        raise UsageError(f"{where}: {value!r} is below {low:g}", hint=f"it is {allowed}")
+    if high is not None and converted > high:
+        raise UsageError(f"{where}: {value!r} is above {high:g}", hint=f"it is {allowed}")
     return converted
 
 

@@ -46,7 +46,9 @@ def test_every_example_of_the_messages_is_a_budget(text: str) -> None:
     [
         ("zonk", "budget 'zonk' is not understood", EXAMPLES),
         ("", "budget '' is not understood", EXAMPLES),
-        ("-1MB", "budget '-1MB' is not understood", EXAMPLES),
+        ("-1MB", "budget '-1MB' is out of range", "above 0"),
+        ("macs=-50%", "budget 'macs=-50%' is out of range", "above 0"),
+        ("macs=150%", "budget 'macs=150%' is more than the whole network", "below 100%"),
         ("speed=2", "unknown quantity 'speed'", "one of bytes, bits, sparsity"),
         ("bits=50%", "bits are absolute", "write 4bit"),
         ("latency=2", "unit 'missing' does not fit latency", "use us, ms, s or a percentage"),

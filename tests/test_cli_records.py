@@ -540,6 +540,51 @@ def test_a_signal_cleans_up_and_gets_its_code(number: signal.Signals, code: int,
     assert err.splitlines() == ["cleaned up", "work: stopped after 0.0 s", f"error: {words}"]
 
 
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        (
+            "prune model.pt --method structured-obs --pattern 2:4",
+            "method structured-obs has no --pattern",
+            "obs, magnitude",
+        ),
+        (
+            "prune model.pt --method magnitude --multiple-of 8",
+            "method magnitude has no --multiple-of",
+            "structured-obs",
+        ),
+        ("quantize model.pt --method uniform --tie a*", "method uniform has no --tie", "hawq"),
+        ("prune model.pt --train model.pt", "--train has no effect without training", "--recover-steps"),
+        ("prune model.pt --patience 2", "--patience has no effect without training", "--recover-steps"),
+        ("prune model.pt --resume", "--resume has no effect without training", "--recover-steps"),
+        ("prune model.pt --plan small --method hesso --lr 1", "--lr has no effect without training", "--recover-steps"),
+        ("prune model.pt --plan small --exclude a*", "--exclude has no effect with --plan", "leave --exclude out"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    line: str, message: str, hint: str, run: Capture, pipeline: types.ModuleType, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "small")
+    assert run(f"{line} --out new --json") == 2
+    error = json.loads(run.out)["error"]
+    assert message in error["message"] and hint in error["hint"]
+    assert not pipeline.calls
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prune model.pt --method hesso --train model.pt --lr 1 --resume",
+        "prune model.pt --recover-epochs 1 --augment flip --resume",
+        "prune model.pt --plan small --recover-steps 2 --lr 1 --sparsity 0.5",
+        "prune model.pt --method obs --fisher labels --rounds 2 --exclude a*",
+    ],
+)
+def test_an_option_with_an_effect_is_not(line: str, run: Capture, pipeline: types.ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "small")
+    assert run(f"{line} --out new") == 0
+
+
 def test_an_interruption_names_the_journal_of_the_training(
     run: Capture, pipeline: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -388,3 +388,29 @@ def test_training_that_does_not_help_leaves_the_plan_as_it_was(data: Data, tmp_p
     assert any("training did not help" in note for note in report["notes"])
     for name in ("plan.json", "model.onnx"):
         assert (tmp_path / "trained" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"exclude": "conv*"}, "--exclude 'conv\\*' matches no weight"),
+        ({"recover_steps": 1, "augment": "rotate"}, "--augment 'rotate' is unknown"),
+        ({"recover_steps": 1, "recover_epochs": 1}, "say the same"),
+        ({"recover_steps": 1, "lr": 0.0}, "learning rate of a training is 0"),
+        ({"recover_steps": 1, "train": "wrong"}, "--train: the network doesn't take"),
+        ({"recover_steps": 1, "train": "bare", "distill": 0.0}, "--distill 0 leaves nothing to learn"),
+        ({"eval": "wrong"}, "--eval: the network doesn't take"),
+        ({"eval": "bare"}, "no targets|no labels|needs targets|y"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_work(
+    given: dict[str, Any], words: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "dense_files", lambda job: pytest.fail("the work began"))
+    images = np.load(data.calibration)["x"]
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((8, 5), np.float32), y=np.zeros(8, np.int64))
+    np.savez(tmp_path / "bare.npz", x=images[:8])
+    named = {k: str(tmp_path / f"{v}.npz") if v in ("wrong", "bare") else v for k, v in given.items()}
+    method = next(m for m in METHODS if m.name == "structured-obs")
+    with pytest.raises(UsageError, match=words):
+        run(method, data, tmp_path / "run", **named)

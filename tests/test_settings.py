@@ -109,6 +109,8 @@ def test_an_empty_list_of_words_excludes_nothing(tmp_path: Path) -> None:
         ("num_calibration", "0", "'0' is below 1"),
         ("threads", "0", "'0' is below 1"),
         ("seed", "-1", "'-1' is below 0"),
+        ("lr", "-1", "'-1' is below 0"),
+        ("distill", "5", "'5' is above 1"),
         ("seed", True, "True is not a whole number"),
         ("max_drop", "nan", "'nan' is not a finite number"),
         ("max_drop", "one", "'one' is not a finite number"),

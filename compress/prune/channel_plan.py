@@ -25,6 +25,7 @@ from .selection import listed
 
 FLOAT_BYTES = 4
 LEAST = 0.1  # of a group's channels stays in any case
+UNCUT = "nothing is cut: the network is within the budget as it is"
 Options = Mapping[str, Any]
 T = TypeVar("T")
 

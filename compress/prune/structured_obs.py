@@ -29,7 +29,7 @@ from ..pruned import kept_of
 from ..reconstruct.least_squares import fitting_examples, refit_layers
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-from .channel_plan import LEAST, channel_plan, cost_figures, movable_channels, terms_of, within_reach
+from .channel_plan import LEAST, UNCUT, channel_plan, cost_figures, movable_channels, terms_of, within_reach
 from .selection import budget_of, choose, require_prunable
 
 NAME = "structured-obs"
@@ -82,6 +82,8 @@ def plan(
     scores = context.memo[NAME]
     kept = within(scores)
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
+    if bool(kept.all()):
+        context.notes.append(UNCUT)
     predicted = {**cost_figures(costs, kept), "loss": float(scores[~kept].sum())}
     return _fitted(NAME, source, graph, channels, kept, calibration, budget, recorded, predicted, context)
 

@@ -25,7 +25,7 @@ from ..task import Calibration
 from ..train.features import Features
 from ..train.loop import Hooks, train
 from ..train.recipe import Training
-from .channel_plan import channel_plan, cost_figures, terms_of, within_reach
+from .channel_plan import UNCUT, channel_plan, cost_figures, terms_of, within_reach
 from .cut_target import Cost, keep_of
 from .hesso import Hesso
 
@@ -136,6 +136,8 @@ def trained_plan(
     )
     context.notes.append(trained.moved())
     kept = kept_channels(channels, method.kept)
+    if bool(kept.all()):
+        context.notes.append(UNCUT)
     read = tensor_names(module) & state.keys()
     changed = {target for target in read if not torch.equal(tensor_at(module, target), state[target])}
     return channel_plan(
