@@ -38,6 +38,7 @@ from .recipe import Recipe as Recipe
 
 STAGE = "recover"  # as progress calls it
 CHECKS = 10  # of the divergence from the dense network, over the run
+NOISE = 0.05  # of a divergence: checks that are nearer to one another can't be told apart
 JOURNAL_EVERY_S = 20.0
 CLIP = 5.0  # norm of the gradient
 
@@ -279,7 +280,9 @@ class _Run:
             self.best = {name: value.detach().clone() for name, value in _tensors(self.module).items()}
 
     def keep_best(self) -> None:
-        if self.best is not None:
+        """Keep the end, where the learning rate has come down, unless a check was nearer by more than noise."""
+        end = self.trained.divergences[-1][1] if self.trained.divergences else math.inf
+        if self.best is not None and (self.recipe.patience is not None or self.least < (1 - NOISE) * end):
             _copy(self.best, self.module)
             self.trained.step = self.best_step
 

@@ -321,6 +321,17 @@ def test_the_start_is_kept_where_training_only_harms(taught: fx.GraphModule, pat
     assert "those of step 0 being the nearest" in found.moved()
 
 
+def test_the_end_is_kept_where_no_check_was_nearer_by_more_than_noise(
+    taught: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for before_the_end, kept in ((0.98, 10), (0.9, 9)):
+        values = iter([2.0] * 9 + [before_the_end, 1.0])
+        monkeypatch.setattr(loop, "divergence_from", lambda *_, values=values: next(values))
+        module, data = smaller(taught), images()
+        found = train(module, data, Classification(), recipe(10), teacher=taught, calibration=data, progress=quiet)
+        assert found.step == kept
+
+
 def test_only_what_a_method_allows_is_kept(taught: fx.GraphModule) -> None:
     module, data = copy.deepcopy(taught), images()
     steps: list[int] = []
