@@ -19,7 +19,7 @@ from .data import Data
 from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.trace import Graph
-from .plan import BY_CHANNEL, Plan
+from .plan import BY_CHANNEL, Plan, Replace
 from .sensitivity import Sensitivity
 from .task import Task
 from .verdict import Check, limit_check
@@ -227,6 +227,11 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: i
     if plan is None:
         return "exported as it is"
     if decision == "keep":
+        is_new = any(isinstance(d, Replace) and d.tensor == tensor for d in plan.decisions)
+        if plan.channels() or is_new:
+            return ("none of its channels is cut" if plan.channels() else "not masked") + (
+                "; its values are fitted or trained anew" if is_new else ""
+            )
         return f"left as it is: excluded, or {plan.options.get('pattern', plan.method)} doesn't fit its shape"
     if decision == "mask":
         mask = plan.masks()[tensor]

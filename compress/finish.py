@@ -47,6 +47,7 @@ from .verify import (
     evaluate,
     measure_parity,
     open_session,
+    require_targets,
     runtime_forward,
 )
 
@@ -258,6 +259,7 @@ def read_evaluation(job: Job) -> tuple[Data, Task]:
     if job.settings["task"].value is None and job.calibration is None:
         task = load_task(None, data)
     data = task.prepare(data)
+    require_targets(data)
     check_targets(task, check_forward(job.source.module, data, "--eval"), data)
     check_shapes(data, job.graph.example_inputs)
     return data, task

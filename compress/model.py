@@ -311,8 +311,8 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
             activations, as in model.onnx.
 
     Returns:
-        The network in evaluation mode, parameters without gradients. Warns where the class's own code can't compute
-        what is left of it after a cut: its ``forward`` then runs the exported graph.
+        The network in evaluation mode; the parameters of the user's own class learn where those of the factory do. Warns
+        where the class's own code can't compute what is left of it after a cut: its ``forward`` runs the exported graph.
 
     Raises:
         InputError: Not a run folder, or its files were changed.
@@ -321,24 +321,26 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
         >>> import compress
         >>> network = compress.load("run-q", resnet20)  # doctest: +SKIP
     """
-    if factory is None or isinstance(factory, str):
-        module = load_source(Path(run), factory, None).module
-        _warn_of_graph(module)
-        return module
+    if factory is None:
+        return load_source(Path(run), None, None).module
+    if not Path(run).exists():
+        raise InputError(f"{run}: no such file", hint="pass the --out folder of a finished run")
     manifest = read_manifest(Path(run))
     check_files(Path(run), manifest)
     path = Path(run) / WEIGHTS
     checkpoint = read_checkpoint(path)
     state, _ = _unpack(checkpoint)
-    module = call_factory(factory, {}, getattr(factory, "__name__", "factory"))
-    module = _filled(module, state, read_cuts(checkpoint.metadata, path), path)[0]
-    _warn_of_graph(module)
-    return module
-
-
-def _warn_of_graph(module: nn.Module) -> None:
-    if why_graph(module):
-        warnings.warn(f"{type(module).__name__}: {why_graph(module)}", stacklevel=3)
+    if isinstance(factory, str):
+        module = build_module(factory, None)
+    else:
+        module = call_factory(factory, {}, getattr(factory, "__name__", "factory"))
+    learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    loaded = _filled(module, state, read_cuts(checkpoint.metadata, path), path)[0]
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_(name in learning)
+    if why_graph(loaded):
+        warnings.warn(f"{type(loaded).__name__}: {why_graph(loaded)}", stacklevel=2)
+    return loaded
 
 
 def guess_inputs(module: nn.Module, input_shape: str | None) -> tuple[tuple[Tensor, ...], str]:

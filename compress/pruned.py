@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from . import canonical
 from .errors import GateError, HCompressError, InputError
-from .graph.cut import cut, kept_channels, probe_inputs, sliced_tensor, worst_difference
+from .graph.cut import cut, graph_copy, kept_channels, probe_inputs, sliced_tensor, worst_difference
 from .graph.groups import Channels, find_channels
 from .graph.reload import sliced
 from .graph.rewrite import put_tensor, tensor_names, unlift
@@ -80,9 +79,10 @@ def kept_of(channels: Channels, decisions: Mapping[str, PruneChannels]) -> Tenso
     sizes = {group.name: group.size for group in channels.groups}
     for name, decision in decisions.items():
         if sizes.get(name) != decision.size:
-            found = f"has {sizes[name]} channels" if name in sizes else "isn't a group of the checkpoint's network"
             raise InputError(
-                f"plan: {name} {found}, the plan's has {decision.size}",
+                f"{name} has {sizes[name]} channels, the plan's has {decision.size}"
+                if name in sizes
+                else f"the network has no channels of {name}, of which the plan cuts some",
                 hint="the plan is for another architecture; hcompress inspect --channels lists the groups",
             )
     return kept_channels(channels, {name: decision.keep for name, decision in decisions.items()})
@@ -173,8 +173,8 @@ def cut_module(module: nn.Module, cuts: Sequence[Cut], path: Path) -> nn.Module:
         module.eval()
         graph = trace_graph(module, inputs)
         channels = find_channels(graph)
-        kept = kept_of(channels, {decision.tensor: decision for decision in cut_.channels})
         try:
+            kept = kept_of(channels, {decision.tensor: decision for decision in cut_.channels})
             module = sliced(module, graph, channels, kept)
         except HCompressError as error:
             raise InputError(
@@ -205,7 +205,7 @@ def trainable_copy(graph: Graph, state: Mapping[str, Tensor]) -> fx.GraphModule:
 
 def with_tensors(module: fx.GraphModule, state: Mapping[str, Tensor]) -> fx.GraphModule:
     """A copy of a network with the tensors of ``state``, where it has them."""
-    made = copy.deepcopy(module)
+    made = graph_copy(module)
     for target in sorted(tensor_names(made) & state.keys()):
         put_tensor(made, target, state[target].detach().clone())
     return made

@@ -254,6 +254,7 @@ def disk_error(path: Path, error: OSError | RuntimeError) -> DiskError:
         errno.ENAMETOOLONG: "choose a shorter --out",
         errno.ENOTDIR: "a part of the path is a file; choose another --out",
         errno.EACCES: "choose an --out that you may write",
+        errno.ENOENT: "choose an --out in a folder that takes others",
         errno.EROFS: "the file system is read-only; choose another --out",
     }
     hint = hints.get(error.errno or 0, "check the disk")

@@ -55,9 +55,10 @@ class Classification:
         if data.targets.dim() != 1 or data.targets.is_floating_point():
             floats = "classification needs integer labels [n]; for float targets pass --task regression"
             one_hot = "classification needs integer labels [n]; of one-hot rows, pass y.argmax(1)"
+            many = "for a label of each position, as of a segmentation, pass --task FILE.py:Task (docs/tasks.md)"
             raise UsageError(
                 f"{data.name}: labels have dtype {dtype_name(data.targets)} and shape {list(data.targets.shape)}",
-                hint=one_hot if _is_one_hot(data.targets) else floats,
+                hint=one_hot if _is_one_hot(data.targets) else floats if data.targets.is_floating_point() else many,
             )
         if int(data.targets.min()) < 0:
             raise UsageError(

@@ -99,6 +99,12 @@ def runtime_forward(session: Session) -> Callable[..., Any]:
     return forward
 
 
+def require_targets(data: Data) -> None:
+    """Refuse evaluation data without labels."""
+    if data.targets is None:
+        raise UsageError(f"{data.name} has no labels", hint="evaluation data need y: (x, y), or keys x and y")
+
+
 def evaluate(forward: Callable[..., Any], data: Data, task: Task, stage: str, progress: Progress) -> float:
     """The mean of the task's score over all examples.
 
@@ -106,8 +112,7 @@ def evaluate(forward: Callable[..., Any], data: Data, task: Task, stage: str, pr
         UsageError: The data have no targets, or the task can't score them.
         NumericsError: The figure isn't finite.
     """
-    if data.targets is None:
-        raise UsageError(f"{data.name} has no labels", hint="evaluation data need y: (x, y), or keys x and y")
+    require_targets(data)
     total, done = 0.0, 0
     with torch.no_grad():
         size = _batch_size(forward(*data.first(1).inputs))

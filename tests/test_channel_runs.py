@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,11 @@ def test_the_network_is_smaller_in_every_figure(cut: dict[str, Any]) -> None:
 
 
 def test_it_loads_as_a_program_and_in_the_user_s_class(cut: dict[str, Any], folder: Path) -> None:
-    program, network = compress.load(folder / "cut"), compress.load(folder / "cut", fashion_net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of torch to itself
+        program, network = compress.load(folder / "cut"), compress.load(folder / "cut", fashion_net)
+    with pytest.raises(InputError, match=r"model\.safetensors: the network has no channels of .*weight"):
+        compress.load(folder / "cut", lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 2, 3)))
     assert type(network) is type(fashion_net())
     assert sum(p.numel() for p in network.parameters()) == cut["params"]["compressed"]
     x = torch.randn(5, 1, 28, 28)

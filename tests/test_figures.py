@@ -19,7 +19,7 @@ from compress.formats.packed import QuantizedTensor
 from compress.frontier import FLOAT_BITS, Choice, FrontierRecord, Item
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
-from compress.plan import MaskWeights, Plan, Quantize
+from compress.plan import MaskWeights, Plan, PruneChannels, Quantize, Replace
 from compress.sensitivity import Estimate, Sensitivity
 from compress.task import Classification
 from compress.verify import INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
@@ -77,6 +77,16 @@ def test_a_dense_network_has_32_bits_and_its_own_zeros(dense: tuple[Source, Grap
     ]
     assert all(layer["relative_error"] == 0 and layer["why"] == "exported as it is" for layer in layers)
     assert figures.totals(layers) == {"average_bits": 32.0, "sparsity": 8 / 48}
+
+
+def test_a_layer_that_loses_no_channel_says_whether_its_values_are_new(dense: tuple[Source, Graph]) -> None:
+    source, graph = dense
+    decisions = (PruneChannels("other", 8, (0,)), Replace("0.weight", "0" * 64))
+    plan = Plan("structured-obs", {}, 0, source.sha256, None, None, decisions, {})
+    state = dict(source.module.state_dict())
+    first, second = (layer["why"] for layer in figures.layer_records(state, graph, state, plan))
+    assert first == "none of its channels is cut; its values are fitted or trained anew"
+    assert second == "none of its channels is cut"
 
 
 def test_totals_weigh_layers_by_their_elements(dense: tuple[Source, Graph]) -> None:

@@ -372,7 +372,16 @@ def test_a_run_loads_with_and_without_its_factory(run: Path) -> None:
         compress.load(run),
     ):
         assert (network(x).argmax(1) == expected).float().mean() > 0.95
-    assert type(compress.load(run, fashion_net)).__name__ == "FashionNet"
+    network = compress.load(run, fashion_net)
+    assert type(network).__name__ == "FashionNet"
+    assert all(p.requires_grad for p in network.parameters()), "as the factory made them"
+
+    def frozen() -> torch.nn.Module:
+        made = fashion_net()
+        made.head.weight.requires_grad_(False)
+        return made
+
+    assert [n for n, p in compress.load(run, frozen).named_parameters() if not p.requires_grad] == ["head.weight"]
 
 
 def test_a_run_is_a_checkpoint(run: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,9 +63,16 @@ def stays(channels: Channels, kept: Tensor, labels: Tensor) -> Tensor:
     return places_kept(kept, channels.channel_of[labels])
 
 
+def graph_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with tensors of its own. What torch warns itself of while it copies is of no use to anyone else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(module)
+
+
 def masked(channels: Channels, module: fx.GraphModule, kept: Tensor) -> fx.GraphModule:
     """The whole network with every parameter and buffer of the cut channels at zero."""
-    whole = copy.deepcopy(module)
+    whole = graph_copy(module)
     for target, vectors in channels.weights.items():
         tensor = tensor_at(whole, target).clone()
         for dim, labels in enumerate(vectors):
@@ -82,7 +90,7 @@ def cut(channels: Channels, module: fx.GraphModule, kept: Tensor) -> fx.GraphMod
         module: ``channels.module`` or a copy of it, whose nodes have the same names; not changed.
         kept: bool over all channels, as ``kept_channels`` gives it.
     """
-    small = copy.deepcopy(module)
+    small = graph_copy(module)
     for target in channels.weights:
         put_tensor(small, target, sliced_tensor(channels, kept, target, tensor_at(small, target)))
     originals = {node.name: node for node in channels.module.graph.nodes}
@@ -245,7 +253,7 @@ def _fit_groups(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
 def randomised(module: fx.GraphModule, *, seed: int) -> fx.GraphModule:
     """A float64 copy with random parameters and buffers; statistics of variance stay positive."""
     generator = torch.Generator().manual_seed(seed)
-    made = copy.deepcopy(module).double()
+    made = graph_copy(module).double()
     for node in made.graph.nodes:
         if node.op == "get_attr":
             try:
