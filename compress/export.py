@@ -12,19 +12,23 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, numpy_helper
+from onnx import GraphProto, ModelProto, numpy_helper
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
+from torch.utils import _pytree as pytree
 
 from .apply import Compressed
 from .errors import InputError
 from .formats import pt2
 from .formats.onnx_packed import pack_weights, sparsify
 from .formats.packed import QuantizedTensor, encode
-from .graph.rewrite import to_aten
+from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
 from .pruned import Cut, cuts_metadata
 
@@ -42,9 +46,12 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ModelProto
         InputError: An op has no ONNX form; names it.
     """
     program = trace_module(module, example_inputs)
+    _keep_tensors(program)
     try:
-        with _silenced():
-            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+        try:
+            return _translated(program, optimize=True)
+        except Exception:  # noqa: BLE001 - onnxscript's optimizer can't do some graphs that it translates
+            return _translated(program, optimize=False)
     # torch.onnx has one error class for many causes and lets others through; all are facts about the network.
     except Exception as error:
         cause: BaseException = error
@@ -54,11 +61,48 @@ def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ModelProto
         raise InputError(
             f"the network has no ONNX form ({reason})", hint="write the op with others in forward"
         ) from error
+
+
+def _keep_tensors(program: ExportedProgram) -> None:
+    """ONNX has no outputs but tensors: numbers and None are left out."""
+    output, signature = program.graph.output_node(), program.graph_signature
+    values, specs = operand(output, 0), signature.output_specs
+    kept = [i for i, spec in enumerate(specs) if isinstance(spec.arg, TensorArgument)]
+    if len(kept) < len(specs):
+        output.args = (tuple(values[i] for i in kept),)
+        signature.output_specs = [specs[i] for i in kept]
+        entry: Any = program.module_call_graph[0].signature
+        entry.out_spec = pytree.tree_structure((None,) * len(kept))
+        program.graph_module.recompile()
+
+
+def _translated(program: ExportedProgram, *, optimize: bool) -> ModelProto:
+    translations: Any = {torch.ops.aten._adaptive_avg_pool3d.default: _average_pool3d}
+    with _silenced():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            optimize=optimize,
+            custom_translation_table=translations,
+        )
     assert exported is not None
     model = exported.model_proto
     _clean(model)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _average_pool3d(x: Any, output_size: Sequence[int]) -> Any:
+    """``adaptive_avg_pool3d`` where windows are alike, for which torch.onnx has no translation."""
+    from onnxscript import opset21  # a second of every start
+
+    sizes = [int(size) for size in x.shape[-3:]]
+    windows = [size // count for size, count in zip(sizes, output_size, strict=True)]
+    if [count * window for count, window in zip(output_size, windows, strict=True)] != sizes:
+        raise ValueError(f"adaptive_avg_pool3d from {sizes} to {list(output_size)} has windows of several sizes")
+    return opset21.AveragePool(x, kernel_shape=windows, strides=windows)
 
 
 @contextlib.contextmanager
@@ -116,7 +160,7 @@ def _drop_zero_points(model: ModelProto) -> None:
 def _drop_unused(model: ModelProto) -> None:
     graph = model.graph
     while True:
-        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        used = _read_names(graph)
         dead = [node for node in graph.node if not any(name in used for name in node.output)]
         if not dead:
             break
@@ -124,6 +168,17 @@ def _drop_unused(model: ModelProto) -> None:
             graph.node.remove(node)
     for tensor in [t for t in graph.initializer if t.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def _read_names(graph: GraphProto) -> set[str]:
+    """Names that a graph's nodes and outputs read, those in the bodies of loops and branches included."""
+    used = {value.name for value in graph.output}
+    for node in graph.node:
+        used.update(node.input)
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                used |= _read_names(body)
+    return used
 
 
 def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from zoo import Network, named
 
@@ -19,7 +20,7 @@ from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
 from compress.errors import InputError
-from compress.export import input_names, onnx_model, safetensors_bytes, serialize, write_program
+from compress.export import input_names, onnx_model, safetensors_bytes, serialize, to_onnx, write_program
 from compress.formats import pt2
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor, decode
@@ -27,7 +28,7 @@ from compress.graph.trace import Graph, trace_graph, trace_module
 from compress.model import Source
 from compress.quantize import uniform
 from compress.task import Calibration, Classification
-from compress.verify import measure_parity, open_session, parity_holds
+from compress.verify import measure_parity, open_session, parity_holds, run_session
 
 PLAIN = ("plain_cnn", "Split", "transposed_2d", "mlp", "Gpt", "DataclassOutput", "TwoInputs")
 
@@ -193,3 +194,50 @@ def test_a_program_with_autocast_is_read_again(tmp_path: Path) -> None:
     network, x = Rounded(4, 4).eval(), torch.randn(3, 4)
     write_program(trace_module(network, (x,)).module(check_guards=False), (x,), tmp_path / "model.pt2")
     assert torch.equal(pt2.read(tmp_path / "model.pt2").module(check_guards=False)(x), network(x))
+
+
+class Pooled(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool3d(x, self.sizes)
+
+
+class Bag(nn.EmbeddingBag):
+    """A loop in ONNX."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.abs().long().flatten(1).clamp(max=3))
+
+
+class HeadsAsExamples(nn.Linear):
+    """Joins heads along the batch, which onnxscript's optimizer can't do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat(torch.chunk(super().forward(x.flatten(2)), 2, 2), 0)
+        return torch.cat(torch.chunk(F.softmax(torch.bmm(y, y.mT), -1), 2, 0), 2)
+
+
+class NotTensors(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"scaled": x * 2, "count": 3, "rest": (x.sum(), None, True)}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Pooled(2, 2, 2), Pooled(1, 2, 3), Bag(4, 4), HeadsAsExamples(144, 8), NotTensors()],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_torch_has_no_onnx_for_is_exported(module: nn.Module) -> None:
+    inputs = (torch.randn(2, 3, 4, 6, 6).abs(),)
+    session = open_session(serialize(to_onnx(module.eval(), inputs)), 1)
+    with torch.no_grad():
+        expected = [value for value in tree_leaves(module(*inputs)) if isinstance(value, Tensor)]
+    torch.testing.assert_close(run_session(session, inputs), expected)
+
+
+def test_pooling_windows_of_several_sizes_have_no_onnx_form() -> None:
+    with pytest.raises(InputError, match=r"no ONNX form \(adaptive_avg_pool3d from \[4, 6, 6\] to \[3, 3, 3\]"):
+        to_onnx(Pooled(3, 3, 3), (torch.randn(2, 3, 4, 6, 6),))
