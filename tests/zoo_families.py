@@ -163,7 +163,7 @@ timm_network("coatnet_nano_rw_224", num_folded=5, img_size=64, size=64, depths=(
 timm_network("edgenext_xx_small", depths=(1, 1, 2, 1), dims=WIDTHS)
 timm_network("mobilevit_xxs", num_folded=32, size=64)
 timm_network("mobilevitv2_050", "conv", num_folded=25, size=64)
-timm_network("efficientvit_b0", num_folded=26)  # Its attention is in a submodule of the program, for autocast.
+timm_network("efficientvit_b0", num_folded=26)
 timm_network("fastvit_t8", "conv", num_folded=46, size=64)
 timm_network("starnet_s1", "conv", num_folded=35)
 

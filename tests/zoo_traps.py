@@ -715,6 +715,62 @@ class Regions(nn.Module):
         return self.fc(self.out(y * torch.sigmoid(peak)).mean((2, 3)))
 
 
+@trap(x=(6, 16))
+class ComplexRotary(nn.Module):
+    """Queries and keys turned as complex numbers, by a constant that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.turns = torch.polar(torch.ones(6, 2), torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.1])))
+        self.fc = nn.Linear(16, 5)
+
+    def turned(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.turns[: x.shape[2]]).flatten(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.fc((x + self.out(attend(self.turned(q), self.turned(k), v))).mean(1))
+
+
+@trap(num_folded=1, x=(3, 8, 8))
+class Frequencies(nn.Module):
+    """A filter over an image's frequencies, for each channel, held as pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.fc = conv_bn(3, 8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.filter = nn.Parameter(torch.randn(8, 8, 5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        waves = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.filter)
+        return self.fc(F.relu(self.out(torch.fft.irfft2(waves, s=(8, 8), norm="ortho"))).mean((2, 3)))
+
+
+@trap(x=(5, 6))
+class Cells(nn.Module):
+    """Recurrent cells one step at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gru, self.lstm, self.fc = (
+            nn.Linear(6, 8),
+            nn.GRUCell(8, 10),
+            nn.LSTMCell(10, 8),
+            nn.Linear(8, 5),
+        )
+        self.width = 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, states = x.new_zeros(x.shape[0], self.width), None
+        for step in F.relu(self.first(x)).unbind(1):
+            a = self.gru(step, a)
+            states = self.lstm(a, states)
+        return self.fc(states[0])
+
+
 @trap(UNTRACEABLE, "conv", x=(3, 8, 8))
 class EarlyExit(nn.Module):
     """The second half runs only where the first is not sure of some example."""

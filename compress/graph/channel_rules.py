@@ -29,6 +29,7 @@ KEEP_ZERO = {
     "sin", "erf", "prelu", "clone", "contiguous", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "to",
     "_to_copy", "detach", "detach_", "softsign", "expm1", "log1p", "trunc", "round", "floor",
     "ceil", "type_as", "positive", "alias", "lift_fresh_copy", "hardshrink", "softshrink", "tanhshrink", "relu2",
+    "real", "imag", "_conj", "conj", "conj_physical", "resolve_conj",
 }  # fmt: skip
 # Element by element too, though not tagged so.
 POINTWISE = {
@@ -38,6 +39,7 @@ POINTWISE = {
     "rsub", "where", "hardswish", "hardswish_", "hardsigmoid", "elu", "fill_", "addcmul", "addcdiv", "lerp",
     "float_power", "true_divide", "multiply", "subtract", "divide", "clip", "clip_", "zeros_like",
     "ones_like", "full_like", "empty_like", "nan_to_num", "isnan", "isfinite", "softplus", "hardtanh", "hardtanh_",
+    "real", "imag", "_conj", "conj", "conj_physical", "resolve_conj", "complex",
     "__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__",
 }  # fmt: skip
 PRODUCTS = {"mul", "mul_", "multiply"}
@@ -162,6 +164,8 @@ def pointwise(reading: Reading, node: fx.Node) -> Value:
         kind = "mul"
     elif name in SUMS:
         kind = "other" if has_scalar else "add"
+    elif name == "complex":
+        kind = "add"
     elif name in QUOTIENTS or name == "copy_":
         kind = "first"
     elif name.startswith("hardtanh"):
@@ -642,6 +646,16 @@ def over_dim(reading: Reading, node: fx.Node) -> Value:
     return kept if op_name(node).startswith("cum") else unzeroed(kept)
 
 
+@rule(*(f"fft_{way}{kind}fft{rank}" for way in ("", "i") for kind in ("", "r", "h") for rank in ("", "2", "n")))
+def fourier(reading: Reading, node: fx.Node) -> Value:
+    """Frequencies of each channel alone."""
+    name, value, dims = op_name(node), reading.value(node.args[0]), len(shape_of(node.args[0]))
+    given = argument(node, "dim", -1 if name.endswith("t") else [-2, -1] if name.endswith("2") else None)
+    for dim in range(dims) if given is None else [given] if isinstance(given, int) else given:
+        value = _across(reading.labels, value, dim % dims, f"{name} runs over it")
+    return value
+
+
 @rule("sort", "topk")
 def ordered(reading: Reading, node: fx.Node) -> Result:
     dim = argument(node, "dim", -1)
@@ -800,6 +814,18 @@ def turn(reading: Reading, node: fx.Node) -> Value:
             labels = node.target(axis.labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         found.append(replace(axis, labels=labels))
     return tuple(found)
+
+
+@rule("view_as_complex")
+def as_complex(reading: Reading, node: fx.Node) -> Value:
+    """Both parts of a number go together."""
+    value = _across(reading.labels, reading.value(node.args[0]), len(shape_of(node)), "view_as_complex takes both")
+    return tuple(replace(axis, labels=axis.labels.squeeze(-1)) for axis in value)
+
+
+@rule("view_as_real")
+def as_real(reading: Reading, node: fx.Node) -> Value:
+    return tuple(replace(axis, labels=axis.labels.unsqueeze(-1)) for axis in reading.value(node.args[0]))
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -1101,6 +1127,30 @@ def recurrent(reading: Reading, node: fx.Node) -> Result:
     for source in node.all_input_nodes:
         reading.freeze(reading.value(source), f"{op_name(node)} keeps its state and inputs")
     return [() for _ in node.meta["val"]]
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(reading: Reading, node: fx.Node) -> Result:
+    """A unit's gates, which lie one after another in each weight, go with its state."""
+    labels, name = reading.labels, op_name(node)
+    x, before, weight, recurrent_weight, *biases = node.args
+    states = list(before) if isinstance(before, (list, tuple)) else [before]
+    units = labels.vector(reading.value(recurrent_weight), 1)
+    gates = shape_of(weight)[0] // shape_of(recurrent_weight)[1]
+    for part in (weight, recurrent_weight, *biases):
+        made = labels.vector(reading.value(part), 0)
+        if isinstance(part, fx.Node):
+            _meet(labels, units, None if made is None else made.reshape(gates, -1), f"{name} has gates that stay")
+    for source, read_labels in ((x, labels.vector(reading.value(weight), 1)), *((state, units) for state in states)):
+        value, dims = reading.value(source), len(shape_of(source))
+        last = tuple(axis for axis in value if axis.labels.shape[-1] > 1)
+        reading.freeze(tuple(axis for axis in value if axis.labels.shape[-1] == 1), f"{name} keeps its batch")
+        _meet(labels, labels.vector(last, dims - 1), read_labels, f"{name} reads channels that stay")
+        _freeze_unless_zero(labels, last, -1, reading.value(weight if source is x else recurrent_weight), 1, name)
+    stored = all(_is_zero(reading.value(part), 0) for part in (weight, recurrent_weight, *biases))
+    is_zero = stored and all(_is_zero(reading.value(state), -1) for state in states)
+    value = () if units is None else (Axis(along(units, dims - 1, dims), is_zero),)
+    return [value for _ in states] if name == "lstm_cell" else value
 
 
 @rule(

@@ -110,8 +110,10 @@ def sliced_tensor(channels: Channels, kept: Tensor, target: str, tensor: Tensor)
     """What is left of the tensor called ``target``."""
     for dim, labels in enumerate(channels.weights.get(target, ())):
         if labels is not None:
-            tensor = tensor.index_select(dim, stays(channels, kept, labels).nonzero().reshape(-1))
-    return tensor.contiguous()
+            left = stays(channels, kept, labels)
+            if not left.all():  # dimensions of pairs aren't there in a complex tensor
+                tensor = tensor.index_select(dim, left.nonzero().reshape(-1))
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _Cut:

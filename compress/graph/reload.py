@@ -174,6 +174,8 @@ def _put(module: nn.Module, aliases: Sequence[str], value: Tensor) -> None:
     """Set a tensor under all of its names; a parameter stays one."""
     owners = [(module.get_submodule(path), name) for path, _, name in (alias.rpartition(".") for alias in aliases)]
     before = getattr(*owners[0])
+    if before.is_complex() and not value.is_complex():
+        value = torch.view_as_complex(value)
     made = nn.Parameter(value, requires_grad=before.requires_grad) if isinstance(before, nn.Parameter) else value
     for owner, name in owners:
         held: Any = next((d for d in (owner._parameters, owner._buffers) if name in d), vars(owner))

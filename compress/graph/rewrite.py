@@ -73,8 +73,26 @@ def unlift(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> fx.G
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in canonical:
             node.target = canonical[node.target]
+    _real_constants(module)
     _plain_outputs(module)
     return module
+
+
+def _real_constants(module: fx.GraphModule) -> None:
+    """Complex constants are held as pairs of floats: no file that is written holds others."""
+    for node in list(module.graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "get_attr" and isinstance(value, Tensor) and value.is_complex():
+            stored = tensor_at(module, str(node.target))
+            if stored.is_complex():
+                put_tensor(module, str(node.target), torch.view_as_real(stored).contiguous())
+            readers = list(node.users)
+            with module.graph.inserting_after(node):
+                made = module.graph.call_function(aten.view_as_complex.default, (node,))
+            made.meta, node.meta = dict(node.meta), {**node.meta, "val": torch.view_as_real(value)}
+            for reader in readers:
+                reader.replace_input_with(node, made)
+    module.recompile()
 
 
 def _plain_outputs(module: fx.GraphModule) -> None:

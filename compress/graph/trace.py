@@ -277,8 +277,12 @@ def _require_names(module: nn.Module) -> None:
 
 
 def _require_float32(module: nn.Module) -> None:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
+    for name, tensor in module.state_dict().items():
+        if (
+            isinstance(tensor, Tensor)
+            and (tensor.is_floating_point() or tensor.is_complex())
+            and tensor.dtype is not torch.float32
+        ):
             raise InputError(
                 f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, and the network is run in float32",
                 hint="return model.float() from the factory; export a .pt2 from the float32 model",

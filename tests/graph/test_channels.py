@@ -249,3 +249,13 @@ def test_a_part_that_is_named_as_a_graphs_own_is_refused_by_name() -> None:
     module.graph = nn.Linear(3, 3)
     with pytest.raises(InputError, match="'graph', which torch's graphs keep"):
         trace_graph(module, (torch.randn(2, 3),))
+
+
+def test_cells_filters_of_frequencies_and_complex_constants_are_cut() -> None:
+    sizes = {
+        name: {g.name: g.size for g in channels_of(zoo_families_named(name)).groups}
+        for name in ("Cells", "Frequencies", "ComplexRotary")
+    }
+    assert sizes["Cells"] == {"first.weight": 8, "gru.weight_ih": 10, "lstm.weight_ih": 8}
+    assert sizes["Frequencies"] == {"filter": 8, "out.weight": 8}
+    assert sizes["ComplexRotary"] == {"query.weight": 4}
