@@ -311,8 +311,8 @@ def load(run: str | Path, factory: Callable[[], nn.Module] | str | None = None) 
             activations, as in model.onnx.
 
     Returns:
-        The network in evaluation mode; the parameters of the user's own class learn where those of the factory do. Warns
-        where the class's own code can't compute what is left of it after a cut: its ``forward`` runs the exported graph.
+        The network in evaluation mode; parameters of the user's own class learn where those of the factory do. Warns
+        where the class's own code can't compute what is left after a cut: its ``forward`` runs the exported graph.
 
     Raises:
         InputError: Not a run folder, or its files were changed.
