@@ -771,6 +771,25 @@ class Cells(nn.Module):
         return self.fc(states[0])
 
 
+@trap(num_folded=1, x=(3, 8, 8))
+class MeansOverChannels(nn.Module):
+    """A gate by the mean over channels, and their lengths beside the mean length (ConvNeXt V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate = conv_bn(3, 8), nn.Conv2d(1, 1, 3, padding=1)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.gamma, self.beta, self.fc = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x * torch.sigmoid(self.gate(x.mean(1, keepdim=True)))
+        y = F.gelu(self.wide(x.permute(0, 2, 3, 1)))
+        lengths = torch.norm(y, dim=(1, 2), keepdim=True)
+        y = self.gamma * y * lengths / (lengths.mean(-1, keepdim=True) + 1e-6) + self.beta + y
+        return self.fc(self.narrow(y).mean((1, 2)))
+
+
 @trap(UNTRACEABLE, "conv", x=(3, 8, 8))
 class EarlyExit(nn.Module):
     """The second half runs only where the first is not sure of some example."""

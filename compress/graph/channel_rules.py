@@ -669,14 +669,11 @@ def ordered(reading: Reading, node: fx.Node) -> Result:
     "logsumexp", "any", "all", "std_mean", "var_mean", "median", "count_nonzero",
 )  # fmt: skip
 def reduction(reading: Reading, node: fx.Node) -> Result:
-    """Zeros add nothing to a sum; any other statistic needs all that it is taken over."""
+    """Zeros add nothing to a sum, and change a mean by a factor; other statistics need all that they are taken over."""
     name, value = op_name(node), reading.value(node.args[0])
     if len(node.args) > 1 and isinstance(node.args[1], fx.Node):
         return pointwise(reading, node)  # maximum and minimum of two tensors
-    shape = shape_of(node.args[0])
-    given = argument(node, "dim", None)
-    axes = range(len(shape)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
-    gone = {int(d) % max(len(shape), 1) for d in axes}
+    gone = reduced_dims(node)
     keepdim = bool(argument(node, "keepdim", False))
     found = []
     for axis in value:
@@ -700,11 +697,29 @@ ZERO_OF_ZEROS = {
 }  # fmt: skip
 
 
+def reduced_dims(node: fx.Node) -> set[int]:
+    """The dimensions that a statistic is taken over."""
+    dims, given = len(shape_of(node.args[0])), argument(node, "dim", None)
+    axes = range(dims) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
+    return {int(d) % max(dims, 1) for d in axes}
+
+
 def _adds(node: fx.Node) -> bool:
-    """Whether more zeros change nothing: sums, and norms that are roots of sums."""
+    """Whether more zeros change nothing, or a factor: sums, means, and norms that are roots of sums.
+
+    A mean that a root is taken of is a norm's, which stays as ``rms_norm`` does: no class has another divisor for it.
+    """
     name = op_name(node)
+    if name == "mean":
+        return not _has_root(node)
     order = argument(node, "ord", 2) if name == "linalg_vector_norm" else argument(node, "p", 2)
     return name == "sum" or (name in ("norm", "linalg_vector_norm") and (order is None or order > 0))
+
+
+def _has_root(node: fx.Node) -> bool:
+    return any(
+        op_name(user) in ("rsqrt", "sqrt", "pow") or (op_name(user) in SUMS and _has_root(user)) for user in node.users
+    )
 
 
 @rule("glu")

@@ -8,6 +8,7 @@ at zero and statistics that were never taken would hide a wrong cut.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
-from .channel_rules import MADE, hint, op_name, shape_of, slice_bounds, split_sizes
+from .channel_rules import MADE, hint, op_name, reduced_dims, shape_of, slice_bounds, split_sizes
 from .groups import Channels, places_kept
 from .rewrite import MOVES, put_tensor, tensor_at
 from .trace import Graph, argument, aten
@@ -167,6 +168,8 @@ def _fit(cut_: _Cut, module: fx.GraphModule, node: fx.Node, original: fx.Node) -
         _fit_pad(cut_, node, original)
     elif name.startswith("conv"):
         _fit_groups(cut_, node, original)
+    elif name == "mean":
+        _fit_mean(cut_, module, node, original)
     elif name == "group_norm":
         left = cut_.along(original, 1)
         if left is not None:
@@ -250,6 +253,21 @@ def _fit_groups(cut_: _Cut, node: fx.Node, original: fx.Node) -> None:
     arguments = [argument(node, p.name, p.default_value) for p in node.target._schema.arguments]  # type: ignore[union-attr]
     arguments[position] = count
     node.args, node.kwargs = tuple(arguments), {}
+
+
+def _fit_mean(cut_: _Cut, module: fx.GraphModule, node: fx.Node, original: fx.Node) -> None:
+    """What is gone counts as zeros, so that the divisor is as large as before."""
+    source = original.args[0]
+    assert isinstance(source, fx.Node)
+    lefts = [left for dim in reduced_dims(original) if (left := cut_.along(source, dim)) is not None]
+    if lefts:
+        readers = list(node.users)
+        with module.graph.inserting_after(node):
+            share = math.prod(float(left.double().mean()) for left in lefts)
+            scaled = module.graph.call_function(aten.mul.Tensor, (node, share))
+        scaled.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, scaled)
 
 
 def randomised(module: fx.GraphModule, *, seed: int) -> fx.GraphModule:

@@ -259,3 +259,20 @@ def test_cells_filters_of_frequencies_and_complex_constants_are_cut() -> None:
     assert sizes["Cells"] == {"first.weight": 8, "gru.weight_ih": 10, "lstm.weight_ih": 8}
     assert sizes["Frequencies"] == {"filter": 8, "out.weight": 8}
     assert sizes["ComplexRotary"] == {"query.weight": 4}
+
+
+def test_a_mean_over_channels_keeps_its_divisor_and_a_norms_mean_its_channels() -> None:
+    groups = {group.name: group.size for group in channels_of(zoo_families_named("MeansOverChannels")).groups}
+    assert groups == {"stem.0.weight": 8, "gamma": 16, "narrow.weight": 8}
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    channels = find_channels(trace_graph(Norm().eval(), (torch.randn(2, 6),)))
+    assert any("mean runs over it" in f.reason for f in channels.frozen)

@@ -31,10 +31,10 @@ from compress.graph.sliced_attention import SlicedAttention
 from compress.graph.trace import Graph, trace_graph
 
 OTHERS = [*zoo.NETWORKS, *SEQUENCES, *(n for n in zoo_families.FAMILIES if {"timm", "transformers"} & n.traits)]
-# By a graph: their code has a number of channels or heads in it, or halves channels that are cut unevenly.
+# By a graph: their code counts channels or heads, takes their mean, or halves what is cut unevenly.
 LITERAL = {
     "cifar_resnet", "Res2Net", "Ghost", "SpaceToDepth", "Maxout", "TemporalShift", "SelectiveKernel", "NonLocal",
-    "DiffusionBlock",
+    "DiffusionBlock", "MeansOverChannels",
 }  # fmt: skip
 
 
