@@ -87,16 +87,19 @@ def parse_budget(text: str) -> Budget:
     quantity = name or ("bits" if unit in UNITS["bits"] else "bytes")
     if quantity not in QUANTITIES:
         raise UsageError(f"budget {text!r}: unknown quantity {name!r}", hint=f"one of {', '.join(QUANTITIES)}")
+    outside = UsageError(
+        f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0"
+    )
+    if number <= 0:
+        raise outside
     budget = _with_unit(text, quantity, number, unit)
     if budget.of == "dense" and budget.limit > 1:
         raise UsageError(
             f"budget {text!r} is more than the whole network",
             hint="give the share that remains, below 100%; hcompress export writes the network as it is",
         )
-    if budget.limit <= 0 or (budget.quantity == "sparsity" and budget.limit >= 1):
-        raise UsageError(
-            f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0"
-        )
+    if budget.quantity == "sparsity" and budget.limit >= 1:
+        raise outside
     return budget
 
 

@@ -85,9 +85,15 @@ def training(job: Job, *, journal: Path | None, resume: bool) -> Training:
     recipe = recipe_of(job.settings, len(data), usual_optimizer=_usual_optimizer(job.graph), default=DEFAULT_STEPS)
     assert recipe is not None
     job.notes.append(described(recipe, data))
+    _note_start(job, journal, resume=resume)
     if journal is not None and not resume:
         delete_journals(journal)
     return Training(data, recipe, int(job.value("seed")), journal, resume)
+
+
+def _note_start(job: Job, journal: Path | None, *, resume: bool) -> None:
+    if resume and journal is not None and not journal.is_file():
+        job.notes.append(f"--resume found no {journal.name}: the training started anew")
 
 
 def described(recipe: Recipe, data: Data) -> str:
@@ -129,6 +135,7 @@ def recovered(
         UsageError: Nothing to train on.
     """
     data = training_data(job)
+    _note_start(job, journal, resume=resume)
     recipe = recipe_of(job.settings, len(data), usual_optimizer=_usual_optimizer(job.graph))
     assert recipe is not None
     pruned = prune(job.graph, plan)

@@ -116,13 +116,16 @@ def settings(data: Data, out: Path, **given: Any) -> Mapping[str, Value]:
     return resolve(flags, environment={}, folder=None)
 
 
-def run(method: Method, data: Data, out: Path, *, is_dry: bool = False, **given: Any) -> dict[str, Any]:
+def run(
+    method: Method, data: Data, out: Path, *, is_dry: bool = False, is_resumed: bool = False, **given: Any
+) -> dict[str, Any]:
     return pipeline.run_method(
         method.job,
         data.checkpoint,
         settings(data, out, method=method.name, **given),
         force=False,
         dry_run=is_dry,
+        resume=is_resumed,
         plan=None,
         command=["hcompress", method.job],
         progress=quiet,
@@ -383,9 +386,10 @@ def test_a_journal_of_another_budget_is_refused(data: Data, tmp_path: Path, monk
 
 def test_training_that_does_not_help_leaves_the_plan_as_it_was(data: Data, tmp_path: Path) -> None:
     magnitude = next(m for m in METHODS if m.name == "magnitude")
-    report = run(magnitude, data, tmp_path / "trained", recover_steps=2, lr=10.0)
+    report = run(magnitude, data, tmp_path / "trained", is_resumed=True, recover_steps=2, lr=10.0)
     run(magnitude, data, tmp_path / "bare")
     assert any("training did not help" in note for note in report["notes"])
+    assert any("--resume found no trained.journal: the training started anew" in note for note in report["notes"])
     for name in ("plan.json", "model.onnx"):
         assert (tmp_path / "trained" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
 

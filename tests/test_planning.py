@@ -187,7 +187,7 @@ def test_a_picked_size_is_that_of_the_written_file(files: Files, tmp_path: Path)
         ("60%", UsageError, "the frontier's costs are bits"),
         ("bops=10%", UsageError, "the frontier's costs are bits"),
         ("zonk", UsageError, "budget 'zonk' is not understood"),
-        ("-1", UsageError, "budget '-1' is not understood"),
+        ("-1", UsageError, "budget '-1' is out of range"),
         ("1bit", BudgetError, "--pick 1bit: the frontier starts at 2bit"),
     ],
 )
