@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ..budget import Budget
 from ..errors import UsageError
+from .channel_plan import LEAST
 from .cut_target import Cost
 from .group_saliency import RunningScores
-from .hesso import DEFAULT, LEAST, STEPS, WEIGHTS, Hesso, Schedule
+from .hesso import DEFAULT, STEPS, WEIGHTS, Hesso, Schedule
 
 
 @dataclass(frozen=True, slots=True)
