@@ -218,6 +218,6 @@ def test_what_holds_channels_is_named_before_any_curvature_is_taken(
     network[1].unused = nn.Parameter(torch.zeros(7, 8))
     source, graph, calibration = opened(network, (torch.randn(8, 4),))
     monkeypatch.setattr(structured_obs, "saliencies", lambda *given: pytest.fail("took the curvature"))
-    with pytest.raises(BudgetError, match=words) as caught:
+    with pytest.raises(BudgetError, match=f"(?m){words}") as caught:
         structured_obs.plan(source, graph, {}, calibration, parse_budget(budget), options, context())
     assert caught.value.hint.startswith(hint)
