@@ -6,10 +6,11 @@ into them: the program's own weights are never changed.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -22,6 +23,7 @@ from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argume
 
 decomposed = torch.ops.quantized_decomposed
 BATCH_NORMS = (aten.batch_norm.default,)
+M = TypeVar("M", bound=nn.Module)
 LEAST_FLOAT = -torch.finfo(torch.float32).max
 LARGEST_BIAS = 2**30  # levels of an int32 bias, with room for the sum that is added to it
 SMALLEST_PRODUCT = 1e-30  # of a weight's scale and its input's, well inside float32
@@ -128,7 +130,7 @@ def tensor_names(module: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
 
 
-def move(module: nn.Module, device: torch.device) -> nn.Module:
+def move(module: M, device: torch.device) -> M:
     """Move a network, and to the same device what its graphs make there: a range of positions, a mask."""
 
     def moved(value: Any) -> Any:
@@ -140,6 +142,11 @@ def move(module: nn.Module, device: torch.device) -> nn.Module:
                 node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
             part.recompile()
     return module.to(device)
+
+
+def on_device(module: M, device: torch.device) -> M:
+    """The module itself on the CPU, a copy on any other device: it may share tensors with the source."""
+    return module if device.type == "cpu" else move(copy.deepcopy(module), device)
 
 
 def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:

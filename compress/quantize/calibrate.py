@@ -5,7 +5,6 @@ Cost: one forward pass over the calibration examples.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..context import Context, Progress
 from ..curvature.network import require_finite
 from ..data import Data
 from ..errors import UsageError
-from ..graph.rewrite import activation_points, move, points_for
+from ..graph.rewrite import activation_points, on_device, points_for
 from ..graph.trace import Graph
 from ..plan import Quantize
 
@@ -96,11 +95,3 @@ def activation_ranges(
             observer.run(*(x.to(device) for x in batch.inputs))
     progress("calibrate activations", len(data), len(data))
     return observer.ranges
-
-
-def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
-    """The module itself on the CPU, a copy on any other device: it may share tensors with the source."""
-    if device.type != "cpu":
-        module = copy.deepcopy(module)
-        move(module, device)
-    return module

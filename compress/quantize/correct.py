@@ -17,14 +17,13 @@ from torch import Tensor, fx
 
 from ..apply import apply_plan, assemble, float_module, values_key, values_sha256
 from ..context import Context
-from ..graph.rewrite import bias_keys
+from ..graph.rewrite import bias_keys, on_device
 from ..graph.trace import Graph
 from ..model import Source
 from ..plan import CorrectBias, Plan
 from ..reconstruct.least_squares import fitting_examples
 from ..task import Calibration, divergence, has_logits
 from ..train.distill import first_tensor
-from .calibrate import on_device
 
 
 class _Means(fx.Interpreter):

@@ -17,12 +17,13 @@ from ..apply import apply_plan, assemble, float_module
 from ..budget import Budget
 from ..context import Context, Storage
 from ..errors import BudgetError
+from ..graph.rewrite import on_device
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .calibrate import BATCH, activation_decisions, calibrated, on_device
+from .calibrate import BATCH, activation_decisions, calibrated
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")

@@ -7,7 +7,6 @@ Cost: of a step, a forward pass of the dense network, and a forward and a backwa
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..context import Progress
 from ..data import Data
 from ..errors import NumericsError, UsageError
-from ..graph.rewrite import move
+from ..graph.rewrite import move, on_device
 from ..task import Task
 from .batches import CPU, DROPOUT, Batches, step_seed, training_batches
 from .distill import divergence_from as divergence_from
@@ -156,7 +155,7 @@ def train(
         )
     with ExitStack() as stack:
         stack.enter_context(_placed(module, device))
-        dense = _on_device(teacher, device)
+        dense = on_device(teacher, device) if isinstance(teacher, nn.Module) else teacher
         for network in (module, dense):
             stack.enter_context(unguarded(network))
         parameters = stack.enter_context(_learning(module))
@@ -390,11 +389,6 @@ def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         move(module, home)
-
-
-def _on_device(teacher: Network | None, device: torch.device) -> Network | None:
-    """The teacher itself on the CPU, a copy on any other device."""
-    return move(copy.deepcopy(teacher), device) if isinstance(teacher, nn.Module) and device.type != "cpu" else teacher
 
 
 @contextmanager

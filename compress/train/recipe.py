@@ -33,7 +33,8 @@ class Recipe:
         features: Weight of the distance between what the layers of both networks read, each in units of its mean square
             (``train.features``); counts where the outputs do.
         patience: Checks on the calibration data, ten in a run, that may pass without an improvement before it stops;
-            with None it runs to the end. The weights of the best check are kept either way.
+            the weights of the best check are kept. With None it runs to the end, which is kept unless a check was
+            better by more than noise.
         momentum: Of ``sgd``.
         weight_decay: Of weights with two dimensions or more: neither biases nor norms.
         warm_up: Share of the steps in which the learning rate rises; where None, a tenth for one-cycle and none else.
