@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..errors import UsageError
 from .channel_rules import shape_of
 from .groups import Channels
 from .labels import Value
@@ -40,6 +41,20 @@ class ChannelCosts:
     macs: tuple[Term, ...]
     activations: tuple[Term, ...]
     channels: tuple[Term, ...]
+
+    def of(self, quantity: str) -> tuple[Term, ...]:
+        """The terms that a budget of a quantity limits; of bytes those of the parameters, each by its number.
+
+        Raises:
+            UsageError: The quantity isn't one of channels.
+        """
+        known = {"macs": self.macs, "params": self.params, "bytes": self.params, "sparsity": self.channels}
+        if quantity not in known:
+            raise UsageError(
+                f"{quantity} isn't a budget of channels",
+                hint="use macs=50%, params=50%, 0.3MB or sparsity=0.5; in a loop of your own, cost= measures any other",
+            )
+        return known[quantity]
 
 
 def total(terms: Iterable[Term], kept: Tensor) -> int:

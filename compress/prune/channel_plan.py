@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..apply import values_key, values_sha256
 from ..budget import Budget
 from ..context import Context
-from ..errors import BudgetError, UsageError
+from ..errors import BudgetError
 from ..graph.channel_cost import ChannelCosts, Term, total
 from ..graph.cut import sliced_tensor
 from ..graph.groups import Channels
@@ -43,23 +43,17 @@ def movable_channels(channels: Channels, graph: Graph, exclude: Sequence[str]) -
     return movable
 
 
-def terms_of(budget: Budget, costs: ChannelCosts, graph: Graph, context: Context) -> tuple[Sequence[Term], float]:
+def terms_of(budget: Budget, costs: ChannelCosts, context: Context) -> tuple[Sequence[Term], float]:
     """The terms that a budget limits, and the limit.
 
     Raises:
         UsageError: Its quantity isn't one of channels.
     """
-    if budget.quantity == "macs":
-        return costs.macs, budget.absolute(sum(term.amount for term in costs.macs))
-    whole = sum(term.amount for term in costs.params)
-    if budget.quantity == "params":
-        return costs.params, budget.absolute(whole)
-    if budget.quantity == "sparsity":
-        return costs.channels, (1 - budget.limit) * sum(term.amount for term in costs.channels)
-    if budget.quantity == "bytes":
-        # A file loses four bytes with each parameter.
-        return costs.params, whole - (context.model_bytes({}) + context.overhead - budget.limit) / FLOAT_BYTES
-    raise UsageError(f"{budget.quantity} isn't a budget of channels", hint="use macs=50%, params=50% or 0.3MB")
+    terms = costs.of(budget.quantity)
+    whole = sum(term.amount for term in terms)
+    if budget.quantity == "bytes":  # a file loses four with each parameter
+        return terms, whole - (context.model_bytes({}) + context.overhead - budget.limit) / FLOAT_BYTES
+    return terms, (1 - budget.limit) * whole if budget.quantity == "sparsity" else budget.absolute(whole)
 
 
 def within_reach(

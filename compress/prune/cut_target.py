@@ -6,7 +6,7 @@ A cost that is measured, as a latency is, follows the MACs: bisection finds thos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..budget import Budget
 from ..errors import BudgetError, UsageError
-from ..graph.channel_cost import ChannelCosts, Term, channel_costs, total
+from ..graph.channel_cost import Term, channel_costs, total
 from ..graph.cut import Keep
 from ..graph.groups import Channels
 from ..graph.trace import Graph
@@ -68,7 +68,9 @@ class CutTarget:
         require_prunable(channels, is_any=bool(movable.any()))
         self.channels, self.budget, self.least, self.cost = channels, budget, least, cost
         costs = channel_costs(channels, len(graph.example_inputs[0]))
-        self.terms = costs.macs if cost is not None else _terms(budget, costs, itemsize)
+        terms = costs.macs if cost is not None else costs.of(budget.quantity)
+        unit = itemsize if cost is None and budget.quantity == "bytes" else 1
+        self.terms = [Term(unit * term.amount, term.factors) for term in terms]
         whole = torch.ones(len(movable), dtype=torch.bool)
         self.dense = self.cost_of(whole)
         is_share = budget.quantity == "sparsity"
@@ -162,17 +164,3 @@ class CutTarget:
 def keep_of(channels: Channels, kept: Tensor) -> dict[str, list[int]]:
     """The channels of each group that stay, as ``cut.kept_channels`` reads them."""
     return {group.name: chosen.nonzero().reshape(-1).tolist() for group, chosen in channels.split(kept)}
-
-
-def _terms(budget: Budget, costs: ChannelCosts, itemsize: float) -> Sequence[Term]:
-    if budget.quantity == "macs":
-        return costs.macs
-    if budget.quantity == "params":
-        return costs.params
-    if budget.quantity == "bytes":
-        return [Term(itemsize * term.amount, term.factors) for term in costs.params]
-    if budget.quantity == "sparsity":
-        return costs.channels
-    raise UsageError(
-        f"{budget.quantity} isn't known here", hint="use macs, params, bytes or sparsity, or give cost, which measures"
-    )

@@ -64,7 +64,7 @@ def plan(
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     costs = channel_costs(channels, len(graph.example_inputs[0]))
     budget = budget or DEFAULT
-    terms, limit = terms_of(budget, costs, graph, context)
+    terms, limit = terms_of(budget, costs, context)
     movable = movable_channels(channels, graph, exclude)
     require_prunable(channels, is_any=bool(movable.any()), held="--exclude")
 

@@ -39,7 +39,7 @@ def _limit(
     if budget.quantity == "sparsity":
         return "sparsity", budget.limit, None
     if budget.quantity != "latency" or context.latency is None:
-        terms, limit = terms_of(budget, costs, graph, context)
+        terms, limit = terms_of(budget, costs, context)
         return "macs" if terms is costs.macs else "params", limit, None
     latency, known = context.latency, dict[tuple[int, ...], float]()
 

@@ -481,8 +481,8 @@ def test_excluded_weights_keep_their_channels() -> None:
     ("options", "kind", "words"),
     [
         ({"budget": "macs=1%"}, BudgetError, r"out of reach: with all that may be cut, [\d,]+ MACs of [\d,]+ are left"),
-        ({"budget": "4bit"}, UsageError, "bits isn't known here"),
-        ({"budget": "latency=2ms"}, UsageError, "latency isn't known here"),
+        ({"budget": "4bit"}, UsageError, "bits isn't a budget of channels"),
+        ({"budget": "latency=2ms"}, UsageError, "latency isn't a budget of channels"),
         ({"steps": 1}, UsageError, "steps=1 leave no time to prune"),
         ({"weights": {"size": 1.0}}, UsageError, "'size' is none"),
         ({"weights": {}}, UsageError, "they need weights"),
