@@ -109,8 +109,6 @@ def test_a_report_says_what_the_file_does(runs: Path) -> None:
 
 def test_eight_bits_with_eight_bit_activations(runs: Path) -> None:
     assert accuracy(runs / "int8" / "model.onnx") >= 91.5
-    latency = json.loads(hcompress("bench", "int8", "--json", folder=runs))
-    assert latency["ratio"] <= 1, "int8 is slower than float"  # the figure itself is a benchmark, not a test
 
 
 def test_four_bit_weights(runs: Path) -> None:

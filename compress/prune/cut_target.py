@@ -106,13 +106,19 @@ class CutTarget:
             if self._final is None or share == 1:
                 self._final = self._measured(scores, movable, gone)
             end = self._final
-        kept = self._chosen(scores, end, movable, gone)
-        if share < 1:  # of what would go in the end, or the last steps might be too coarse to come near the limit
-            return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable & ~kept, gone)
+        kept = self._picked(scores, share, end, movable, gone)
+        # What has gone stays gone: a block that goes below the limit, at whichever pick, gives way to finer ones.
         while self._may_be_finer and total(self.terms, kept) < NEAR * end and max(self.multiples) > 1:
             self.multiples = [max(1, multiple // 2) for multiple in self.multiples]
-            kept = self._chosen(scores, end, movable, gone)
+            kept = self._picked(scores, share, end, movable, gone)
         return kept
+
+    def _picked(self, scores: Tensor, share: float, end: float, movable: Tensor, gone: Tensor | None) -> Tensor:
+        kept = self._chosen(scores, end, movable, gone)
+        if share == 1:
+            return kept
+        # Of what would go in the end, or the last steps might be too coarse to come near the limit.
+        return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable & ~kept, gone)
 
     def _chosen(self, scores: Tensor, limit: float, movable: Tensor, gone: Tensor | None) -> Tensor:
         quantity = self.budget.quantity if self.cost is None else "macs"

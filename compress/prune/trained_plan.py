@@ -27,9 +27,10 @@ from ..train.loop import Hooks, train
 from ..train.recipe import Training
 from .channel_plan import UNCUT, channel_plan, cost_figures, terms_of, within_reach
 from .cut_target import Cost, keep_of
-from .hesso import Hesso
+from .hesso import STEPS, Hesso
 
 DEFAULT = Budget("macs", 0.5, "dense")
+FEW_STEPS = 50  # ten picks of at most two gradients each, and as many steps of training
 
 
 def _limit(
@@ -108,6 +109,11 @@ def trained_plan(
 
     method = within_reach(budget, opened, limit, graph=graph, channels=channels, options=options)
     context.notes.append(f"{name}: all that goes is at zero after {method.num_steps} of {training.recipe.steps} steps")
+    if training.recipe.steps < FEW_STEPS:
+        context.notes.append(
+            f"{name}: {training.recipe.steps} steps are few to find what goes and to train what stays: "
+            f"--recover-steps {STEPS} is the default"
+        )
 
     def step(optimizer: torch.optim.Optimizer, number: int) -> None:
         method.optimizer = optimizer

@@ -276,7 +276,7 @@ def test_tied_weights_get_one_width(small: Planned) -> None:
     assert len(frontier.items) == 3
     assert widths(plan)["2.weight"] == widths(plan)["6.weight"]
     assert average(small, plan) <= 4
-    assert plan.predicted["loss"] >= free.predicted["loss"]
+    assert plan.predicted["loss"] >= free.predicted["loss"] * (1 - 1e-12)  # sums of the same terms in other orders
     assert plan.predicted["loss"] == pytest.approx(small.expected_loss(plan), rel=1e-5)
 
 
