@@ -307,6 +307,55 @@ class MultiQuery(nn.Module):
 
 
 @sequence(x=(7, 12))
+class BroadcastKeys(nn.Module):
+    """Keys broadcast over their queries, or by an einsum over all; half a head is turned by a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.heads, self.width = 2, 6, 4
+        self.q, self.kv, self.o = nn.Linear(12, 24), nn.Linear(12, 16), nn.Linear(24, 12)
+        self.queries, self.keys, self.out = nn.Linear(12, 24), nn.Linear(12, 4), nn.Linear(24, 12)
+        self.register_buffer("angles", torch.outer(torch.arange(16), torch.tensor([1.0, 0.3])))
+        self.fc = nn.Linear(12, 5)
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = self.angles[: x.shape[-2], :1]
+        a, b, rest = x.split([1, 1, 2], -1)
+        c, d = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        return torch.cat([torch.cat([a, b], -1) * c + torch.cat([-b, a], -1) * d, rest], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.groups, -1, self.width).permute(0, 2, 3, 1, 4)
+        k, v = self.kv(x).view(n, t, 2, self.groups, self.width).permute(2, 0, 3, 1, 4).unsqueeze(3)
+        y = (self.turned(q) @ self.turned(k).mT / 2).softmax(-1) @ v
+        x = x + self.o(y.permute(0, 3, 1, 2, 4).flatten(2))
+        q, k = self.queries(x).view(n, t, -1, self.width), self.turned(self.keys(x))
+        weights = torch.einsum("nqhc,nkc->nhqk", q, k).softmax(-1)
+        return self.fc(x + self.out(torch.einsum("nhqk,nkc->nqhc", weights, k).reshape(n, t, -1)))
+
+
+@sequence(x=(7, 12))
+class Retention(nn.Module):
+    """Decays of each head to the power of a distance instead of a softmax; biases looked up in a table beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.qkv, self.o, self.fc = 4, nn.Linear(12, 36), nn.Linear(12, 12), nn.Linear(12, 5)
+        self.norm, self.table = nn.LayerNorm(4), nn.Parameter(torch.randn(13, 3))
+        self.register_buffer("decay", (1 - 2.0 ** (-1 - torch.arange(3.0))).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (u.view(n, t, -1, self.width).transpose(1, 2) for u in self.qkv(x).chunk(3, -1))
+        distance = torch.arange(t)[:, None] - torch.arange(t)
+        decays = torch.exp(self.decay[:, None, None] * distance).tril()
+        bias = self.table.index_select(0, distance.flatten() + 6).view(t, t, -1).permute(2, 0, 1)
+        y = self.norm(((q @ k.mT + bias) * decays) @ v).transpose(1, 2).flatten(2)
+        return self.fc(x + self.o(y))
+
+
+@sequence(x=(7, 12))
 class InterleavedHeads(nn.Module):
     """Queries, keys and values side by side in each head (GPT-NeoX), in a layer over three heads."""
 

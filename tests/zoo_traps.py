@@ -790,6 +790,42 @@ class MeansOverChannels(nn.Module):
         return self.fc(self.narrow(y).mean((1, 2)))
 
 
+@trap(num_folded=2, x=(3, 8, 8))
+class SharedKernels(nn.Module):
+    """One learnt kernel for every channel; where the copies are divided by their length, there stay as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.fc = conv_bn(3, 8), conv_bn(8, 10), nn.Linear(10, 5)
+        self.taps, self.kernel = nn.Parameter(torch.rand(3)), nn.Parameter(torch.rand(1, 1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        channels = x.shape[1]
+        blur = torch.outer(self.taps, self.taps).expand(channels, 1, 3, 3)
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), blur, stride=2, groups=channels)
+        x = F.conv_transpose2d(x, self.kernel.repeat(channels, 1, 1, 1), stride=2, padding=1, groups=channels)
+        x = self.middle(x)
+        kernels = self.kernel[..., 1:, 1:].expand(x.shape[1], -1, -1, -1)
+        return self.fc(F.relu(F.conv2d(x, kernels / kernels.norm(), groups=x.shape[1])).mean((2, 3)))
+
+
+@trap(x=(12,))
+class OuterProducts(nn.Module):
+    """Weights that are, or are changed by, an outer product of a vector of outputs and one of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Linear(12, 16), nn.Linear(16, 20), nn.Linear(20, 5)
+        self.outputs, self.inputs, self.both = (nn.Parameter(torch.randn(w)) for w in (20, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = x + F.linear(x, torch.outer(self.both, self.both) / 16)
+        weight = self.second.weight + torch.outer(self.outputs, self.inputs)
+        return self.fc(F.relu(F.linear(x, weight, self.second.bias)))
+
+
 @trap(UNTRACEABLE, "conv", x=(3, 8, 8))
 class EarlyExit(nn.Module):
     """The second half runs only where the first is not sure of some example."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .labels import Axis, Labels, Value, along, reshaped, shrink
+from .labels import Axis, Labels, Value, along, matched_dims, reshaped, shrink
 from .rewrite import operand
 from .trace import CONVOLUTIONS, TRANSPOSED, argument
 
@@ -188,12 +188,13 @@ def _freeze_infinite(reading: Reading, node: fx.Node, operands: Sequence[Operand
     reading.freeze(tuple(axis for axis in value if axis.is_zero), f"{name} isn't finite where it is zero")
 
 
-def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str) -> Value:
+def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str, *, kept: int = 0) -> Value:
     """The labels of operands that are broadcast together.
 
     Args:
         kind: When the result is zero at a pruned channel: ``mul`` if any operand is, ``add`` if all are, ``first`` and
             ``unary`` if the first is, ``other`` never.
+        kept: Leading dimensions that a product of matrices keeps, which are heads and no positions within one.
     """
     dims = max((len(o.shape) for o in operands), default=0)
     aligned = [_aligned(side, dims) for side in operands]
@@ -204,7 +205,7 @@ def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str)
             for place, (known, zeros) in enumerate(merged):
                 others = {d for d, size in enumerate(known.shape) if size > 1}
                 few, many = sorted((varying, others), key=len)
-                if few < many and min(few) > min(many - few):
+                if few < many and min(few) > min(many - few) and max(few) >= kept:
                     known, axis = _whole(labels, known, axis, name)
                     merged[place] = (known, zeros)
                     if known.numel() == 1 or axis.labels.numel() == 1:
@@ -223,9 +224,11 @@ def broadcast(labels: Labels, operands: Sequence[Operand], kind: str, name: str)
     for known, zeros in merged:
         varying_dims = [d for d, size in enumerate(known.shape) if size > 1]
         without = [side for number, side in enumerate(aligned) if number not in zeros]
-        if any(side.shape[d] > 1 for side in without for d in varying_dims):
+        met = [d for d in varying_dims if any(side.shape[d] > 1 for side in without)]
+        if met and len(met) == len(varying_dims):
             labels.freeze(known, f"{name} joins it with a tensor that has no channels there")
             continue
+        known = labels.couple(Axis(known, False), met).labels  # heads go whole, where each meets the same positions
         if kind == "mul":
             is_zero = any(zeros.values())
         elif kind == "add":
@@ -443,18 +446,17 @@ def prelu(reading: Reading, node: fx.Node) -> Value:
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(reading: Reading, node: fx.Node) -> Value:
-    """What is normalised over stays."""
-    count = len(node.args[1])  # type: ignore[arg-type]
-    dims = len(shape_of(node))
-    found = []
-    for axis in reading.value(node.args[0]):
-        if any(d >= dims - count for d in axis.varying()):
-            reading.labels.freeze(axis.labels, f"{op_name(node)} takes its statistics over it")
-        else:
-            found.append(replace(axis, is_zero=False))
+    """What is normalised over stays, or goes whole, as a head does."""
+    dims, value, reason = (
+        len(shape_of(node)),
+        reading.value(node.args[0]),
+        f"{op_name(node)} takes its statistics over it",
+    )
+    for dim in range(dims - len(node.args[1]), dims):  # type: ignore[arg-type]
+        value = _across(reading.labels, value, dim, reason)
     for part in node.args[2:4]:
-        reading.freeze(reading.value(part), f"{op_name(node)} takes its statistics over it")
-    return tuple(found)
+        reading.freeze(reading.value(part), reason)
+    return unzeroed(value)
 
 
 @rule("_weight_norm")
@@ -493,6 +495,16 @@ def matmul(reading: Reading, node: fx.Node) -> Value:
     return _product(reading, _operand(reading, first), _operand(reading, second), op_name(node))
 
 
+@rule("outer", "ger")
+def outer(reading: Reading, node: fx.Node) -> Value:
+    """``[m]`` times ``[n]`` is ``[m, 1] @ [1, n]``."""
+    sides = []
+    for place, source in enumerate(node.args[:2]):
+        value = tuple(replace(a, labels=a.labels.unsqueeze(1 - place)) for a in reading.value(source))
+        sides.append(Operand(value, (*shape_of(source), 1) if place == 0 else (1, *shape_of(source))))
+    return broadcast(reading.labels, sides, "mul", op_name(node))
+
+
 @rule("addmm", "baddbmm", "addbmm")
 def addmm(reading: Reading, node: fx.Node) -> Value:
     added, first, second = node.args[:3]
@@ -522,7 +534,7 @@ def _product(reading: Reading, first: Operand, second: Operand, name: str) -> Va
         Operand(tuple(a for a in left), (*first.shape[:-1], 1)),
         Operand(tuple(a for a in right), (*second.shape[:-2], 1, second.shape[-1])),
     ]
-    value = broadcast(labels, sides, "mul", name)
+    value = broadcast(labels, sides, "mul", name, kept=max(len(side.shape) for side in sides))
     for dim in [-2] * vector_first + [-1] * vector_second:
         value = tuple(replace(a, labels=a.labels.squeeze(dim)) for a in value)
     return value
@@ -606,7 +618,7 @@ def einsum(reading: Reading, node: fx.Node) -> Value:
         operands.append(Operand(tuple(laid(a) for a in reading.value(source)), shape))
     found = []
     gone = range(len(result), len(letters))
-    for axis in broadcast(reading.labels, operands, "mul", "einsum"):
+    for axis in broadcast(reading.labels, operands, "mul", "einsum", kept=len(result)):
         summed = [d for d in gone if axis.labels.shape[d] > 1]
         if summed and len(summed) == len(axis.varying()):
             if not axis.is_zero:
@@ -653,6 +665,15 @@ def fourier(reading: Reading, node: fx.Node) -> Value:
     given = argument(node, "dim", -1 if name.endswith("t") else [-2, -1] if name.endswith("2") else None)
     for dim in range(dims) if given is None else [given] if isinstance(given, int) else given:
         value = _across(reading.labels, value, dim % dims, f"{name} runs over it")
+    return value
+
+
+@rule("tril", "tril_", "triu", "triu_")
+def triangle(reading: Reading, node: fx.Node) -> Value:
+    """Zeros on one side of the diagonal of each matrix."""
+    value, dims = reading.value(node.args[0]), len(shape_of(node))
+    for dim in (dims - 2, dims - 1):
+        value = _across(reading.labels, value, dim, f"{op_name(node)} reads it as positions")
     return value
 
 
@@ -810,8 +831,23 @@ def pad(reading: Reading, node: fx.Node) -> Value:
 @rule("view", "reshape", "flatten", "_unsafe_view", "unflatten", "view_as", "reshape_as")
 def view(reading: Reading, node: fx.Node) -> Value:
     before, after = shape_of(node.args[0]), shape_of(node)
-    moved = (reshaped(reading.labels, axis, before, after) for axis in reading.value(node.args[0]))
+    value = reading.value(node.args[0])
+    many = _copies_of_channels(reading, value, before, after)
+    value = tuple(axis for axis in value if not (reading.labels.is_free(axis) and many & set(axis.varying())))
+    moved = (reshaped(reading.labels, axis, before, after, copies=many) for axis in value)
     return tuple(axis for axis in moved if axis is not None)
+
+
+def _copies_of_channels(reading: Reading, value: Value, before: Sequence[int], after: Sequence[int]) -> set[int]:
+    """Dimensions of copies that go into one with channels, as keys for several queries do: they stay as many."""
+    free = [axis for axis in value if reading.labels.is_free(axis)]
+    if not free:
+        return set()
+    held = {d for axis in value if not reading.labels.is_free(axis) for d in axis.varying()}
+    mixed = {d for left, _ in matched_dims(before, after) if held & set(left) for d in left}
+    gone = tuple(axis for axis in free if mixed & set(axis.varying()))
+    reading.freeze(gone, "each channel has as many copies")
+    return {d for axis in gone for d in axis.varying()}
 
 
 @rule("permute", "transpose", "t", "swapaxes", "movedim", "numpy_T", "mT", "squeeze", "unsqueeze", "swapdims")
@@ -843,17 +879,21 @@ def as_real(reading: Reading, node: fx.Node) -> Value:
     return tuple(replace(axis, labels=axis.labels.unsqueeze(-1)) for axis in reading.value(node.args[0]))
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand_as")
+def expand_as(reading: Reading, node: fx.Node) -> Value:
+    """As many copies as the other tensor has."""
+    return broadcast(reading.labels, [_operand(reading, a) for a in node.args], "first", op_name(node))
+
+
+@rule("expand", "broadcast_to")
 def expand(reading: Reading, node: fx.Node) -> Value:
-    """Copies of what has no channels, as of a mask for every head, are as many as what they are joined with."""
+    """Copies, as of a mask for every head or a kernel for every channel, are as many as what they are joined with."""
     source = _aligned(_operand(reading, node.args[0]), len(shape_of(node)))
     return (*source.value, *_copies(reading, node, source))
 
 
 def _copies(reading: Reading, node: fx.Node, source: Operand) -> list[Axis]:
-    """Labels along the dimensions of size 1 that an op widens, where nothing else of its input is a channel."""
-    if not all(map(reading.labels.is_free, source.value)):
-        return []
+    """Labels along the dimensions of size 1 that an op widens."""
     return [axis for axis in _of_any_size(reading, node, False) if source.shape[axis.varying()[0]] == 1]
 
 
@@ -991,26 +1031,27 @@ def stack(reading: Reading, node: fx.Node) -> Value:
 def _joined(reading: Reading, parts: Sequence[Operand], dim: int, dims: int) -> Value:
     """Tensors one after another along ``dim``: channels along it side by side, those along others bound."""
     labels = reading.labels
-    vectors, others = [], []
-    is_labelled, is_zero = False, True
-    for part in parts:
-        lying = tuple(axis for axis in part.value if axis.labels.shape[dim] > 1)
-        rest = tuple(axis for axis in part.value if axis.labels.shape[dim] == 1)
-        vector = labels.vector(lying, dim)
-        is_labelled |= vector is not None
+    whole = {d for part in parts for axis in part.value if axis.labels.shape[dim] == 1 for d in axis.varying()}
+    pieces, others = [], []
+    is_zero = True
+    for part in parts:  # a head goes whole in all parts, if in one
+        value = [labels.couple(axis, [dim]) if whole & set(axis.varying()) else axis for axis in part.value]
+        lying = tuple(axis for axis in value if axis.labels.shape[dim] > 1)
+        vector = lying[0].labels if len(lying) == 1 else labels.vector(lying, dim)
+        pieces.append(vector if vector is None or vector.dim() == dims else along(vector, dim, dims))
         is_zero &= all(axis.is_zero for axis in lying) and vector is not None
-        if vector is None:
-            vector = labels.fresh(part.shape[dim])
-            vectors.append((vector, False))
-        else:
-            vectors.append((vector, True))
+        rest = tuple(axis for axis in value if axis.labels.shape[dim] == 1)
         others.append(Operand(rest, (*part.shape[:dim], 1, *part.shape[dim + 1 :])))
     found = list(broadcast(labels, others, "add", "cat"))
-    if is_labelled:
-        for vector, known in vectors:
-            if not known:
-                labels.freeze(vector, "cat joins it with a tensor that has no channels there")
-        found.append(Axis(along(torch.cat([v for v, _ in vectors]), dim, dims), is_zero))
+    if any(piece is not None for piece in pieces):
+        made = []
+        for piece, part in zip(pieces, parts, strict=True):
+            if piece is None:
+                piece = along(labels.fresh(part.shape[dim]), dim, dims)
+                labels.freeze(piece, "cat joins it with a tensor that has no channels there")
+            made.append(piece)
+        sizes = [max(piece.shape[d] for piece in made) if d != dim else -1 for d in range(dims)]
+        found.append(Axis(torch.cat([piece.expand(sizes) for piece in made], dim), is_zero))
     return tuple(found)
 
 
@@ -1094,10 +1135,10 @@ def index(reading: Reading, node: fx.Node) -> Value:
         return unknown_value(reading, node)
     added = len(shape_of(node)) - (len(shape) - len(places))
     found = []
-    for axis in reading.value(node.args[0]):
-        if any(d in places for d in axis.varying()):
-            reading.labels.freeze(axis.labels, "index looks it up")
-            continue
+    value = reading.value(node.args[0])
+    for place in places:
+        value = _across(reading.labels, value, place, "index looks it up")
+    for axis in value:
         sizes = list(axis.labels.shape)
         sizes[places[0] : places[-1] + 1] = [1] * added
         found.append(replace(axis, labels=axis.labels.reshape(sizes)))

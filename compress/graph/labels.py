@@ -8,7 +8,7 @@ where a channel can't go it freezes them. What is bound, directly or not, is one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -171,15 +171,24 @@ def matched_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list
     return found
 
 
-def reshaped(labels: Labels, axis: Axis, before: Sequence[int], after: Sequence[int]) -> Axis | None:
-    """The labels after a reshape; None, frozen, where there would be too many."""
+def reshaped(
+    labels: Labels, axis: Axis, before: Sequence[int], after: Sequence[int], *, copies: Collection[int] = ()
+) -> Axis | None:
+    """The labels after a reshape; None, frozen, where there would be too many.
+
+    Args:
+        copies: Dimensions of copies, which are no positions.
+    """
     groups = matched_dims(before, after)
     varying = set(axis.varying())
     moved = [(left, right) for left, right in groups if varying & set(left)]
     if len(moved) > 1:
         # Sub-pixels that go into an image's rows and columns: the other dimensions say the channel.
         for left, _ in moved:
-            if any(d not in varying and before[d] > 1 for d in left[: -1 if left[-1] in varying else None]):
+            if any(
+                d not in varying and d not in copies and before[d] > 1
+                for d in left[: -1 if left[-1] in varying else None]
+            ):
                 axis = labels.couple(axis, [d for d in left if d in varying])
         varying = set(axis.varying())
         moved = [(left, right) for left, right in groups if varying & set(left)]

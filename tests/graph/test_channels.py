@@ -231,7 +231,10 @@ NOT_ZERO: dict[str, tuple[Callable[..., Tensor], int]] = {
     "pooled and put back": (lambda s, y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2), 8),
 }
 # Those whose first channels can be cut all the same.
-CUT = {"hardtanh", "a length", "noise for all", "one taken alone", "pooled and put back"}
+CUT = {
+    "hardtanh", "a length", "noise for all", "one taken alone", "pooled and put back", "a kernel for all channels",
+    "the same, repeated",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", NOT_ZERO)
@@ -259,6 +262,19 @@ def test_cells_filters_of_frequencies_and_complex_constants_are_cut() -> None:
     assert sizes["Cells"] == {"first.weight": 8, "gru.weight_ih": 10, "lstm.weight_ih": 8}
     assert sizes["Frequencies"] == {"filter": 8, "out.weight": 8}
     assert sizes["ComplexRotary"] == {"query.weight": 4}
+
+
+def test_query_heads_go_with_the_keys_that_they_share_and_copies_with_their_channels() -> None:
+    sizes = {
+        name: {g.name: g.size for g in channels_of(zoo_families_named(name)).groups}
+        for name in ("BroadcastKeys", "GroupedQueries", "Retention", "SharedKernels", "OuterProducts")
+    }
+    # Half a head is turned, and one key head is all queries' own: a head of either goes whole.
+    assert sizes["BroadcastKeys"] == {"q.weight": 2, "queries.weight": 6, "angles": 9, "angles#2": 1}
+    assert sizes["GroupedQueries"] == {"q.weight": 3}
+    assert sizes["Retention"] == {"qkv.weight": 3}
+    assert sizes["SharedKernels"] == {"stem.0.weight": 8}
+    assert sizes["OuterProducts"] == {"outputs": 20, "inputs": 16}
 
 
 def test_a_mean_over_channels_keeps_its_divisor_and_a_norms_mean_its_channels() -> None:
