@@ -169,7 +169,10 @@ def test_writing_twice_gives_the_same_bytes() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("factory", ["resnet_cifar:resnet20", "resnet_cifar:resnet32", "babyllama:babyllama"])
+@pytest.mark.parametrize(
+    "factory",
+    ["resnet_cifar:resnet20", pytest.param("resnet_cifar:resnet32", marks=pytest.mark.slow), "babyllama:babyllama"],
+)
 def test_real_networks_run_alike_in_onnx_runtime(factory: str, data_folder: Path) -> None:
     from compress.data import load_object
 

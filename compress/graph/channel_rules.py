@@ -447,11 +447,8 @@ def prelu(reading: Reading, node: fx.Node) -> Value:
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(reading: Reading, node: fx.Node) -> Value:
     """What is normalised over stays, or goes whole, as a head does."""
-    dims, value, reason = (
-        len(shape_of(node)),
-        reading.value(node.args[0]),
-        f"{op_name(node)} takes its statistics over it",
-    )
+    dims, value = len(shape_of(node)), reading.value(node.args[0])
+    reason = f"{op_name(node)} takes its statistics over it"
     for dim in range(dims - len(node.args[1]), dims):  # type: ignore[arg-type]
         value = _across(reading.labels, value, dim, reason)
     for part in node.args[2:4]:
