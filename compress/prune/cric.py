@@ -4,8 +4,9 @@ A saliency taken at a channel's full size says little of what happens when it is
 channels that would go, and weren't tried yet (the violating set), are shrunk along sampled sparsities while the network
 trains; at each, their saliency is taken with their full size and the gradients there. Then parameters, buffers and the
 optimizer's state are put back as they were. All saliencies rise where the loss does: those of the trial are brought to
-the sum of those before it, or what was tried would give way to what wasn't, whatever it is worth. The means of both
-pick the next set; when they pick nothing new, or the cycles are over, it is shrunk as HESSO does.
+the sum of those before it, or what was tried would give way to what wasn't, whatever it is worth. Means over the
+gradients of both pick the next set; when they pick nothing new, or the cycles are over, HESSO's periods begin: each
+picks by the saliencies of the network as it is by then, times what the trials made of each channel's first one.
 
     cric = Cric(model, optimizer, example_inputs, budget="macs=50%", steps=250)
 
@@ -37,7 +38,7 @@ class Cycles:
     """How long channels are tried.
 
     Attributes:
-        most: Cycles after which the set is taken as it is.
+        most: Cycles after which the periods begin in any case.
         share: Of the training's steps, for all cycles together.
     """
 
@@ -109,7 +110,8 @@ class Cric(Hesso):
         self.violations: list[int] = []  # of each cycle
         self._place = 0  # of the step in its cycle
         self._redundant: Tensor | None = None
-        self._fixed: Tensor | None = None  # scores that the set is picked with; None before the first cycle
+        self._first: Tensor | None = None  # scores before the cycles; None before the first one
+        self._fixed: Tensor | None = None  # those with what the cycles found
         self.trial = RunningScores(tuple(self.weights), self.count)  # of the violating set, in the cycle
         self._tried = torch.zeros(self.count, dtype=torch.bool)
         self._violating = torch.zeros(self.count, dtype=torch.bool)
@@ -133,13 +135,17 @@ class Cric(Hesso):
 
     # -- the cycles
 
-    def _is_observing(self) -> bool:
-        return self._redundant is None
+    def _scores(self) -> Tensor:
+        """In the periods those of the network as it is by then, each by what the trials made of its first one."""
+        scores = super()._scores()
+        if self._first is None or self._fixed is None:
+            return scores
+        return scores * torch.where(self._first > 0, self._fixed / self._first, 1.0)
 
     def _begin(self) -> None:
         """The next cycle, or the end of them."""
-        if self._fixed is None:
-            self._fixed = self._scores()
+        if self._first is None or self._fixed is None:
+            self._first = self._fixed = self._scores()
         scores = self._fixed
         picked = self._select(scores)
         violating = picked & ~self._tried
@@ -147,7 +153,6 @@ class Cric(Hesso):
             self._redundant = picked
             earlier = self._bounds[0] - (self.number + 1)
             self._bounds = [bound - earlier for bound in self._bounds]
-            self._movable = picked
             return
         self.violations.append(int(violating.sum()))
         self._tried |= violating
@@ -180,9 +185,9 @@ class Cric(Hesso):
         """Take what the cycle found into the scores of the violating set, whose sum stays."""
         assert self._fixed is not None
         if self.trial.steps:
-            tried = self.trial.combined(self.weights, self._violating)
-            mean = self._fixed[self._violating].mean()
-            self._fixed = torch.where(self._violating, (self._fixed + mean * tried) / 2, self._fixed)
+            tried = self._fixed[self._violating].mean() * self.trial.combined(self.weights, self._violating)
+            share = self.trial.steps / (self.trial.steps + self.scores.steps)
+            self._fixed = torch.where(self._violating, self._fixed.lerp(tried, share), self._fixed)
         self.trial.begin_anew()
 
     def _try(self) -> None:
@@ -203,14 +208,6 @@ class Cric(Hesso):
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {name: self._saved.tensors[names[id(p)]] for name, p in self._parameters().items()}
 
-    def _pick(self, period: int) -> None:
-        assert self._redundant is not None and self._fixed is not None  # the periods start after the cycles
-        share = (period + 1) / (len(self._bounds) - 1)
-        picked = self._redundant
-        if share < 1:
-            picked = self._select(torch.where(self._gone, 0.0, self._fixed), share)
-        self._leaving = picked & ~self._gone
-
     # -- resuming
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,6 +217,7 @@ class Cric(Hesso):
             "violations": list(self.violations),
             "place": self._place,
             "redundant": self._redundant,
+            "first": self._first,
             "fixed": self._fixed,
             "trial": self.trial.state_dict(),
             "tried": self._tried.clone(),
@@ -232,7 +230,7 @@ class Cric(Hesso):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.violations, self._place = list(state["violations"]), int(state["place"])
-        self._redundant, self._fixed = state["redundant"], state["fixed"]
+        self._redundant, self._first, self._fixed = state["redundant"], state["first"], state["fixed"]
         self.trial.load_state_dict(state["trial"])
         self._tried, self._violating = state["tried"].clone(), state["violating"].clone()
         self._rank, self._factor = state["rank"].clone(), state["factor"].clone()
