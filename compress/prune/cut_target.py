@@ -114,6 +114,7 @@ class CutTarget:
         return kept
 
     def _picked(self, scores: Tensor, share: float, end: float, movable: Tensor, gone: Tensor | None) -> Tensor:
+        """The channels that stay with the multiples of now."""
         kept = self._chosen(scores, end, movable, gone)
         if share == 1:
             return kept
