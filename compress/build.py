@@ -42,13 +42,16 @@ class Dense:
 def dense_files(job: Job) -> Dense:
     job.progress("export dense", 0, None)
     state = dict(job.source.module.state_dict())
-    return Dense(plain_onnx(job.graph, job.source.module), len(safetensors_bytes(Compressed(state, None))))
+    is_cut = bool(job.source.cuts)
+    return Dense(
+        plain_onnx(job.graph, job.source.module, is_cut=is_cut), len(safetensors_bytes(Compressed(state, None)))
+    )
 
 
-def plain_onnx(graph: Graph, module: nn.Module) -> bytes:
+def plain_onnx(graph: Graph, module: nn.Module, *, is_cut: bool = False) -> bytes:
     """The ONNX file of a network as it is, which ``graph`` was traced from."""
     compressed = Compressed(dict(module.state_dict()), None)
-    return serialize(onnx_model(graph, compressed, assemble(graph, compressed)))
+    return serialize(onnx_model(graph, compressed, assemble(graph, compressed), is_cut=is_cut))
 
 
 def delivered_name(settings: Settings) -> str:
@@ -213,7 +216,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
         compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)
     module = assemble(graph, compressed)
     job.progress("export", 0, None)
-    onnx = serialize(onnx_model(graph, compressed, module))
+    onnx = serialize(onnx_model(graph, compressed, module, is_cut=bool(cuts)))
     store.write_file(stage / ONNX, onnx)
     store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, ModelProto, numpy_helper
+from onnx import ModelProto, numpy_helper
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
@@ -26,7 +26,9 @@ from torch.utils import _pytree as pytree
 from .apply import Compressed
 from .errors import InputError
 from .formats import pt2
+from .formats.onnx_graph import drop_unused
 from .formats.onnx_packed import pack_weights, sparsify
+from .formats.onnx_shortcuts import shortcuts_as_convolutions
 from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
@@ -154,31 +156,7 @@ def _drop_zero_points(model: ModelProto) -> None:
             is_needed = is_integer and node.output[0] in products
             if tensor is not None and not is_needed and not numpy_helper.to_array(tensor).any():
                 del node.input[2]
-    _drop_unused(model)
-
-
-def _drop_unused(model: ModelProto) -> None:
-    graph = model.graph
-    while True:
-        used = _read_names(graph)
-        dead = [node for node in graph.node if not any(name in used for name in node.output)]
-        if not dead:
-            break
-        for node in dead:
-            graph.node.remove(node)
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)
-
-
-def _read_names(graph: GraphProto) -> set[str]:
-    """Names that a graph's nodes and outputs read, those in the bodies of loops and branches included."""
-    used = {value.name for value in graph.output}
-    for node in graph.node:
-        used.update(node.input)
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                used |= _read_names(body)
-    return used
+    drop_unused(model)
 
 
 def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:
@@ -191,8 +169,10 @@ def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:
     }
 
 
-def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> ModelProto:
+def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule, *, is_cut: bool = False) -> ModelProto:
     """The compressed network with its weights at their packed bits.
+
+    Of one with fewer channels, the shortcuts are written so that runtimes needn't leave their layout for them.
 
     With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels. With float
     activations they are decoded to float weights when the file is loaded: left to itself, ONNX Runtime would round the
@@ -202,12 +182,14 @@ def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule) -> 
     sparse = _sparse_initializers(model)
     if sparse:
         model = sparsify(model, sparse)
+    has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if is_cut and not has_integer_activations:
+        model = shortcuts_as_convolutions(model)
     # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
     stored = {tensor.name for tensor in model.graph.initializer}
     bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
     if not bits:
         return model
-    has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     packed = pack_weights(model, bits, dequantize="linear" if has_integer_activations else "fold")
     onnx.checker.check_model(packed, full_check=True)
     return packed

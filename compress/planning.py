@@ -363,7 +363,9 @@ def _checked_latency(job: Job, goal: Goal, built: Built) -> tuple[float, float]:
 
 def _exported_latency(job: Job, dense: Dense, network: fx.GraphModule) -> float:
     """Of a network that was cut: median milliseconds of its ONNX file."""
-    return _measured_latency(job, dense, plain_onnx(trace_graph(network, job.graph.example_inputs), network))
+    return _measured_latency(
+        job, dense, plain_onnx(trace_graph(network, job.graph.example_inputs), network, is_cut=True)
+    )
 
 
 def _measured_latency(job: Job, dense: Dense, model: bytes) -> float:

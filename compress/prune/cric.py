@@ -109,9 +109,8 @@ class Cric(Hesso):
         self.settings |= {"cycles": asdict(self.cycles), "seed": seed}
         self.violations: list[int] = []  # of each cycle
         self._place = 0  # of the step in its cycle
-        self._redundant: Tensor | None = None
-        self._first: Tensor | None = None  # scores before the cycles; None before the first one
-        self._fixed: Tensor | None = None  # those with what the cycles found
+        self._are_over = False  # the cycles
+        self._correction = torch.ones(self.count, dtype=torch.float64)  # of each score, by its trial
         self.trial = RunningScores(tuple(self.weights), self.count)  # of the violating set, in the cycle
         self._tried = torch.zeros(self.count, dtype=torch.bool)
         self._violating = torch.zeros(self.count, dtype=torch.bool)
@@ -136,21 +135,16 @@ class Cric(Hesso):
     # -- the cycles
 
     def _scores(self) -> Tensor:
-        """In the periods those of the network as it is by then, each by what the trials made of its first one."""
-        scores = super()._scores()
-        if self._first is None or self._fixed is None:
-            return scores
-        return scores * torch.where(self._first > 0, self._fixed / self._first, 1.0)
+        """Those of the network as it is, each by what the trials made of its first one."""
+        return super()._scores() * self._correction
 
     def _begin(self) -> None:
         """The next cycle, or the end of them."""
-        if self._first is None or self._fixed is None:
-            self._first = self._fixed = self._scores()
-        scores = self._fixed
+        scores = self._scores()
         picked = self._select(scores)
         violating = picked & ~self._tried
         if not bool(violating.any()) or len(self.violations) == self.cycles.most:
-            self._redundant = picked
+            self._are_over = True
             earlier = self._bounds[0] - (self.number + 1)
             self._bounds = [bound - earlier for bound in self._bounds]
             return
@@ -164,7 +158,7 @@ class Cric(Hesso):
         self._try()
 
     def _after(self) -> None:
-        if self._redundant is not None:
+        if self._are_over:
             super()._after()
             return
         if self._saved is not None:
@@ -183,11 +177,12 @@ class Cric(Hesso):
 
     def _correct(self) -> None:
         """Take what the cycle found into the scores of the violating set, whose sum stays."""
-        assert self._fixed is not None
         if self.trial.steps:
-            tried = self._fixed[self._violating].mean() * self.trial.combined(self.weights, self._violating)
+            scores = self._scores()
+            tried = scores[self._violating].mean() * self.trial.combined(self.weights, self._violating)
             share = self.trial.steps / (self.trial.steps + self.scores.steps)
-            self._fixed = torch.where(self._violating, self._fixed.lerp(tried, share), self._fixed)
+            change = torch.where(scores > 0, scores.lerp(tried, share) / scores, 1.0)
+            self._correction = torch.where(self._violating, self._correction * change, self._correction)
         self.trial.begin_anew()
 
     def _try(self) -> None:
@@ -216,9 +211,8 @@ class Cric(Hesso):
             **super().state_dict(),
             "violations": list(self.violations),
             "place": self._place,
-            "redundant": self._redundant,
-            "first": self._first,
-            "fixed": self._fixed,
+            "are_over": self._are_over,
+            "correction": self._correction.clone(),
             "trial": self.trial.state_dict(),
             "tried": self._tried.clone(),
             "violating": self._violating.clone(),
@@ -230,7 +224,7 @@ class Cric(Hesso):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.violations, self._place = list(state["violations"]), int(state["place"])
-        self._redundant, self._first, self._fixed = state["redundant"], state["first"], state["fixed"]
+        self._are_over, self._correction = bool(state["are_over"]), state["correction"].clone()
         self.trial.load_state_dict(state["trial"])
         self._tried, self._violating = state["tried"].clone(), state["violating"].clone()
         self._rank, self._factor = state["rank"].clone(), state["factor"].clone()

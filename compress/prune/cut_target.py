@@ -96,7 +96,7 @@ class CutTarget:
         Args:
             scores: Saliencies; those of zero go first.
             movable: Channels that may go.
-            gone: Those of them that are away already, at a score of zero.
+            gone: Those of them that are away already.
 
         Raises:
             BudgetError: The limit is out of reach; gives the least that is left.

@@ -132,24 +132,25 @@ def test_scores_are_taken_with_the_full_size_of_channels() -> None:
 
 def test_a_trial_moves_scores_within_the_set_that_was_tried_and_keeps_their_sum() -> None:
     cric = trained(opened(), 2)
-    assert cric._fixed is not None
-    before, tried = cric._fixed.clone(), cric._violating.clone()
+    before, tried = cric._scores(), cric._violating.clone()
     trained(cric, cric.cycle_steps - 1)
     found = cric.trial.combined(cric.weights, tried)
-    assert torch.equal(cric._fixed, before)
+    assert torch.equal(cric._scores(), before)
     trained(cric, 1)
-    assert torch.equal(cric._fixed[~tried], before[~tried])
-    assert not torch.equal(cric._fixed[tried], before[tried])
-    assert float(cric._fixed[tried].sum()) == pytest.approx(float(before[tried].sum()))
+    after = cric._scores()
+    assert torch.equal(after[~tried], before[~tried])
+    assert not torch.equal(after[tried], before[tried])
+    assert float(after[tried].sum()) == pytest.approx(float(before[tried].sum()))
     assert float(found[tried].mean()) == pytest.approx(1)
 
 
 def test_what_a_trial_found_weighs_the_saliencies_of_the_periods_too() -> None:
     cric = trained(opened(), 6)
-    assert cric._redundant is not None and cric._first is not None and cric._fixed is not None
-    found = cric._fixed / cric._first
-    assert not torch.equal(found[cric._redundant], torch.ones_like(found[cric._redundant]))
-    torch.testing.assert_close(cric._scores(), Hesso._scores(cric) * found)
+    assert cric._are_over
+    found = cric._correction[cric._tried]
+    assert not torch.equal(found, torch.ones_like(found))
+    assert bool((cric._correction[~cric._tried] == 1).all())
+    torch.testing.assert_close(cric._scores(), Hesso._scores(cric) * cric._correction)
 
 
 def test_it_ends_when_nothing_new_would_go() -> None:

@@ -82,6 +82,15 @@ def test_what_has_no_score_goes_before_all_else_and_stays_gone() -> None:
         gone = ~kept
 
 
+def test_what_is_gone_goes_before_dead_channels() -> None:
+    """Both have a score of zero: of two picks alike nothing more goes."""
+    channels, costs = opened(16, 32, 32, 4)
+    dense = total(costs.macs, torch.ones(64, dtype=torch.bool))
+    gone = ~choose(channels, drawn(channels) + 0.1, costs.macs, 0.7 * dense, multiple_of=4)
+    again = choose(channels, torch.zeros(64), costs.macs, 0.7 * dense, multiple_of=4, gone=gone)
+    assert torch.equal(~again, gone)
+
+
 @pytest.mark.parametrize("multiple", [2, 3, 8])
 def test_what_stays_of_a_group_is_a_multiple(multiple: int) -> None:
     channels, costs = opened(8, 32, 30, 4)
@@ -101,10 +110,10 @@ def test_the_coarsest_blocks_that_come_near_are_taken() -> None:
     channels, costs = opened(64, 256, 256, 16)
     scores = drawn(channels)
     dense = total(costs.macs, torch.ones(512, dtype=torch.bool))
-    assert aligned_multiples(channels, scores, costs.macs, 0.5 * dense) == [8, 8]
+    assert aligned_multiples(channels, scores, costs.macs, 0.5 * dense) == [16, 16]
     kept = choose(channels, scores, costs.macs, 0.5 * dense, multiple_of=None)
-    assert int(kept[:256].sum()) % 8 == 0
-    assert int(kept[256:].sum()) % 8 == 0
+    assert int(kept[:256].sum()) % 16 == 0
+    assert int(kept[256:].sum()) % 16 == 0
     small, few = opened(4, 6, 3)
     assert aligned_multiples(small, drawn(small), few.macs, 28) in ([1], [2])
 
