@@ -92,7 +92,7 @@ SETTINGS = (
         "multiple_of",
         "run.multiple_of",
         "int",
-        "Groups keep a multiple of N channels; else 16 where there are many.",
+        "Groups keep a multiple of N channels; else 8 where there are many.",
         None,
         in_preset=True,
         minimum=1,

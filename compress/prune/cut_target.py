@@ -130,6 +130,7 @@ class CutTarget:
                 self.terms,
                 limit,
                 multiple_of=self.multiples,
+                in_blocks=self._may_be_finer,
                 least=self.least,
                 movable=movable,
                 gone=gone,

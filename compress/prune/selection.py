@@ -10,7 +10,7 @@ import copy
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,8 +22,10 @@ from ..graph.groups import Channels
 
 NAMES = {"macs": "MACs", "params": "parameters", "bytes": "bytes of parameters"}
 NAMED = 4  # of what a message lists
-BLOCKS = (16, 8, 4, 2, 1)  # floats in a vector register: 16 of AVX-512, 8 of AVX2, 4 of NEON
+MULTIPLES = (8, 4, 2, 1)
+BLOCK = 16  # channels that a runtime computes in one go: floats in a register of AVX-512
 NEAR = 0.98  # of the limit
+ROUNDING = 1e-9  # of a number of blocks, which channels add up to in floats
 SLACK = 1.0  # of an amount that is summed up step by step: what is near is counted again
 
 
@@ -37,6 +39,7 @@ def choose(
     least: float = 0.0,
     movable: Tensor | None = None,
     gone: Tensor | None = None,
+    in_blocks: bool = False,
 ) -> Tensor:
     """The channels that stay, bool ``[c]``, so that the sum of ``terms`` is at most ``limit``.
 
@@ -44,11 +47,14 @@ def choose(
         scores: What the loss gains without each channel, ``[c]``, of any unit.
         terms: Of the budget's quantity (``channel_cost.channel_costs``).
         multiple_of: What each group that loses channels keeps is a multiple of this, or of its own number. None for
-            what runtimes compute in one go: 16 in groups of 32 or more, 8 of 16 or more, 4 of 8 or more; finer where
-            that would miss the limit by far.
+            what runtimes have kernels for: 8 in groups of 16 or more, 4 of 8 or more; finer where that would miss the
+            limit by far.
         least: The share of a group's channels that stays in any case; one channel always does.
         movable: Channels that may go, bool ``[c]``; all where None.
         gone: Those that are away already: they go first, also before others of score zero, and aren't put back.
+        in_blocks: Prefer the channels with which a block of ``BLOCK`` goes, at equal saliency for what they save: half
+            of what a channel saves is counted as runtimes compute it, in whole blocks. Always where ``multiple_of`` is
+            None.
 
     Raises:
         BudgetError: The limit is out of reach; gives the least that is left. Or no channel may go: lists the reasons.
@@ -57,7 +63,7 @@ def choose(
         return _aligned(channels, scores, terms, limit, least, movable, gone)[1]
     if isinstance(multiple_of, int):
         multiple_of = [multiple_of] * len(channels.groups)
-    return _chosen(channels, scores, terms, limit, multiple_of, least, movable, gone)
+    return _chosen(channels, scores, terms, limit, multiple_of, least, movable, gone, in_blocks)
 
 
 def aligned_multiples(
@@ -69,7 +75,7 @@ def aligned_multiples(
     least: float = 0.0,
     movable: Tensor | None = None,
 ) -> list[int]:
-    """For each group the coarsest number that runtimes compute in one go, and that comes near the limit.
+    """For each group the coarsest number that runtimes have kernels for, and that comes near the limit.
 
     Raises:
         BudgetError: As for ``choose``.
@@ -87,18 +93,17 @@ def _aligned(
     gone: Tensor | None,
 ) -> tuple[list[int], Tensor]:
     """Those numbers, and the channels that stay with them."""
-    for block in BLOCKS:
-        halves = [b for b in (block, block // 2, block // 4) if b]
-        sizes = [next((b for b in halves if group.size >= 2 * b), 1) for group in channels.groups]
+    for most in MULTIPLES:
+        sizes = [next((m for m in (most, most // 2) if m and group.size >= 2 * m), 1) for group in channels.groups]
         try:
-            kept = _chosen(channels, scores, terms, limit, sizes, least, movable, gone)
+            kept = _chosen(channels, scores, terms, limit, sizes, least, movable, gone, in_blocks=True)
         except BudgetError:
-            if block == 1:
+            if most == 1:
                 raise
             continue
-        if block == 1 or total(terms, kept) >= NEAR * limit:
+        if most == 1 or total(terms, kept) >= NEAR * limit:
             return sizes, kept
-    raise AssertionError("the finest blocks always return or raise")
+    raise AssertionError("the finest multiples always return or raise")
 
 
 def _chosen(
@@ -110,13 +115,14 @@ def _chosen(
     least: float,
     movable: Tensor | None,
     gone: Tensor | None,
+    in_blocks: bool,
 ) -> Tensor:
     scores = scores.double() if gone is None else torch.where(gone, -1.0, scores.double())
     movable = torch.ones(len(scores), dtype=torch.bool) if movable is None else movable
     kept = torch.ones(len(scores), dtype=torch.bool)
     queues = _queues(channels, scores, movable, multiples, least)
     require_prunable(channels, is_any=any(queues), held=f"--multiple-of {max(multiples, default=1)}")
-    tally = _Tally(channels, terms)
+    tally = _Tally(channels, terms, in_blocks=in_blocks)
     removed = _cheapest_first(tally, queues, scores, limit)
     for _, block in removed:
         kept[block] = False
@@ -163,7 +169,7 @@ def _cheapest_first(
 
     def push(group: int) -> None:
         if queues[group]:
-            saved = tally.saved(group, len(queues[group][0]))
+            saved = tally.worth(group, len(queues[group][0]))
             if saved > 0:
                 heapq.heappush(heap, (float(scores[queues[group][0]].sum()) / saved, group, tally.versions[group]))
 
@@ -265,7 +271,8 @@ def _is_whole(channels: Channels, kept: Tensor, multiples: Sequence[int]) -> boo
 class _Tally:
     """The sum of the terms while channels go; those of a group are alike."""
 
-    def __init__(self, channels: Channels, terms: Sequence[Term]) -> None:
+    def __init__(self, channels: Channels, terms: Sequence[Term], *, in_blocks: bool) -> None:
+        self.in_blocks = in_blocks
         sizes = [group.size for group in channels.groups]
         # The last place is that of channel -1, which always stays.
         owner = torch.arange(-1, len(sizes)).roll(-1).repeat_interleave(torch.tensor([*sizes, 1]))
@@ -297,13 +304,28 @@ class _Tally:
             left / length for left, length in zip(self.left[t], self.lengths[t], strict=True)
         )
 
+    def _in_blocks(self, t: int) -> float:
+        """A term as runtimes compute it: a block that is begun costs as a whole one, the last one of all as it is."""
+        return self.amounts[t] * math.prod(
+            min(1.0, math.ceil(left / BLOCK - ROUNDING) * BLOCK / length)
+            for left, length in zip(self.left[t], self.lengths[t], strict=True)
+        )
+
     def saved(self, group: int, count: int) -> float:
         """What ``count`` more channels of a group save."""
+        return self._saved(group, count, self._value)
+
+    def worth(self, group: int, count: int) -> float:
+        """What they save, for the order in which channels go."""
+        saved = self.saved(group, count)
+        return (saved + self._saved(group, count, self._in_blocks)) / 2 if self.in_blocks else saved
+
+    def _saved(self, group: int, count: int, value: Callable[[int], float]) -> float:
         terms = {t for t, _, _ in self.touched[group]}
-        before = sum(self._value(t) for t in terms)
+        before = sum(value(t) for t in terms)
         for t, f, each in self.touched[group]:
             self.left[t][f] -= each * count
-        after = sum(self._value(t) for t in terms)
+        after = sum(value(t) for t in terms)
         for t, f, each in self.touched[group]:
             self.left[t][f] += each * count
         return before - after

@@ -110,10 +110,10 @@ def test_the_coarsest_blocks_that_come_near_are_taken() -> None:
     channels, costs = opened(64, 256, 256, 16)
     scores = drawn(channels)
     dense = total(costs.macs, torch.ones(512, dtype=torch.bool))
-    assert aligned_multiples(channels, scores, costs.macs, 0.5 * dense) == [16, 16]
+    assert aligned_multiples(channels, scores, costs.macs, 0.5 * dense) == [8, 8]
     kept = choose(channels, scores, costs.macs, 0.5 * dense, multiple_of=None)
-    assert int(kept[:256].sum()) % 16 == 0
-    assert int(kept[256:].sum()) % 16 == 0
+    assert int(kept[:256].sum()) % 8 == 0
+    assert int(kept[256:].sum()) % 8 == 0
     small, few = opened(4, 6, 3)
     assert aligned_multiples(small, drawn(small), few.macs, 28) in ([1], [2])
 
@@ -169,3 +169,16 @@ def test_no_pick_goes_below_the_limit_of_the_last(seed: int) -> None:
         scores = base * (0.5 + torch.rand(channels.count, generator=generator))
         gone |= ~target.choose(torch.where(gone, 0.0, scores), (period + 1) / 10, everywhere, gone)
     assert 0.98 <= target.cost_of(~gone) / target.limit <= 1
+
+
+def test_channels_go_first_with_which_a_whole_block_goes() -> None:
+    channels, costs = opened(16, 64, 64, 64, 16)
+    scores = torch.rand(192, generator=torch.Generator().manual_seed(2))
+    limit = 0.6 * total(costs.macs, torch.ones(192, dtype=torch.bool))
+    counts = [
+        [int(left.sum()) for _, left in channels.split(kept)]
+        for kept in (
+            choose(channels, scores, costs.macs, limit, multiple_of=8, in_blocks=flag) for flag in (False, True)
+        )
+    ]
+    assert counts == [[56, 48, 40], [48, 48, 48]]
