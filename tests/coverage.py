@@ -126,7 +126,7 @@ def delivered(network: Network, module: nn.Module, graph: Graph, channels: Chann
             return pt2.read(path).module(check_guards=False)
 
     def onnx() -> Callable[..., Any]:
-        return runtime_forward(open_session(serialize(onnx_model(*files())), 1))
+        return runtime_forward(open_session(serialize(onnx_model(*files(), is_cut=True)), 1))
 
     ways = {"reload": reloaded, "program": program, "onnx": onnx}
     found = {name: compared(make, small, inputs) for name, make in ways.items()}
