@@ -11,8 +11,8 @@ picks by the saliencies of the network as it is by then, times what the trials m
     cric = Cric(model, optimizer, example_inputs, budget="macs=50%", steps=250)
 
 Source: Chen et al. 2024 (arXiv:2409.09085), whose published code puts the parameters alone back.
-Cost: the steps of its cycles, which leave no training behind (``cric.num_steps``), and while they last one more copy of
-the parameters, buffers and optimizer's state.
+Cost: the steps of its cycles, which are the last of the warm-up and leave no training behind, and while they last one
+more copy of the parameters, buffers and optimizer's state.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Cric(Hesso):
         self._place = 0  # of the step in its cycle
         self._are_over = False  # the cycles
         self._correction = torch.ones(self.count, dtype=torch.float64)  # of each score, by its trial
-        self.trial = RunningScores(tuple(self.weights), self.count)  # of the violating set, in the cycle
+        self.trial = RunningScores(tuple(self.weights), self.count, fade=0.0)  # of the violating set, in the cycle
         self._tried = torch.zeros(self.count, dtype=torch.bool)
         self._violating = torch.zeros(self.count, dtype=torch.bool)
         self._rank = torch.zeros(self.count, dtype=torch.float64)  # of the violating, in [0, 1)
@@ -129,8 +129,10 @@ class Cric(Hesso):
         return max(2, round(self.cycles.share * self.steps / self.cycles.most))
 
     def _periods(self, steps: int) -> list[int]:
-        """Those of HESSO after the most steps that the cycles can take."""
-        return [bound + self.cycles.most * self.cycle_steps for bound in super()._periods(steps)]
+        """Those of HESSO: the cycles are the end of the warm-up, or follow its first step where it is too short."""
+        bounds = super()._periods(steps)
+        late = max(0, 1 + self.cycles.most * self.cycle_steps - bounds[0])
+        return [bound + late for bound in bounds]
 
     # -- the cycles
 

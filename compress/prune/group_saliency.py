@@ -116,18 +116,22 @@ CRITERIA: Mapping[str, Callable[[Sums], Tensor]] = {
 }
 
 
+FADE = 0.5  # what is left of earlier steps' say after each pick: the scores of a few steps alone are mostly noise
+
+
 class RunningScores:
-    """The mean of each criterion over the steps that were added, in constant memory.
+    """The mean of each criterion over the steps that were added, those of earlier periods less, in constant memory.
 
     Args:
         criteria: Names in ``CRITERIA``.
         count: Number of channels ``c``.
+        fade: Share of the earlier steps' weight that each period keeps.
     """
 
-    def __init__(self, criteria: Sequence[str], count: int) -> None:
-        self.criteria = tuple(criteria)
+    def __init__(self, criteria: Sequence[str], count: int, fade: float = FADE) -> None:
+        self.criteria, self.fade = tuple(criteria), fade
         self.totals = torch.zeros(len(self.criteria), count, dtype=torch.float64)
-        self.steps = 0
+        self.steps = 0.0
         self.is_over = False
 
     def add(self, sums: Sums, among: Tensor) -> None:
@@ -141,8 +145,8 @@ class RunningScores:
             NumericsError: A score isn't finite.
         """
         if self.is_over:
-            self.totals.zero_()
-            self.steps, self.is_over = 0, False
+            self.totals *= self.fade
+            self.steps, self.is_over = self.steps * self.fade, False
         for number, name in enumerate(self.criteria):
             score = CRITERIA[name](sums).double()
             if not bool(torch.isfinite(score).all()):
@@ -156,14 +160,14 @@ class RunningScores:
     def combined(self, weights: Mapping[str, float], among: Tensor) -> Tensor:
         """The weighted mean of the criteria, each of mean 1 over ``among``, float64 ``[c]``."""
         total = sum(weights.values())
-        means = self.totals / max(1, self.steps)
+        means = self.totals / self.steps if self.steps else self.totals
         parts = [
             weights[name] / total * normalised(mean, among) for name, mean in zip(self.criteria, means, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
     def begin_anew(self) -> None:
-        """Forget all steps as soon as there is another."""
+        """Fade all steps as soon as there is another."""
         self.is_over = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class RunningScores:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.totals.copy_(state["totals"])
-        self.steps, self.is_over = int(state["steps"]), bool(state["is_over"])
+        self.steps, self.is_over = float(state["steps"]), bool(state["is_over"])
 
 
 def normalised(score: Tensor, among: Tensor) -> Tensor:

@@ -34,9 +34,10 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def opened(optimizer: Callable[..., torch.optim.Optimizer] = sgd, **options: Any) -> Cric:
+    """Two steps of the warm-up are ordinary ones, the others those of the cycles."""
     model = two_convolutions()
-    cycles = Cycles(2, 0.4)
-    given = {"steps": STEPS, "budget": "macs=60%", "cycles": cycles, **options}
+    cycles = options.setdefault("cycles", Cycles(2, 0.4))
+    given = {"steps": STEPS, "budget": "macs=60%", "schedule": Schedule(0.1 + cycles.share, 0.4), **options}
     return Cric(model, optimizer(model.parameters()), batch(0), **given)
 
 
@@ -171,8 +172,16 @@ def test_the_steps_are_stated_before_it_starts() -> None:
     cric = opened()
     assert cric.cycle_steps == 4
     assert cric.num_steps == 2 + 2 * 4 + 8
-    with pytest.raises(UsageError, match=r"all that goes is at zero after 22 steps, and steps=20"):
+    with pytest.raises(UsageError, match=r"all that goes is at zero after 21 steps, and steps=20"):
         opened(schedule=Schedule(0.1, 0.6))
+
+
+def test_the_cycles_are_the_end_of_the_warm_up_and_take_no_time_from_the_periods() -> None:
+    model = two_convolutions()
+    cric, hesso = (make(model, sgd(model.parameters()), batch(0), budget="macs=60%") for make in (Cric, Hesso))
+    assert cric.num_steps == hesso.num_steps == 125
+    assert trained(opened(), 3)._saved is not None
+    assert trained(opened(), 10).num_steps <= 18
 
 
 def test_memory_does_not_grow_with_the_steps() -> None:

@@ -328,7 +328,7 @@ def test_gradients_that_are_not_finite_are_an_error(weights: dict[str, float]) -
 
 
 def test_scores_last_until_there_are_others() -> None:
-    running = RunningScores(["magnitude"], 2)
+    running = RunningScores(["magnitude"], 2, fade=0.0)
     sums = channel_sums((), {}, {}, 2)
     both = torch.ones(2, dtype=torch.bool)
     for ww in (torch.tensor([1.0, 9.0]), torch.tensor([4.0, 4.0])):
@@ -337,6 +337,18 @@ def test_scores_last_until_there_are_others() -> None:
         assert running.combined({"magnitude": 1.0}, both).tolist() == (ww.sqrt() / ww.sqrt().mean()).tolist()
         running.begin_anew()
         assert running.combined({"magnitude": 1.0}, both).tolist() == (ww.sqrt() / ww.sqrt().mean()).tolist()
+
+
+def test_earlier_steps_fade_with_each_pick() -> None:
+    running, both = RunningScores(["magnitude"], 2), torch.ones(2, dtype=torch.bool)
+    sums = channel_sums((), {}, {}, 2)
+    for ww in ([0.0, 4.0], [4.0, 4.0], [4.0, 0.0]):  # scores [0, 2], [1, 1], [2, 0]
+        sums.ww.copy_(torch.tensor(ww))
+        running.add(sums, both)
+        running.begin_anew()
+    weights = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    expected = weights @ torch.tensor([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]], dtype=torch.float64) / weights.sum()
+    torch.testing.assert_close(running.combined({"magnitude": 1.0}, both), expected)
 
 
 def test_a_diverged_training_is_an_error() -> None:
