@@ -161,4 +161,5 @@ def decision_text(decision: Decision) -> str:
     # A range for each channel is as long as the layer is wide.
     given = decision.range
     found = escape(given, limit=40) if isinstance(given, str) else "{:.4g} to {:.4g}".format(*given)
-    return f"{decision.bits} bits, {decision.scheme}, {per}, range {found}"
+    how = f"range {found}" if decision.values_sha256 is None else f"levels {decision.values_sha256[:12]}"
+    return f"{decision.bits} bits, {decision.scheme}, {per}, {how}"

@@ -25,8 +25,8 @@ from .graph.rewrite import (
     unlift,
 )
 from .graph.trace import Graph
-from .numerics.rounding import activation_grid, round_weight
-from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, Replace, grid_bits
+from .numerics.rounding import activation_grid, level_range, round_weight
+from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, Quantize, Replace, grid_bits
 from .pruned import Pruned
 
 Tensors = dict[str, Tensor | QuantizedTensor]
@@ -105,6 +105,38 @@ def values_sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
+def levels_keys(tensor: str) -> tuple[str, str]:
+    """Where a sidecar holds the levels of a rounded weight, int8 in its shape, and its float32 scales."""
+    return f"{tensor}#levels", f"{tensor}#scales"
+
+
+def levels_sha256(levels: Tensor, scales: Tensor) -> str:
+    """The hash that a plan's decision carries."""
+    return values_sha256(torch.cat([levels.contiguous().flatten(), scales.contiguous().flatten().view(torch.int8)]))
+
+
+def _stored(sidecar: Mapping[str, Tensor], choice: Quantize, weight: Tensor) -> QuantizedTensor:
+    """Levels and scales of a decision that holds them, checked against it."""
+    levels, scales = (sidecar.get(key) for key in levels_keys(choice.tensor))
+    shape = [] if choice.axis is None else [weight.shape[choice.axis]]
+    is_whole = (
+        levels is not None
+        and scales is not None
+        and (levels.dtype, scales.dtype) == (torch.int8, torch.float32)
+        and (list(levels.shape), list(scales.shape)) == (list(weight.shape), shape)
+        and levels_sha256(levels, scales) == choice.values_sha256
+    )
+    if levels is None or scales is None or not is_whole:
+        raise InputError(
+            f"plan: the levels of {choice.tensor} in the sidecar are missing or others",
+            hint="keep plan.safetensors as it was written beside plan.json",
+        )
+    low, high = level_range(grid_bits(choice.bits, choice.scheme))
+    if int(levels.min()) < low or int(levels.max()) > high:
+        raise InputError(f"plan: {choice.tensor} has levels beyond its {choice.bits} bits", hint="make the plan again")
+    return QuantizedTensor(levels, choice.bits, scales, choice.axis)
+
+
 def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias | Replace, count: int) -> Tensor:
     values = sidecar.get(values_key(decision.tensor))
     if values is None or values.numel() != count or values_sha256(values) != decision.values_sha256:
@@ -170,6 +202,9 @@ def apply_plan(
                 f"plan: {name} has ranges for {len(search) - len(BY_CHANNEL)} channels, the checkpoint's has {scales}",
                 hint="the plan is for another architecture, or was edited: one letter for each channel",
             )
+        if choice.values_sha256 is not None:
+            tensors[name] = _stored(sidecar, choice, weight)
+            continue
         levels, scale = round_weight(weight, grid_bits(choice.bits, choice.scheme), axis=choice.axis, search=search)
         tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
     for name, correction in plan.corrections().items():

@@ -205,7 +205,7 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
     _note_other_source(job, plan)
     if plan.source_sha256 == job.source.sha256 or not plan.has_values():
         return given
-    if plan.corrections():
+    if plan.makes_up_for_rounding():
         return sealed(*planning.corrected(job, plan, {}, context))
     method = find_method("prune", plan.method)
     if job.calibration is None:
@@ -235,8 +235,10 @@ def apply_plan(
     with store.staged(out, force, [checkpoint, plan]) as stage:
         decided, sidecar = read_plan_files(plan)
         opened = open_job(checkpoint, settings, progress, needs_data=False, inputs=decided.inputs)
-        if decided.corrections() and decided.source_sha256 != opened.source.sha256:
-            opened.notes.append("the biases are the checkpoint's own: correcting them for rounding needs data")
+        if decided.makes_up_for_rounding() and decided.source_sha256 != opened.source.sha256:
+            opened.notes.append(
+                "levels are the nearest, and biases the checkpoint's own: making up for rounding needs data"
+            )
             decided, sidecar = decided.without_corrections(), {}
         if decided.has_values() and decided.source_sha256 != opened.source.sha256:
             raise InputError(

@@ -60,6 +60,8 @@ class Quantize:
         axis: Dimension that has one scale per index; None for one scale per tensor.
         range: How a weight's range is found: one of ``RANGES``, or ``channels:`` and a letter of theirs for each scale;
             or an activation's ``(low, high)``.
+        values_sha256: Hash of the levels and scales that make up for one another's rounding, which lie in the sidecar
+            under the key and ``#levels`` and ``#scales``; None where each is the nearest, by the range.
     """
 
     tensor: str
@@ -68,6 +70,7 @@ class Quantize:
     scheme: str
     axis: int | None
     range: str | tuple[float, float]
+    values_sha256: str | None = None
     kind: str = field(default="quantize", init=False)
 
 
@@ -166,7 +169,11 @@ class Plan:
     def has_values(self) -> bool:
         """Whether the plan holds new values of weights, which belong to the checkpoint that it was made on."""
         masks = self.masks().values()
-        return bool(self.corrections() or self.replaced()) or any(mask.values_sha256 is not None for mask in masks)
+        return self.makes_up_for_rounding() or bool(self.replaced()) or any(m.values_sha256 is not None for m in masks)
+
+    def makes_up_for_rounding(self) -> bool:
+        """Whether levels or biases were computed on calibration data, once the widths were known."""
+        return bool(self.corrections()) or any(d.values_sha256 is not None for d in self.quantized("weight").values())
 
     def channels(self) -> dict[str, PruneChannels]:
         """The channel decisions by group."""
@@ -181,8 +188,12 @@ class Plan:
         return {d.tensor: d for d in self.decisions if isinstance(d, CorrectBias)}
 
     def without_corrections(self) -> Plan:
-        """The plan with the checkpoint's own biases; a sidecar of corrections alone is gone."""
-        rest = tuple(d for d in self.decisions if not isinstance(d, CorrectBias))
+        """The plan with nearest levels and the checkpoint's own biases; a sidecar of corrections alone is gone."""
+        rest = tuple(
+            replace(d, values_sha256=None) if isinstance(d, Quantize) else d
+            for d in self.decisions
+            if not isinstance(d, CorrectBias)
+        )
         return replace(self, decisions=rest, sidecar=self.sidecar if self.masks() else None)
 
     def quantized(self, target: str) -> dict[str, Quantize]:

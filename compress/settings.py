@@ -195,6 +195,15 @@ SETTINGS = (
     ),
     Setting("activations", "run.activations", "str", "Activation bits.", None, ("8", "float"), in_preset=True),
     Setting(
+        "reconstruction",
+        "run.reconstruction",
+        "str",
+        "How levels are chosen: by the layers' outputs, or the nearest.",
+        "gptq",
+        ("gptq", "none"),
+        in_preset=True,
+    ),
+    Setting(
         "bias_correction",
         "run.bias_correction",
         "str",

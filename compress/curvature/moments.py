@@ -37,9 +37,9 @@ class _Reader(fx.Interpreter):
         if tensor is not None:
             read = n.args[0]
             assert isinstance(read, fx.Node)
-            positions = _positions(n, self.env[read], self.network.weights[tensor])
+            positions = read_positions(n, self.env[read], self.network.weights[tensor])
             if positions is not None:
-                step = _step(positions.shape[1], self.limit)
+                step = sampling_step(positions.shape[1], self.limit)
                 part = positions[:, ::step].double() if self.network.dtype == torch.float64 else positions[:, ::step]
                 moment = (part.transpose(1, 2) @ part).double()
                 self.sums[tensor] = self.sums[tensor] + moment if tensor in self.sums else moment
@@ -64,7 +64,7 @@ def input_moments(network: Network, data: Data, *, progress: Progress) -> dict[s
     return {tensor: (mean[0] if len(mean) == 1 else mean).cpu() for tensor, mean in means.items()}
 
 
-def _step(count: int, limit: int) -> int:
+def sampling_step(count: int, limit: int) -> int:
     """From one sampled position to the next: a common divisor with ``count`` would take few columns of an image."""
     step = -(-count // limit)
     while math.gcd(step, count) > 1:
@@ -72,7 +72,7 @@ def _step(count: int, limit: int) -> int:
     return step
 
 
-def _positions(node: fx.Node, inputs: Tensor, weight: Tensor) -> Tensor | None:
+def read_positions(node: fx.Node, inputs: Tensor, weight: Tensor) -> Tensor | None:
     """What each output position reads, ``[g, positions, k]``; None where no moment is taken."""
     if weight[0].numel() > LARGEST_MOMENT or node.target in TRANSPOSED:
         return None

@@ -26,7 +26,8 @@ from ..graph.trace import Graph
 from ..model import Source
 from ..plan import Plan
 from ..pruned import kept_of
-from ..reconstruct.least_squares import fitting_examples, refit_layers
+from ..reconstruct.least_squares import refit_layers
+from ..reconstruct.side_by_side import fitting_examples
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from .channel_plan import LEAST, UNCUT, channel_plan, cost_figures, movable_channels, terms_of, within_reach

@@ -1,27 +1,31 @@
-"""Bias correction: the mean of each output channel is what it was before the weights were rounded.
+"""What makes up for rounding once every width is known: levels chosen by the layers' outputs, and corrected biases.
 
-Rounding moves the outputs of a channel, in the mean as well, and the means of all layers after it. The network runs
-once on calibration data; each layer's means are set right as they come, so that the next one reads corrected inputs.
-Source: Nagel et al. 2019 (arXiv:1906.04721), section 4.2, here with measured means; Finkelstein et al. 2019
-(arXiv:1906.03193). Cost: three forward passes over the calibration examples, all of them held at once.
+Levels: ``reconstruct.rounding``. Biases: rounding moves the outputs of a channel, in the mean as well, and the means of
+all layers after it. The network runs once on calibration data; each layer's means are set right as they come, so that
+the next one reads corrected inputs. Of what was tried, that which brings the outputs nearest to the dense network's is
+taken.
+Source: Frantar et al. 2022, GPTQ (arXiv:2210.17323); Nagel et al. 2019 (arXiv:1906.04721), section 4.2, here with
+measured means; Finkelstein et al. 2019 (arXiv:1906.03193). Cost: that of ``reconstruct.rounding``, and two forward
+passes over the calibration examples, all of them held at once, for each that is tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..apply import apply_plan, assemble, float_module, values_key, values_sha256
+from ..apply import apply_plan, assemble, float_module, levels_keys, levels_sha256, values_key, values_sha256
 from ..context import Context
 from ..graph.rewrite import bias_keys, on_device
 from ..graph.trace import Graph
 from ..model import Source
-from ..plan import CorrectBias, Plan
-from ..reconstruct.least_squares import fitting_examples
+from ..plan import CorrectBias, Decision, Plan, Quantize, grid_bits
+from ..reconstruct.rounding import Grid, round_layers
+from ..reconstruct.side_by_side import fitting_examples
 from ..task import Calibration, divergence, has_logits
 from ..train.distill import first_tensor
 
@@ -52,45 +56,119 @@ class _Means(fx.Interpreter):
         return value + shift.reshape([-1 if d == dim else 1 for d in range(value.dim())])
 
 
-def correct_biases(
-    plan: Plan, source: Source, graph: Graph, calibration: Calibration, context: Context
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A plan, its sidecar, and how far the outputs are from the dense network's."""
+
+    plan: Plan
+    sidecar: dict[str, Tensor]
+    moved: float
+
+
+def correct(
+    plan: Plan, source: Source, graph: Graph, calibration: Calibration | None, context: Context
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan with corrected biases, where that brings the outputs nearer to the dense network's.
+    """The last step, at whatever widths were chosen: what makes up for rounding, as the options ask for it.
 
     Args:
-        plan: Rounds weights; corrections that it has are made anew.
+        plan: Rounds weights; what it has of this step is made anew.
 
     Returns:
-        The plan, and its sidecar: the new values by tensor.
+        The plan, and its sidecar: levels, scales and the biases' new values.
     """
     plan = plan.without_corrections()
-    rounded, layers = plan.quantized("weight"), {layer.tensor: layer for layer in graph.layers}
-    keys = {tensor: found for tensor, found in bias_keys(graph.program, graph.tied).items() if tensor in rounded}
-    # A linear layer's channels are its last dimension, a convolution's come after the batch.
-    channel = {node: -1 if layers[tensor].op == "linear" else 1 for tensor, (node, _) in keys.items()}
+    reconstructs, corrects = (
+        plan.options.get(n) == on for n, on in (("reconstruction", "gptq"), ("bias_correction", "on"))
+    )
+    if not plan.quantized("weight") or not (reconstructs or corrects):
+        return plan, {}
+    if calibration is None:
+        context.notes.append(
+            "levels are the nearest, and biases the checkpoint's own: making up for rounding needs --data"
+        )
+        return plan, {}
     data = fitting_examples(graph, calibration.data)
     inputs = tuple(x.to(context.device) for x in data.inputs)
-    network = assemble(graph, apply_plan(source.module, graph.tied, plan, {}))
-
-    def run(module: fx.GraphModule, wanted: Mapping[str, Tensor], step: int) -> tuple[_Means, Tensor]:
-        context.progress("correct biases", step, 3)
-        means = _Means(on_device(module, context.device), channel if wanted or step == 0 else {}, wanted)
-        with torch.no_grad():
-            outputs = means.run(*inputs)
-        return means, first_tensor(outputs).cpu()
-
-    before, dense = run(float_module(graph), {}, 0)
-    corrected, outputs = run(network, before.means, 1)
-    _, uncorrected = run(network, {}, 2)
-    context.progress("correct biases", 3, 3)
     are_logits = has_logits(calibration.task)
-    gain = divergence(dense, uncorrected, are_logits=are_logits) - divergence(dense, outputs, are_logits=are_logits)
-    if not gain > 0:
-        return plan, {}
-    state = source.module.state_dict()
-    decisions, sidecar = [], {}
-    for node, key in keys.values():
-        values = state[key].detach().float().cpu() + corrected.added[node].cpu()
+    keys = _bias_keys(plan, graph)
+    dense = _Means(on_device(float_module(graph), context.device), _channels(graph, keys), {})
+    with torch.no_grad():
+        wanted = first_tensor(dense.run(*inputs)).cpu()
+
+    def tried(found: Plan, sidecar: dict[str, Tensor]) -> _Tried:
+        network = assemble(graph, apply_plan(source.module, graph.tied, found, sidecar))
+        with torch.no_grad():
+            outputs = first_tensor(on_device(network, context.device)(*inputs)).cpu()
+        return _Tried(found, sidecar, divergence(wanted, outputs, are_logits=are_logits))
+
+    every = [tried(plan, {})]
+    if reconstructs:
+        every.append(tried(*_reconstructed(plan, source, graph, inputs, context)))
+    if corrects:
+        context.progress("correct biases", 0, 1)
+        every += [tried(*_corrected(one, source, graph, keys, dense.means, inputs, context)) for one in list(every)]
+        context.progress("correct biases", 1, 1)
+    best = min(every, key=lambda one: one.moved)
+    has_data = best.plan.makes_up_for_rounding()
+    return replace(best.plan, task_sha256=calibration.sha256() if has_data else plan.task_sha256), best.sidecar
+
+
+def _reconstructed(
+    plan: Plan, source: Source, graph: Graph, inputs: tuple[Tensor, ...], context: Context
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Levels and biases chosen layer by layer."""
+    choices = plan.quantized("weight")
+    grids = {name: Grid(choice.bits, grid_bits(choice.bits, choice.scheme)) for name, choice in choices.items()}
+    nearest = apply_plan(source.module, graph.tied, plan, {}).state()
+    others = {name: nearest[name] for name in choices}
+    found = round_layers(graph, grids, others, inputs, device=context.device, progress=context.progress)
+    sidecar: dict[str, Tensor] = {}
+    decisions: list[Decision] = []
+    for decision in plan.decisions:
+        made = found.weights.get(decision.tensor) if isinstance(decision, Quantize) else None
+        if made is None or not isinstance(decision, Quantize) or decision.target != "weight":
+            decisions.append(decision)
+            continue
+        sidecar |= dict(zip(levels_keys(decision.tensor), (made.levels, made.scale), strict=True))
+        decisions.append(replace(decision, values_sha256=levels_sha256(made.levels, made.scale)))
+    for key, values in sorted(found.biases.items()):
         decisions.append(CorrectBias(key, values_sha256(values)))
         sidecar[values_key(key)] = values
-    return replace(plan, decisions=(*plan.decisions, *decisions)), sidecar
+    return replace(plan, decisions=tuple(decisions)), sidecar
+
+
+def _corrected(
+    given: _Tried,
+    source: Source,
+    graph: Graph,
+    keys: Mapping[str, tuple[str, str]],
+    means: Mapping[str, Tensor],
+    inputs: tuple[Tensor, ...],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The same with biases that give each output channel the dense network's mean."""
+    compressed = apply_plan(source.module, graph.tied, given.plan, given.sidecar)
+    state = compressed.state()
+    run = _Means(on_device(assemble(graph, compressed), context.device), _channels(graph, keys), means)
+    with torch.no_grad():
+        run.run(*inputs)
+    sidecar = dict(given.sidecar)
+    corrections: list[Decision] = []
+    for node, key in keys.values():
+        values = state[key].detach().float().cpu() + run.added[node].cpu()
+        corrections.append(CorrectBias(key, values_sha256(values)))
+        sidecar[values_key(key)] = values
+    others = (d for d in given.plan.decisions if not isinstance(d, CorrectBias))
+    return replace(given.plan, decisions=(*others, *corrections)), sidecar
+
+
+def _bias_keys(plan: Plan, graph: Graph) -> dict[str, tuple[str, str]]:
+    """Node and bias of the rounded layers, by weight."""
+    rounded = plan.quantized("weight")
+    return {tensor: found for tensor, found in bias_keys(graph.program, graph.tied).items() if tensor in rounded}
+
+
+def _channels(graph: Graph, keys: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+    """Where each layer's output has its channels: last in a linear layer's, after the batch in a convolution's."""
+    linear = {layer.tensor for layer in graph.layers if layer.op == "linear"}
+    return {node: -1 if tensor in linear else 1 for tensor, (node, _) in keys.items()}

@@ -32,7 +32,7 @@ from ..plan import RANGES, Decision, Plan, Quantize, grid_bits, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, has_logits
 from .calibrate import activation_decisions, calibrated
-from .correct import correct_biases
+from .correct import correct as correct
 
 WIDTHS = range(2, 9)
 NANOSECONDS = 1e-6  # of a millisecond: latencies are counted in whole ones
@@ -62,8 +62,9 @@ def plan(
         sensitivities: ``hessian-trace``.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
         options: ``activations`` (``8`` or ``float``), ``range`` (``auto``: chosen for each channel; ``minmax``,
-            ``mse``), ``bias_correction`` (``on`` or ``off``, for ``correct``), ``exclude`` and ``tie`` (globs: the
-            weights that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+            ``mse``), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``; both for
+            ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie`` matches get one width),
+            ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
 
     Returns:
         The plan, without a sidecar; its frontier is appended to ``context.frontiers``.
@@ -121,6 +122,7 @@ def plan(
         "exclude": list(exclude),
         "keep": list(keep),
         "range": search,
+        "reconstruction": options["reconstruction"],
         "tie": list(tie),
     }
     start = Plan("hawq", recorded, 0, source.sha256, calibration.sha256(), budget, (), {})
@@ -155,18 +157,6 @@ def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, cont
     predicted = {"average_bits": average, "loss": moved.losses[index]}
     rounded = activation_decisions(graph, moved.activations, bits.keys())
     return replace(given, decisions=(*weights, *rounded), predicted=predicted)
-
-
-def correct(
-    plan: Plan, source: Source, graph: Graph, calibration: Calibration | None, context: Context
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The last step, at whatever point was chosen: biases that make up for rounding, where the options ask for it."""
-    if plan.options.get("bias_correction") != "on":
-        return plan, {}
-    if calibration is None:
-        context.notes.append("biases aren't corrected for rounding: that needs --data")
-        return plan.without_corrections(), {}
-    return correct_biases(plan, source, graph, calibration, context)
 
 
 def _tables(items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:

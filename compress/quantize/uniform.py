@@ -42,7 +42,8 @@ def plan(
 
     Args:
         budget: ``bits`` (the widest that fits), or ``bytes`` of the delivered file; None means 8 bits.
-        options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs).
+        options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs),
+            ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``), both for ``correct``.
 
     Raises:
         BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of
@@ -64,7 +65,13 @@ def plan(
         search = _measure_range(source, graph, decided, calibration, context)
     weights = _weight_decisions(layers, bits, search, with_integers=bool(activations))
     decisions = (*weights, *activations)
-    recorded = {"activations": str(options["activations"]), "exclude": list(exclude), "range": search}
+    recorded = {
+        "activations": str(options["activations"]),
+        "bias_correction": options["bias_correction"],
+        "exclude": list(exclude),
+        "range": search,
+        "reconstruction": options["reconstruction"],
+    }
     predicted = {"average_bits": _average_bits(graph, layers, bits)}
     measured = activations or options.get("range") in (None, "auto")
     task_sha256 = calibration.sha256() if calibration is not None and measured else None

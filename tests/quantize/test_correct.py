@@ -1,7 +1,8 @@
-"""Corrected biases: the channels' means are the dense network's, the plan says so, and nothing else changes."""
+"""Making up for rounding: levels by outputs, biases by means; the plan says so, and nothing else changes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from zoo import Network, named
 
-from compress.apply import apply_plan, assemble, float_module, values_key
+from compress.apply import apply_plan, assemble, float_module, levels_keys, values_key
 from compress.context import Context
 from compress.data import Data
+from compress.errors import InputError
 from compress.graph.rewrite import bias_keys
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan, Quantize
 from compress.quantize import correct
-from compress.quantize.correct import correct_biases
+from compress.reconstruct import rounding
 from compress.task import Calibration, Classification, divergence
 
 CPU = torch.device("cpu")
@@ -50,17 +52,18 @@ def rounded(network: Network, bits: int) -> tuple[nn.Module, Graph, Plan, tuple[
     module = network.make()
     graph = trace_graph(module, network.inputs(2))
     choices = tuple(Quantize(la.tensor, "weight", bits, "symmetric", la.axis, "minmax") for la in graph.layers)
-    plan = Plan("hawq", {"bias_correction": "on"}, 0, "0" * 64, None, None, choices, {})
+    plan = Plan("hawq", {"bias_correction": "on", "reconstruction": "none"}, 0, "0" * 64, None, None, choices, {})
     return module, graph, plan, network.inputs(32)
 
 
 def corrected(
-    network: Network, bits: int = 3
+    network: Network, bits: int = 3, **options: str
 ) -> tuple[nn.Module, Graph, Plan, Plan, dict[str, Tensor], tuple[Tensor, ...]]:
     module, graph, plan, inputs = rounded(network, bits)
+    plan = replace(plan, options={**plan.options, **options})
     source = Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
     calibration = Calibration(Classification(), Data(inputs, None, "random"))
-    found, sidecar = correct_biases(plan, source, graph, calibration, context())
+    found, sidecar = correct.correct(plan, source, graph, calibration, context())
     return module, graph, plan, found, sidecar, inputs
 
 
@@ -121,3 +124,84 @@ def test_a_correction_that_gains_nothing_is_left_out(monkeypatch: pytest.MonkeyP
     *_, plan, found, sidecar, _ = corrected(named("mlp"))
     assert found.decisions == plan.decisions
     assert sidecar == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["padded_residual", "depthwise", "grouped", "mlp", "biased_conv_bn", "SqueezeExcite", "Gpt", "conv3d"],
+)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_levels_by_outputs_bring_the_network_nearer(name: str, bits: int) -> None:
+    network = named(name)
+    module, graph, plan, found, sidecar, inputs = corrected(network, bits, reconstruction="gptq", bias_correction="off")
+    dense = tree_leaves(float_module(graph)(*inputs))[0]
+    outputs = [
+        tree_leaves(assemble(graph, apply_plan(module, graph.tied, p, s))(*inputs))[0]
+        for p, s in ((plan, {}), (found, sidecar))
+    ]
+    nearest, chosen = (divergence(dense, out, are_logits=True) for out in outputs)
+    # The weight of Gpt's head is its embedding's too, and stays the nearest.
+    assert chosen < (1.0 if name == "Gpt" else 0.7) * nearest
+    for tensor, choice in found.quantized("weight").items():
+        is_shared = tensor == "tokens.weight"
+        assert (choice.values_sha256 is None) == is_shared
+        if is_shared:
+            continue
+        levels, scales = (sidecar[key] for key in levels_keys(tensor))
+        assert levels.dtype == torch.int8
+        assert -(2 ** (bits - 1)) <= int(levels.min()) <= int(levels.max()) < 2 ** (bits - 1)
+        assert scales.shape == ((choice.axis is not None) * (graph_axis(graph, tensor),) or ())
+    assert found.without_corrections().decisions == plan.decisions
+
+
+def graph_axis(graph: Graph, tensor: str) -> int:
+    layer = next(layer for layer in graph.layers if layer.tensor == tensor)
+    return layer.shape[layer.axis or 0]
+
+
+@pytest.mark.parametrize("name", ["SharedConvolution", "transposed_2d"])
+def test_what_is_shared_or_transposed_is_rounded_to_the_nearest(name: str) -> None:
+    _, graph, _, found, _, _ = corrected(named(name), 4, reconstruction="gptq", bias_correction="off")
+    left = {t for t, choice in found.quantized("weight").items() if choice.values_sha256 is None}
+    assert left
+    assert left <= {layer.tensor for layer in graph.layers}
+
+
+def test_a_pruned_weight_stays_pruned() -> None:
+    network = named("padded_residual")
+    module, graph, _, inputs = rounded(network, 3)
+    zeros = {}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                zeros[name] = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+                parameter.masked_fill_(zeros[name], 0)
+    grids = {layer.tensor: rounding.Grid(3, 3) for layer in graph.layers}
+    graph = trace_graph(module, network.inputs(2))
+    found = rounding.round_layers(graph, grids, {}, inputs, device=CPU, progress=lambda *_: None)
+    for name, value in found.weights.items():
+        assert not bool(value.levels[zeros[name]].any())
+        assert bool(value.levels.any())
+
+
+def test_levels_that_are_not_the_plans_are_refused() -> None:
+    module, graph, _, found, sidecar, _ = corrected(named("mlp"), 3, reconstruction="gptq", bias_correction="off")
+    tensor = next(iter(found.quantized("weight")))
+    key = levels_keys(tensor)[0]
+    for broken in ({k: v for k, v in sidecar.items() if k != key}, {**sidecar, key: sidecar[key] + 1}):
+        with pytest.raises(InputError, match=f"the levels of {tensor} in the sidecar are missing or others"):
+            apply_plan(module, graph.tied, found, broken)
+    narrow = tuple(replace(d, bits=2) if isinstance(d, Quantize) else d for d in found.decisions)
+    with pytest.raises(InputError, match="has levels beyond its 2 bits"):
+        apply_plan(module, graph.tied, replace(found, decisions=narrow), sidecar)
+
+
+def test_without_data_levels_are_the_nearest_and_a_note_says_so() -> None:
+    module, graph, plan, _ = rounded(named("mlp"), 3)
+    source = Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
+    surroundings = context()
+    found, sidecar = correct.correct(plan, source, graph, None, surroundings)
+    assert (found.decisions, sidecar) == (plan.decisions, {})
+    assert surroundings.notes == [
+        "levels are the nearest, and biases the checkpoint's own: making up for rounding needs --data"
+    ]

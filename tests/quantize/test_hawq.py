@@ -36,6 +36,7 @@ from compress.task import Calibration, Classification, Regression, Task
 OPTIONS: dict[str, Any] = {
     "activations": "float",
     "range": "mse",
+    "reconstruction": "none",
     "bias_correction": "on",
     "exclude": (),
     "keep": (),

@@ -38,7 +38,8 @@ def plan_for(budget: Budget | None, *, data: Data | None = None, **options: Any)
     source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
     context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, model_bytes, [])
     calibration = None if data is None else Calibration(Classification(), data)
-    plan, sidecar = uniform.plan(source, graph, {}, calibration, budget, {"activations": "float", **options}, context)
+    given = {"activations": "float", "reconstruction": "none", "bias_correction": "off", **options}
+    plan, sidecar = uniform.plan(source, graph, {}, calibration, budget, given, context)
     assert sidecar == {}
     return plan
 
