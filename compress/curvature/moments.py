@@ -33,18 +33,19 @@ class _Reader(fx.Interpreter):
         self.counts: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
         tensor = self.network.uses.get(n)
         if tensor is not None:
             read = n.args[0]
             assert isinstance(read, fx.Node)
-            positions = read_positions(n, self.env[read], self.network.weights[tensor])
-            if positions is not None:
-                step = sampling_step(positions.shape[1], self.limit)
-                part = positions[:, ::step].double() if self.network.dtype == torch.float64 else positions[:, ::step]
+            step = sampling_step(value.numel() // value.shape[channel_dim(n)], self.limit)
+            part = read_positions(n, self.env[read], self.network.weights[tensor], step)
+            if part is not None:
+                part = part.double() if self.network.dtype == torch.float64 else part
                 moment = (part.transpose(1, 2) @ part).double()
                 self.sums[tensor] = self.sums[tensor] + moment if tensor in self.sums else moment
                 self.counts[tensor] = self.counts.get(tensor, 0) + part.shape[1]
-        return super().run_node(n)
+        return value
 
 
 def input_moments(network: Network, data: Data, *, progress: Progress) -> dict[str, Tensor]:
@@ -72,20 +73,26 @@ def sampling_step(count: int, limit: int) -> int:
     return step
 
 
-def read_positions(node: fx.Node, inputs: Tensor, weight: Tensor) -> Tensor | None:
-    """What each output position reads, ``[g, positions, k]``; None where no moment is taken."""
+def channel_dim(node: fx.Node) -> int:
+    """Where a layer's output has its channels: last in a linear layer's, after the batch in a convolution's."""
+    return -1 if node.target is aten.linear.default else 1
+
+
+def read_positions(node: fx.Node, inputs: Tensor, weight: Tensor, step: int) -> Tensor | None:
+    """What every ``step``-th output position reads, ``[g, positions, k]``; None where no moment is taken."""
     if weight[0].numel() > LARGEST_MOMENT or node.target in TRANSPOSED:
         return None
     if node.target is aten.linear.default:
-        return inputs.reshape(1, -1, inputs.shape[-1])
+        return inputs.reshape(1, -1, inputs.shape[-1])[:, ::step]
     spatial = weight.dim() - 2
     inputs, padding = padded(node, inputs, weight)
     windows = torch.nn.functional.pad(inputs, [side for size in reversed(padding) for side in (size, size)])
     steps, dilations = (each_dim(argument(node, name, 1), spatial) for name in ("stride", "dilation"))
-    for dim, (size, step, dilation) in enumerate(zip(weight.shape[2:], steps, dilations, strict=True), start=2):
-        windows = windows.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
-    groups = int(argument(node, "groups", 1))
-    # [n, channels, positions..., kernel...] -> [g, n positions, channels of a group x kernel]
-    split: Tensor = windows.reshape(len(windows), groups, -1, *windows.shape[2:])
-    moved = split.permute(1, 0, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial))
-    return moved.reshape(groups, -1, weight[0].numel())
+    for dim, (size, stride, dilation) in enumerate(zip(weight.shape[2:], steps, dilations, strict=True), start=2):
+        windows = windows.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # [n, channels, positions..., kernel...] -> [p, channels, kernel...] -> [g, p, channels of a group x kernel]
+    shape = (len(windows), *windows.shape[2 : 2 + spatial])
+    numbers = torch.arange(0, math.prod(shape), step, device=windows.device)
+    example, *places = torch.unravel_index(numbers, shape)
+    picked: Tensor = windows[(example, slice(None), *places)]
+    return picked.reshape(len(numbers), int(argument(node, "groups", 1)), -1).transpose(0, 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..context import Progress
-from ..curvature.moments import MAX_POSITIONS, read_positions, sampling_step
+from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, sampling_step
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import bias_keys, on_device, operand, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
@@ -118,7 +118,7 @@ def _rounded(
     if isinstance(bias, fx.Node):
         own = pair.after[bias]
         wanted = wanted - own.reshape(
-            [-1 if d == _channel_dim(node) % wanted.dim() else 1 for d in range(wanted.dim())]
+            [-1 if d == channel_dim(node) % wanted.dim() else 1 for d in range(wanted.dim())]
         )
     moments = _moments(node, pair.after[x_node], weight, wanted)
     if moments is None:
@@ -144,10 +144,6 @@ def _rounded(
     return made, (mean_y - given).reshape(-1)
 
 
-def _channel_dim(node: fx.Node) -> int:
-    return -1 if node.target is aten.linear.default else 1
-
-
 def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """``E[x x^T]``, ``E[x y^T]``, ``E[x]`` and ``E[y]`` of each group, float64, over a sample of the positions."""
     sums: list[Tensor] | None = None
@@ -169,11 +165,11 @@ def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tenso
 
 def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of what a layer multiplies, ``[g, p, k]``, and of what that should give, ``[g, p, c]``."""
-    channels = y.shape[_channel_dim(node)]
+    channels = y.shape[channel_dim(node)]
     total = y.numel() // channels
     each, step = max(1, CHUNK * len(y) // total), sampling_step(total, MAX_POSITIONS)
     for part, goal in zip(torch.split(x, each), torch.split(y, each), strict=True):
-        rows = read_positions(node, part, weight)
+        rows = read_positions(node, part, weight, step)
         if rows is None:
             return
         if node.target is aten.linear.default:
@@ -181,7 +177,7 @@ def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[
         else:
             split = goal.reshape(len(goal), len(rows), channels // len(rows), -1)
             goals = split.permute(1, 0, 3, 2).reshape(len(rows), -1, channels // len(rows))
-        yield rows[:, ::step], goals[:, ::step]
+        yield rows, goals[:, ::step]
 
 
 def _shifted(pair: SideBySide, node: fx.Node, bias_node: fx.Node, offset: Tensor) -> Tensor:
