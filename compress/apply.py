@@ -249,13 +249,18 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
     lost = [name for name in activations if name not in names]
     if lost:
         raise InputError(f"plan: activation {lost[0]} is not in the graph", hint="the plan is for another architecture")
+    quantize_activations(module, activation_grids(activations))
+    return finish(module)
+
+
+def activation_grids(decisions: Mapping[str, Quantize]) -> dict[str, Grid]:
+    """The grid of each activation that a plan rounds, by name."""
     grids = {}
-    for name, decision in activations.items():
+    for name, decision in decisions.items():
         low, high = decision.range  # type: ignore[str-unpack]  # read_plan checks it
         scale, zero_point = activation_grid(float(low), float(high), decision.bits)
         grids[name] = Grid(scale, zero_point, decision.bits)
-    quantize_activations(module, grids)
-    return finish(module)
+    return grids
 
 
 def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:

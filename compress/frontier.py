@@ -66,7 +66,7 @@ class FrontierRecord:
         losses: Expected, ``[p]``, strictly descending.
         index: The point of the plan.
         chosen: Index of each item's choice at that point.
-        activations: Least and greatest value of each activation that is rounded to 8 bits, by name.
+        activations: Least and greatest value of each activation that is rounded, by name.
     """
 
     method: str

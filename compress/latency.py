@@ -123,7 +123,7 @@ def cached_latency_table(
     inputs: tuple[Tensor, ...],
     *,
     threads: int,
-    integer_activations: bool,
+    activations: str,
     notes: list[str],
     progress: Progress,
 ) -> CostTable:
@@ -131,15 +131,17 @@ def cached_latency_table(
 
     Args:
         graph: The network that ``layers`` are of.
+        activations: Their bits, or ``float``.
         notes: Gets a sentence where the cache was damaged or can't be written.
     """
-    key = _key(graph, layers, widths, inputs, threads=threads, integer_activations=integer_activations)
+    key = _key(graph, layers, widths, inputs, threads=threads, activations=activations)
     found = cache.read(KIND, key, notes)
     if found is not None:
         progress("latency from the cache", 1, 1)
         return cost_table_from(found[0], "the cached latency")
+    is_integer = activations != "float"
     table = latency_table(
-        build, layers, widths, inputs, threads=threads, integer_activations=integer_activations, progress=progress
+        build, layers, widths, inputs, threads=threads, integer_activations=is_integer, progress=progress
     )
     cache.write(KIND, key, table.to_json(), notes=notes)
     return table
@@ -152,7 +154,7 @@ def _key(
     inputs: tuple[Tensor, ...],
     *,
     threads: int,
-    integer_activations: bool,
+    activations: str,
 ) -> dict[str, Any]:
     """All that a table depends on: the machine, the programs and the network's structure, but no weight."""
     return {
@@ -165,7 +167,7 @@ def _key(
         "layers": [layer.tensor for layer in layers],
         "inputs": [{"shape": list(x.shape), "dtype": str(x.dtype)} for x in inputs],
         "widths": list(widths),
-        "integer_activations": integer_activations,
+        "activations": activations,
         **cache.versions(),
     }
 

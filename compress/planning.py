@@ -406,7 +406,7 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         axes = {layer.tensor: layer.axis for layer in job.graph.layers}
         schemes = {bits: weight_scheme(bits, with_integers=bool(ranges)) for bits in WIDTHS}
         weights = [Quantize(t, "weight", bits, schemes[bits], axes[t], "minmax") for t, bits in integer.items()]
-        rounded = activation_decisions(job.graph, ranges, integer.keys())
+        rounded = activation_decisions(job.graph, ranges, integer.keys(), activations)
         plan = Plan("latency", {}, 0, "", None, None, (*weights, *rounded), {})
         compressed = apply_plan(job.source.module, job.graph.tied, plan, {})
         return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed)))
@@ -418,7 +418,7 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         WIDTHS,
         _one_example(job),
         threads=int(job.value("threads") or LATENCY_THREADS),
-        integer_activations=bool(ranges),
+        activations=activations if ranges else "float",
         notes=job.notes,
         progress=job.progress,
     )

@@ -193,7 +193,9 @@ SETTINGS = (
     Setting(
         "tie", "run.tie", "words", "Weights that a glob matches get one width.", (), in_preset=True, metavar="GLOB,..."
     ),
-    Setting("activations", "run.activations", "str", "Activation bits.", None, ("8", "float"), in_preset=True),
+    Setting(
+        "activations", "run.activations", "str", "Bits of activations.", None, ("8", "6", "4", "float"), in_preset=True
+    ),
     Setting(
         "reconstruction",
         "run.reconstruction",

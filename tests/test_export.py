@@ -44,7 +44,12 @@ def build(
         source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
         context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, lambda _: 0, [])
         calibration = Calibration(Classification(), Data(inputs, None, "zoo"))
-        options: dict[str, Any] = {"activations": activations, "range": "mse" if bits < 8 else "minmax"}
+        options: dict[str, Any] = {
+            "activations": activations,
+            "range": "mse" if bits < 8 else "minmax",
+            "reconstruction": "none",
+            "bias_correction": "off",
+        }
         plan, tensors = uniform.plan(source, graph, {}, calibration, Budget("bits", bits), options, context)
         compressed = apply_plan(module, graph.tied, plan, tensors)
     return graph, compressed, assemble(graph, compressed)
@@ -55,7 +60,7 @@ def check_onnx(network: Network, activations: str, bits: int | None) -> None:
     model = onnx_model(graph, compressed, module)
     content = serialize(model)
     for parity in measure_parity(module, open_session(content, 1), network.inputs(8)):
-        assert parity_holds(parity, activations == "8"), parity
+        assert parity_holds(parity, activations != "float"), parity
     assert input_names(model) == list(network.shapes)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert not re.search(rb"\.py|/tmp|/home|/work|Traceback|site-packages", content)
@@ -79,6 +84,7 @@ def test_integer_networks_run_alike_in_onnx_runtime(network: Network) -> None:
 @pytest.mark.parametrize("name", [*PLAIN, "Recurrent", "SqueezeExcite", "padded_residual", "Attention", "weight_norm"])
 def test_integer_networks_of_a_few_run_alike_in_onnx_runtime(name: str) -> None:
     check_onnx(named(name), "8", 8)
+    check_onnx(named(name), "4", 4)
 
 
 @pytest.mark.slow
@@ -98,9 +104,10 @@ def test_programs_are_equal_after_reading(network: Network, activations: str, bi
     check_program(network, activations, bits, tmp_path)
 
 
+@pytest.mark.parametrize("activations", ["8", "4"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_integer_programs_of_a_few_are_equal_after_reading(name: str, tmp_path: Path) -> None:
-    check_program(named(name), "8", 4, tmp_path)
+def test_integer_programs_of_a_few_are_equal_after_reading(name: str, activations: str, tmp_path: Path) -> None:
+    check_program(named(name), activations, 4, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plain_cnn", "TiedEmbedding", "transposed_2d"])
@@ -133,9 +140,10 @@ def kernels(content: bytes, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["plain_cnn", "depthwise", "Split", "Inception", "SqueezeExcite", "mlp", "smooth_activations", "conv3d"]
 )
-def test_every_layer_is_an_integer_kernel(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["8", "4"])
+def test_every_layer_is_an_integer_kernel(name: str, activations: str, tmp_path: Path) -> None:
     network = named(name)
-    graph, compressed, module = build(network.make(), network.inputs(16), "8", 8)
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, 8)
     ops = kernels(serialize(onnx_model(graph, compressed, module)), tmp_path)
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(ops)
     assert sum(op in ("QLinearConv", "QGemm", "MatMulInteger") for op in ops) == len(graph.layers)

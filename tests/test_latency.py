@@ -96,7 +96,7 @@ def cached(network: Network, notes: list[str], *, threads: int = 1, widths: Sequ
         widths,
         tuple(x[:1] for x in network.inputs),
         threads=threads,
-        integer_activations=True,
+        activations="8",
         notes=notes,
         progress=silent,
     )

@@ -94,5 +94,6 @@ def read_positions(node: fx.Node, inputs: Tensor, weight: Tensor, step: int) -> 
     shape = (len(windows), *windows.shape[2 : 2 + spatial])
     numbers = torch.arange(0, math.prod(shape), step, device=windows.device)
     example, *places = torch.unravel_index(numbers, shape)
-    picked: Tensor = windows[(example, slice(None), *places)]
+    index: tuple[Any, ...] = (example, slice(None), *places)
+    picked = windows[index]
     return picked.reshape(len(numbers), int(argument(node, "groups", 1)), -1).transpose(0, 1)

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from ..plan import WIDEST
 from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
 
 decomposed = torch.ops.quantized_decomposed
@@ -223,6 +224,16 @@ def fold_batch_norms(module: fx.GraphModule) -> dict[str, Tensor]:
     return factors
 
 
+def after_norms(layer: fx.Node) -> fx.Node:
+    """The node whose values a layer gives once ``fold_batch_norms`` was run: the last batch norm's, or its own."""
+    end = layer
+    while len(end.users) == 1 and (norm := next(iter(end.users))).target in BATCH_NORMS:
+        if end is layer and not _is_foldable(norm):
+            break
+        end = norm
+    return end
+
+
 def _is_foldable(node: fx.Node) -> bool:
     layer = operand(node, 0)
     if not isinstance(layer, fx.Node) or layer.target not in WEIGHT_OPS or len(layer.users) != 1:
@@ -309,7 +320,7 @@ def activation_points(module: fx.GraphModule) -> list[fx.Node]:
         if node.op == "placeholder" or (
             node.op == "call_function"
             and node.target not in MOVES
-            and (node.target in ROUNDED or _feeds_layer(node))
+            and (node.target in ROUNDED or feeds_layer(node))
             and not _is_fused(node)
         ):
             points.append(node)
@@ -321,10 +332,10 @@ def _is_fused(node: fx.Node) -> bool:
     return len(users) == 1 and users[0].target in ACTIVATIONS and node.target not in ACTIVATIONS
 
 
-def _feeds_layer(node: fx.Node) -> bool:
+def feeds_layer(node: fx.Node) -> bool:
     """Whether a layer reads the node's values as its input."""
     return any(
-        (user.target in WEIGHT_OPS and user.args[0] is node) or (user.target in MOVES and _feeds_layer(user))
+        (user.target in WEIGHT_OPS and user.args[0] is node) or (user.target in MOVES and feeds_layer(user))
         for user in node.users
     )
 
@@ -417,14 +428,17 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
 
 def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:
     """Round what all users but the output read of ``node``."""
-    # Fewer than eight bits use the lower part of uint8, with ONNX's saturation at the top kept by the clamp.
-    arguments = (grid.scale, grid.zero_point, 0, 2**grid.bits - 1, torch.uint8)
+    arguments = (grid.scale, grid.zero_point, 0, 2**WIDEST - 1, torch.uint8)
     users = [user for user in node.users if not _reaches_output(user)]
-    with module.graph.inserting_after(node):
-        rounded = module.graph.call_function(decomposed.quantize_per_tensor.default, (node, *arguments))
-    with module.graph.inserting_after(rounded):
-        back = module.graph.call_function(decomposed.dequantize_per_tensor.default, (rounded, *arguments))
-    rounded.meta["val"] = back.meta["val"] = node.meta["val"]
+    steps: list[tuple[Any, tuple[Any, ...]]] = [(decomposed.quantize_per_tensor.default, arguments)]
+    if grid.bits < WIDEST:  # integers are clamped, not floats: kernels that end in QuantizeLinear still do
+        steps.append((aten.clamp.default, (0, 2**grid.bits - 1)))
+    steps.append((decomposed.dequantize_per_tensor.default, arguments))
+    back = node
+    for target, others in steps:
+        with module.graph.inserting_after(back):
+            back = module.graph.call_function(target, (back, *others))
+        back.meta["val"] = node.meta["val"]
     for user in users:
         user.replace_input_with(node, back)
     return back
@@ -527,7 +541,11 @@ def to_aten(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target is decomposed.dequantize_per_tensor.default:
             rounded = operand(node, 0)
+            top = None
+            if rounded.target is aten.clamp.default:
+                rounded, top = operand(rounded, 0), operand(rounded, 2)
             scale, zero_point, low, high = (operand(rounded, i) for i in range(1, 5))
+            high = high if top is None else top
             steps = (
                 (aten.div.Tensor, scale),
                 (aten.round.default,),

@@ -22,6 +22,7 @@ from ..plan import BY_CHANNEL, CLIPS, RANGES
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
+NUM_CLIPS, SMALLEST_CLIP = 24, 0.08  # shares of an activation's extreme that are tried, and the least of them
 SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
 BLOCK = 2**17  # weights that a range is searched over at a time, so that they stay in the cache
 LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges are chosen
@@ -255,6 +256,25 @@ def _squares(change: Tensor, moment: Tensor | None) -> Tensor:
         product[..., COLUMNS:] *= 2  # stands for the blocks below the diagonal
         total += product.mul_(change[..., start:]).sum(2, dtype=torch.float64)
     return total.clamp_min(0)
+
+
+def clipped_range(counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
+    """The part of a range whose grid rounds values with the least squared error, both ends clipped on their own.
+
+    Args:
+        counts: Of the values in equal bins from ``low`` to ``high``, zero included.
+    """
+    width = (high - low) / len(counts)
+    values = low + width * (torch.arange(len(counts), dtype=torch.float64) + 0.5)
+    shares = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIPS, dtype=torch.float64).tolist()
+    best = (math.inf, low, high)
+    for bottom in shares if low < 0 else [1.0]:
+        for top in shares if high > 0 else [1.0]:
+            scale, zero = activation_grid(bottom * low, top * high, bits)
+            levels = torch.round(values / scale).clamp(-zero, 2**bits - 1 - zero)
+            error = float((counts * (values - scale * levels).square()).sum())
+            best = min(best, (error, bottom * low, top * high))
+    return best[1], best[2]
 
 
 def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:

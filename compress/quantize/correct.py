@@ -18,13 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..apply import apply_plan, assemble, float_module, levels_keys, levels_sha256, values_key, values_sha256
+from ..apply import (
+    activation_grids,
+    apply_plan,
+    assemble,
+    float_module,
+    levels_keys,
+    levels_sha256,
+    values_key,
+    values_sha256,
+)
 from ..context import Context
 from ..graph.rewrite import bias_keys, on_device
 from ..graph.trace import Graph
 from ..model import Source
 from ..plan import CorrectBias, Decision, Plan, Quantize, grid_bits
-from ..reconstruct.rounding import Grid, round_layers
+from ..reconstruct.rounding import Storage, round_layers
 from ..reconstruct.side_by_side import fitting_examples
 from ..task import Calibration, divergence, has_logits
 from ..train.distill import first_tensor
@@ -118,10 +127,11 @@ def _reconstructed(
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Levels and biases chosen layer by layer."""
     choices = plan.quantized("weight")
-    grids = {name: Grid(choice.bits, grid_bits(choice.bits, choice.scheme)) for name, choice in choices.items()}
+    grids = {name: Storage(choice.bits, grid_bits(choice.bits, choice.scheme)) for name, choice in choices.items()}
     nearest = apply_plan(source.module, graph.tied, plan, {}).state()
     others = {name: nearest[name] for name in choices}
-    found = round_layers(graph, grids, others, inputs, device=context.device, progress=context.progress)
+    activations = activation_grids(plan.quantized("activation"))
+    found = round_layers(graph, grids, others, activations, inputs, device=context.device, progress=context.progress)
     sidecar: dict[str, Tensor] = {}
     decisions: list[Decision] = []
     for decision in plan.decisions:

@@ -61,10 +61,10 @@ def plan(
     Args:
         sensitivities: ``hessian-trace``.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
-        options: ``activations`` (``8`` or ``float``), ``range`` (``auto``: chosen for each channel; ``minmax``,
-            ``mse``), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``; both for
-            ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie`` matches get one width),
-            ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+        options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``range`` (``auto``: chosen for each channel;
+            ``minmax``, ``mse``), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``;
+            both for ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie`` matches get one
+            width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
 
     Returns:
         The plan, without a sidecar; its frontier is appended to ``context.frontiers``.
@@ -155,7 +155,7 @@ def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, cont
     bits = {decision.tensor: decision.bits for decision in weights if isinstance(decision, Quantize)}
     average = sum(count * bits.get(tensor, FLOAT_BITS) for tensor, count in elements.items()) / sum(elements.values())
     predicted = {"average_bits": average, "loss": moved.losses[index]}
-    rounded = activation_decisions(graph, moved.activations, bits.keys())
+    rounded = activation_decisions(graph, moved.activations, bits.keys(), str(given.options.get("activations")))
     return replace(given, decisions=(*weights, *rounded), predicted=predicted)
 
 
@@ -247,7 +247,7 @@ def _costs(
         entries = {(layer.tensor, bits): layer.elements * bits for layer in layers for bits in every}
         return _Costs(entries, sum(layer.elements * FLOAT_BITS for layer in others), 1 / total)
     if budget.quantity == "bops":
-        read = 8 if activations == "8" else FLOAT_BITS
+        read = FLOAT_BITS if activations == "float" else int(activations)
         entries = {(layer.tensor, bits): layer.macs * bits * read for layer in layers for bits in every}
         return _Costs(entries, sum(layer.macs * FLOAT_BITS * read for layer in others), 1.0)
     if budget.quantity == "latency":

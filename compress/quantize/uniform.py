@@ -1,4 +1,4 @@
-"""Uniform quantization: the same bit width for every weight, one scale an output channel; static 8-bit activations.
+"""Uniform quantization: the same bit width for every weight, one scale an output channel; static activations.
 
 Source: Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3.
 Cost: a forward pass over the calibration data for activations, two more to choose the weight ranges.
@@ -24,6 +24,7 @@ from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .calibrate import BATCH, activation_decisions, calibrated
+from .correct import correct as correct
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")
@@ -42,8 +43,9 @@ def plan(
 
     Args:
         budget: ``bits`` (the widest that fits), or ``bytes`` of the delivered file; None means 8 bits.
-        options: ``activations`` (``8`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``), ``exclude`` (globs),
-            ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``), both for ``correct``.
+        options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``),
+            ``exclude`` (globs), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``),
+            both for ``correct``.
 
     Raises:
         BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of
@@ -56,7 +58,7 @@ def plan(
     bits = _choose_bits(source, graph, layers, budget, context)
 
     ranges = calibrated(graph, data, str(options["activations"]), context)
-    activations = activation_decisions(graph, ranges, {layer.tensor for layer in layers})
+    activations = activation_decisions(graph, ranges, {layer.tensor for layer in layers}, str(options["activations"]))
     search = str(options.get("range") or "auto")
     if search == "auto":
         decided = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, sampling_step
 from ..formats.packed import QuantizedTensor
-from ..graph.rewrite import bias_keys, on_device, operand, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
 from ..numerics.output_rounding import round_to_outputs
 from .side_by_side import SideBySide, norm_after, walk, wanted_output
@@ -28,7 +29,7 @@ CHUNK = 2**16  # positions at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Storage:
     """How a weight is stored.
 
     Attributes:
@@ -50,8 +51,9 @@ class Rounded:
 
 def round_layers(
     graph: Graph,
-    grids: Mapping[str, Grid],
+    grids: Mapping[str, Storage],
     others: Mapping[str, Tensor],
+    activations: Mapping[str, Grid],
     inputs: tuple[Tensor, ...],
     *,
     device: torch.device,
@@ -63,6 +65,7 @@ def round_layers(
         grids: Of the weights to round. What is used in several places, transposed, or reads too many inputs for their
             moment is left out of the result.
         others: What those are, and any other tensors that aren't the dense network's.
+        activations: Grids of the activations that are rounded, by name; layers are fitted to the inputs that they give.
         inputs: Calibration examples ``[n, ...]``.
     """
     dense, module = (on_device(unlift(graph.program, graph.tied), device) for _ in range(2))
@@ -100,12 +103,18 @@ def round_layers(
             pair.put(stored[key], bias)
             found.biases[key] = bias.cpu()
 
-    walk(pair, inputs, visit, progress=progress, what="round the layers")
+    names = {node.name: node for node in module.graph.nodes}
+    rounds = {after_norms(names[name]): partial(_on_grid, grid=grid) for name, grid in activations.items()}
+    walk(pair, inputs, visit, rounds=rounds, progress=progress, what="round the layers")
     return found
 
 
+def _on_grid(value: Tensor, grid: Grid) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(value, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
+
+
 def _rounded(
-    pair: SideBySide, node: fx.Node, layer: Layer, grid: Grid, *, has_offset: bool
+    pair: SideBySide, node: fx.Node, layer: Layer, grid: Storage, *, has_offset: bool
 ) -> tuple[QuantizedTensor | None, Tensor]:
     """The layer's weight, and what is missing of its outputs' means, ``[c]``; None where it can't be done."""
     x_node, weight_node = node.args[:2]
@@ -117,9 +126,7 @@ def _rounded(
     bias = argument(node, "bias", None)
     if isinstance(bias, fx.Node):
         own = pair.after[bias]
-        wanted = wanted - own.reshape(
-            [-1 if d == channel_dim(node) % wanted.dim() else 1 for d in range(wanted.dim())]
-        )
+        wanted = wanted - own.reshape([-1 if d == channel_dim(node) % wanted.dim() else 1 for d in range(wanted.dim())])
     moments = _moments(node, pair.after[x_node], weight, wanted)
     if moments is None:
         return None, nothing

@@ -62,13 +62,20 @@ def fitting_examples(graph: Graph, data: Data) -> Data:
 
 
 def walk(
-    pair: SideBySide, inputs: tuple[Tensor, ...], visit: Callable[[fx.Node], None], *, progress: Progress, what: str
+    pair: SideBySide,
+    inputs: tuple[Tensor, ...],
+    visit: Callable[[fx.Node], None],
+    *,
+    rounds: Mapping[fx.Node, Callable[[Tensor], Tensor]] | None = None,
+    progress: Progress,
+    what: str,
 ) -> None:
     """Run both networks, in the order of execution.
 
     Args:
         inputs: Calibration examples ``[n, ...]``.
         visit: Called with each op once the dense network has its value and the other one its inputs.
+        rounds: What becomes of a value of the other network before anything reads it.
         what: Stage that ``progress`` is told.
     """
     nodes = list(pair.module.graph.nodes)
@@ -86,6 +93,8 @@ def walk(
                 pair.before[node] = _call(node, pair.before)
                 visit(node)
                 pair.after[node] = _call(node, pair.after)
+            if rounds and node in rounds:
+                pair.after[node] = rounds[node](pair.after[node])
             for source in node.all_input_nodes:
                 if last[source] == number:
                     del pair.before[source], pair.after[source]

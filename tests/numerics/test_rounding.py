@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,9 +12,12 @@ from compress.errors import NumericsError
 from compress.numerics import rounding
 from compress.numerics.rounding import (
     NUM_CANDIDATES,
+    NUM_CLIPS,
+    SMALLEST_CLIP,
     activation_grid,
     broadcast_scale,
     choose_ranges,
+    clipped_range,
     level_range,
     range_candidates,
     round_weight,
@@ -278,3 +281,30 @@ def test_an_activations_grid_holds_zero_and_covers_its_range(low: float, width: 
     slack = scale * 0.5 * (1 + 1e-6) + 1e-30
     assert -zero_point * scale <= min(low, 0) + slack
     assert (top - zero_point) * scale >= max(high, 0) - slack
+
+
+def activation_error(values: Tensor, low: float, high: float, bits: int) -> float:
+    scale, zero_point = activation_grid(low, high, bits)
+    rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 2**bits - 1)
+    return float((values - rounded).double().square().sum())
+
+
+@settings(max_examples=15)
+@given(SEEDS, st.sampled_from([4, 6]), st.sampled_from([-1.0, 0.0, 1.0]))
+def test_a_clipped_range_is_the_best_of_those_tried(seed: int, bits: int, least: float) -> None:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(seed)).pow(3).clamp(min=10 * least)
+    values = values.abs() if least > 0 else values
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    found = clipped_range(torch.histc(values, 2048, low, high).double(), low, high, bits)
+    shares = torch.linspace(1, SMALLEST_CLIP, NUM_CLIPS).tolist()
+    errors = {(a, b): activation_error(values, a * low, b * high, bits) for a in shares for b in shares}
+    assert low <= found[0] <= 0 <= found[1] <= high
+    assert activation_error(values, *found, bits) < 1.05 * min(errors.values())  # of values, not of their bins
+    assert activation_error(values, *found, bits) <= errors[1.0, 1.0]
+
+
+def test_a_range_without_tails_stays_whole() -> None:
+    values = torch.linspace(0, 3, 10_001)
+    low, high = clipped_range(torch.histc(values, 2048, 0, 3).double(), 0.0, 3.0, 4)
+    assert low == 0
+    assert high > 2.8

@@ -21,6 +21,7 @@ from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan, Quantize
 from compress.quantize import correct
+from compress.quantize.calibrate import activation_decisions, calibrated
 from compress.reconstruct import rounding
 from compress.task import Calibration, Classification, divergence
 
@@ -154,6 +155,27 @@ def test_levels_by_outputs_bring_the_network_nearer(name: str, bits: int) -> Non
     assert found.without_corrections().decisions == plan.decisions
 
 
+@pytest.mark.parametrize("name", ["padded_residual", "depthwise", "biased_conv_bn", "SqueezeExcite"])
+def test_levels_are_chosen_beside_rounded_activations(name: str) -> None:
+    network = named(name)
+    module, graph, plan, inputs = rounded(network, 4)
+    ranges = calibrated(graph, Data(inputs, None, "random"), "4", context())
+    weights = plan.quantized("weight")
+    activations = activation_decisions(graph, ranges, weights.keys(), "4")
+    plan = replace(plan, decisions=(*plan.decisions, *activations))
+    dense = tree_leaves(float_module(graph)(*inputs))[0]
+    source = Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
+    calibration = Calibration(Classification(), Data(inputs, None, "random"))
+    moved = {}
+    for how in ("none", "gptq"):
+        asked = replace(plan, options={"reconstruction": how, "bias_correction": "on"})
+        found, sidecar = correct.correct(asked, source, graph, calibration, context())
+        assert found.quantized("activation") == plan.quantized("activation")
+        outputs = tree_leaves(assemble(graph, apply_plan(module, graph.tied, found, sidecar))(*inputs))[0]
+        moved[how] = divergence(dense, outputs, are_logits=True)
+    assert moved["gptq"] < 0.9 * moved["none"]
+
+
 def graph_axis(graph: Graph, tensor: str) -> int:
     layer = next(layer for layer in graph.layers if layer.tensor == tensor)
     return layer.shape[layer.axis or 0]
@@ -176,9 +198,9 @@ def test_a_pruned_weight_stays_pruned() -> None:
             if parameter.dim() > 1:
                 zeros[name] = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.6
                 parameter.masked_fill_(zeros[name], 0)
-    grids = {layer.tensor: rounding.Grid(3, 3) for layer in graph.layers}
+    grids = {layer.tensor: rounding.Storage(3, 3) for layer in graph.layers}
     graph = trace_graph(module, network.inputs(2))
-    found = rounding.round_layers(graph, grids, {}, inputs, device=CPU, progress=lambda *_: None)
+    found = rounding.round_layers(graph, grids, {}, {}, inputs, device=CPU, progress=lambda *_: None)
     for name, value in found.weights.items():
         assert not bool(value.levels[zeros[name]].any())
         assert bool(value.levels.any())

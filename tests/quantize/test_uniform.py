@@ -17,11 +17,11 @@ from compress.context import Context, Storage
 from compress.data import Data
 from compress.errors import BudgetError, NumericsError, UsageError
 from compress.formats.packed import QuantizedTensor
-from compress.graph.rewrite import activation_points
+from compress.graph.rewrite import activation_points, feeds_layer
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan, Quantize
-from compress.quantize import uniform
+from compress.quantize import correct, hawq, uniform
 from compress.quantize.calibrate import activation_ranges
 from compress.task import Calibration, Classification, divergence
 
@@ -88,6 +88,35 @@ def test_ranges_of_activations_are_their_extremes_over_the_data() -> None:
     first = decisions[points[0]]
     assert first.range == (float(x.min()), float(x.max()))
     assert all(isinstance(d, Quantize) and d.bits == 8 and d.scheme == "asymmetric" for d in decisions.values())
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_fewer_bits_are_those_of_what_layers_read(bits: int) -> None:
+    network = named("padded_residual")
+    module = network.make()
+    graph = trace_graph(module, network.inputs(2))
+    data = Data(network.inputs(64), None, "zoo")
+    source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
+    context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, model_bytes, [])
+    given = {"range": "minmax", "reconstruction": "none", "bias_correction": "off"}
+    plans = [
+        uniform.plan(source, graph, {}, Calibration(Classification(), data), None, {**given, "activations": a}, context)
+        for a in ("8", str(bits))
+    ]
+    whole, narrow = (plan.quantized("activation") for plan, _ in plans)
+    assert list(whole) == list(narrow)
+    read = {node.name for node in float_module(graph).graph.nodes if feeds_layer(node) and node.op != "placeholder"}
+    for name, decision in narrow.items():
+        assert decision.bits == (bits if name in read else 8)
+        (low, high), (least, most) = decision.range, whole[name].range
+        assert least <= low <= 0 <= high <= most
+        assert (low, high) == (least, most) or name in read
+    assert any(decision.bits == 8 for decision in narrow.values())
+    assert any(narrow[name].range != whole[name].range for name in read & narrow.keys())
+
+
+def test_its_last_step_is_that_of_hawq() -> None:
+    assert uniform.correct is hawq.correct is correct.correct
 
 
 def test_a_range_holds_zero() -> None:
