@@ -29,7 +29,7 @@ TITLES = {
     "data": "Planners see the calibration data only; no plan depends on the evaluation data.",
     "task": "What the model is for: classification, regression, causal-lm or FILE.py:Task.",
     "run": "How to compress; each of these is a flag of prune and quantize, too.",
-    "recover": "Training after a cut, or while channels go; each of these is a flag of prune, too.",
+    "recover": "Training after pruning or rounding, or meanwhile; each of these is a flag of prune and quantize, too.",
     "measure": "How hcompress sensitivity measures.",
     "gate": "Limits that turn a figure into exit code 4.",
     "output": "Where results go; paths are relative to this file.",

@@ -24,11 +24,15 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 @command("quantize", examples=EXAMPLES)
 @checkpoint_argument
 @setting_options("method", "budget", "activations", "range", "exclude", "keep", "tie", "for", "cache")
+@setting_options("reconstruction", "bias_correction", "trace", "rtol", "passes")
+@setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
+@setting_options("distill", "distill_features", "patience")
 @setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
 @click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")
 @click.option("--pick", metavar="POINT", help="With --plan: another point of its frontier, by number or by budget.")
 @force_option
+@click.option("--resume", is_flag=True, help="Go on with the training of an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Decide and predict; write nothing.")
 def quantize(
     checkpoint: Path,
@@ -36,6 +40,7 @@ def quantize(
     plan: Path | None,
     pick: str | None,
     force: bool,
+    resume: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -51,6 +56,7 @@ def quantize(
         plan=plan,
         pick=pick,
         force=force,
+        resume=resume,
         dry_run=dry_run,
         as_json=as_json,
         quiet=quiet,

@@ -205,17 +205,17 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
     _note_other_source(job, plan)
     if plan.source_sha256 == job.source.sha256 or not plan.has_values():
         return given
+    untrained = replace(plan, options={name: value for name, value in plan.options.items() if name != "recover"})
+    if untrained.options != plan.options and not is_asked(job.settings):
+        job.notes.append("the plan's network was trained; this one isn't: pass --recover-steps")
     if plan.makes_up_for_rounding():
-        return sealed(*planning.corrected(job, plan, {}, context))
+        return sealed(*planning.corrected(job, untrained, {}, context))
     method = find_method("prune", plan.method)
     if job.calibration is None:
         raise UsageError(
             "the plan's weights are another checkpoint's, and computing them anew needs calibration data",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)",
         )
-    untrained = replace(plan, options={name: value for name, value in plan.options.items() if name != "recover"})
-    if untrained.options != plan.options and not is_asked(job.settings):
-        job.notes.append("the plan's network was trained after the cut; this one isn't: pass --recover-steps")
     refit = load_module(method).refit
     refitted, tensors = refit(untrained, sidecar, job.source, job.graph, job.calibration, context)
     return sealed(replace(refitted, seed=plan.seed, inputs=plan.inputs), tensors)

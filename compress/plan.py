@@ -188,11 +188,11 @@ class Plan:
         return {d.tensor: d for d in self.decisions if isinstance(d, CorrectBias)}
 
     def without_corrections(self) -> Plan:
-        """The plan with nearest levels and the checkpoint's own biases; a sidecar of corrections alone is gone."""
+        """A plan of rounding with nearest levels and the checkpoint's own tensors; a sidecar of these is gone."""
         rest = tuple(
             replace(d, values_sha256=None) if isinstance(d, Quantize) else d
             for d in self.decisions
-            if not isinstance(d, CorrectBias)
+            if not isinstance(d, CorrectBias | Replace)
         )
         return replace(self, decisions=rest, sidecar=self.sidecar if self.masks() else None)
 

@@ -126,7 +126,7 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     context = planning_context(job, goal.dense, 0)
     sensitivities = {name: measuring.take(job, name, context).record for name in goal.method.measures}
     quantity = None if goal.budget is None else goal.budget.quantity
-    recovers = goal.method.job == "prune" and not goal.method.trains and recovery.is_asked(job.settings)
+    recovers = not goal.method.trains and recovery.is_asked(job.settings)
     if is_searched(goal.method, goal.budget, job.settings):
         decided, built = _search(job, goal, sensitivities)
     elif quantity == "latency" and goal.method.job == "quantize":

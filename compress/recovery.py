@@ -11,14 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .apply import apply_plan, masks_of, values_key, values_sha256
+from .apply import (
+    Compressed,
+    activation_grids,
+    apply_plan,
+    levels_keys,
+    levels_sha256,
+    masks_of,
+    values_key,
+    values_sha256,
+)
 from .data import Data, check_forward
 from .errors import UsageError
+from .formats.packed import QuantizedTensor
 from .graph.groups import find_channels
 from .graph.rewrite import tensor_at, tensor_names
 from .graph.trace import Graph
 from .job import Job, device_of, read_named
-from .plan import Decision, MaskWeights, Plan, Replace
+from .plan import CorrectBias, Decision, MaskWeights, Plan, Quantize, Replace, grid_bits
 from .pruned import Pruned, prune, trainable_copy
 from .settings import Settings
 from .task import check_targets
@@ -28,6 +38,7 @@ from .train.journal import delete_journals
 from .train.loop import Hooks, train
 from .train.masks import hold_masks
 from .train.recipe import Recipe, Training
+from .train.step_sizes import StepSizes, learn_step_sizes
 
 DEFAULT_STEPS = 250
 TRAINING_DATA = "training data"  # in the memo of a job
@@ -140,8 +151,10 @@ def recovered(
     assert recipe is not None
     pruned = prune(job.graph, plan)
     graph = job.graph if pruned is None else pruned.graph
-    state = apply_plan(job.source.module, job.graph.tied, plan, sidecar, pruned).state()
+    compressed = apply_plan(job.source.module, job.graph.tied, plan, sidecar, pruned)
+    state = compressed.state()
     module = trainable_copy(graph, state)
+    step_sizes = _step_sizes(module, plan, compressed, job)
     teacher = trainable_copy(job.graph, dict(job.source.module.state_dict()))
     masks = masks_of(plan, sidecar, state)
     calibration = None if job.calibration is None else job.calibration.data
@@ -155,7 +168,7 @@ def recovered(
         seed=plan.seed,
         device=device_of(job.settings),
         progress=job.progress,
-        hooks=Hooks(after=hold_masks(module, masks)),
+        hooks=Hooks(after=hold_masks(module, masks) if step_sizes is None else step_sizes.hold),
         features=_features(job.graph, pruned),
         journal=journal,
         resume=resume,
@@ -164,7 +177,41 @@ def recovered(
     if trained.step == 0:
         job.notes.append("training did not help: its start is the nearest to the dense network, and is kept")
         return plan, dict(sidecar)
+    if step_sizes is not None:
+        plan, sidecar = _with_levels(plan, sidecar, step_sizes.rounded())
+        state = {name: value for name, value in state.items() if name not in step_sizes.stored}
     return with_values(plan, sidecar, module, state, masks, {"recover": asdict(recipe)})
+
+
+def _step_sizes(module: fx.GraphModule, plan: Plan, compressed: Compressed, job: Job) -> StepSizes | None:
+    """What a quantized network trains with; None where nothing is rounded."""
+    choices = {name: d for name, d in plan.quantized("weight").items() if name in tensor_names(module)}
+    weights = {name: value for name, value in compressed.tensors.items() if isinstance(value, QuantizedTensor)}
+    if not choices:
+        return None
+    dense = job.source.module.state_dict()
+    return learn_step_sizes(
+        module,
+        {name: weights[name] for name in choices},
+        {name: grid_bits(choice.bits, choice.scheme) for name, choice in choices.items()},
+        activation_grids(plan.quantized("activation")),
+        {name: dense[name] == 0 for name in choices if bool((dense[name] == 0).any())},
+    )
+
+
+def _with_levels(
+    plan: Plan, sidecar: Mapping[str, Tensor], weights: Mapping[str, QuantizedTensor]
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with other levels and scales."""
+    tensors = dict(sidecar)
+    decisions: list[Decision] = []
+    for decision in plan.decisions:
+        found = weights.get(decision.tensor)
+        if isinstance(decision, Quantize) and decision.target == "weight" and found is not None:
+            tensors |= dict(zip(levels_keys(decision.tensor), (found.levels, found.scale), strict=True))
+            decision = replace(decision, values_sha256=levels_sha256(found.levels, found.scale))
+        decisions.append(decision)
+    return replace(plan, decisions=tuple(decisions)), tensors
 
 
 def _features(graph: Graph, pruned: Pruned | None) -> Features:
@@ -191,7 +238,7 @@ def with_values(
             found = moved.pop(decision.tensor)[masks[decision.tensor]].clone()
             tensors[values_key(decision.tensor)] = found
             decisions.append(replace(decision, values_sha256=values_sha256(found)))
-        elif not isinstance(decision, Replace) or decision.tensor not in moved:
+        elif not isinstance(decision, Replace | CorrectBias) or decision.tensor not in moved:
             decisions.append(decision)
     for name, value in moved.items():
         tensors[values_key(name)] = value.clone()

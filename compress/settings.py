@@ -101,7 +101,7 @@ SETTINGS = (
         "recover_steps",
         "recover.steps",
         "int",
-        "Training steps after the cut.",
+        "Training steps after pruning or rounding.",
         0,
         in_preset=True,
         minimum=0,

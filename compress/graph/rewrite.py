@@ -167,6 +167,12 @@ def put_tensor(module: nn.Module, target: str, value: Tensor) -> None:
         owner.register_buffer(name, value)
 
 
+def put_parameter(module: nn.Module, target: str, value: Tensor) -> None:
+    """Add a parameter called ``target``, whose owner exists."""
+    path, _, name = target.rpartition(".")
+    module.get_submodule(path).register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
 def bias_keys(program: ExportedProgram, tied: Sequence[Sequence[str]] = ()) -> dict[str, tuple[str, str]]:
     """The tensor that adds a constant to each output channel of a layer: its bias, or its batch norm's.
 
@@ -315,7 +321,7 @@ def activation_points(module: fx.GraphModule) -> list[fx.Node]:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        if all(_reaches_output(user) for user in node.users):
+        if all(reaches_output(user) for user in node.users):
             continue
         if node.op == "placeholder" or (
             node.op == "call_function"
@@ -340,8 +346,9 @@ def feeds_layer(node: fx.Node) -> bool:
     )
 
 
-def _reaches_output(node: fx.Node) -> bool:
-    return node.op == "output" or (node.target in MOVES and any(_reaches_output(user) for user in node.users))
+def reaches_output(node: fx.Node) -> bool:
+    """Whether a node is the output, or only moves what becomes part of it."""
+    return node.op == "output" or (node.target in MOVES and any(reaches_output(user) for user in node.users))
 
 
 def points_for(module: fx.GraphModule, integer: Collection[str]) -> list[fx.Node]:
@@ -429,7 +436,7 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
 def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:
     """Round what all users but the output read of ``node``."""
     arguments = (grid.scale, grid.zero_point, 0, 2**WIDEST - 1, torch.uint8)
-    users = [user for user in node.users if not _reaches_output(user)]
+    users = [user for user in node.users if not reaches_output(user)]
     steps: list[tuple[Any, tuple[Any, ...]]] = [(decomposed.quantize_per_tensor.default, arguments)]
     if grid.bits < WIDEST:  # integers are clamped, not floats: kernels that end in QuantizeLinear still do
         steps.append((aten.clamp.default, (0, 2**grid.bits - 1)))

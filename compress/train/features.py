@@ -22,6 +22,7 @@ from ..graph.channel_rules import shape_of
 from ..graph.groups import Channels, channel_dim, places_kept
 from ..graph.rewrite import operand
 from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS
+from .step_sizes import stored_weight
 
 TAP = "hcompress_tap"  # name of the submodule that values pass by
 Values = dict[str, Tensor]
@@ -145,7 +146,7 @@ def _layers(module: fx.GraphModule) -> Mapping[str, fx.Node]:
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target not in WEIGHT_OPS:
             continue
-        read, weight = operand(node, 0), operand(node, WEIGHT_ARGUMENT)
+        read, weight = operand(node, 0), stored_weight(operand(node, WEIGHT_ARGUMENT))
         if weight.op != "get_attr":
             continue
         number = uses[str(weight.target)] = uses.get(str(weight.target), -1) + 1

@@ -1,0 +1,71 @@
+"""Quantization followed by training, as a user does it, on the network that ships with the package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DEMO = Path(str(resources.files("compress.demo")))
+HCOMPRESS = Path(sys.executable).with_name("hcompress")
+CHECKPOINT = DEMO / "fashion_net.safetensors"
+NETWORK = ("--model", "compress.demo.network:fashion_net", "--mean", "0.286", "--std", "0.353")
+DATA = ("--data", DEMO / "calibration.npz", "--eval", DEMO / "evaluation.npz", "--num-calibration", "64")
+TRAINING = ("--recover-steps", "20", "--lr", "0.003", "--batch-size", "64", "--augment", "crop")
+GOAL = ("--method", "uniform", "--budget", "2bit", "--activations", "4", "--reconstruction", "none")
+
+
+def run(*arguments: object, code: int = 0) -> dict[str, Any]:
+    done = subprocess.run(
+        [str(part) for part in (HCOMPRESS, *arguments, "--json")],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rounding")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    return run("quantize", CHECKPOINT, *NETWORK, *DATA, *GOAL, *TRAINING, "--out", folder / "trained")
+
+
+def test_a_rounded_network_learns_on_its_grid(trained: dict[str, Any], folder: Path) -> None:
+    plan = json.loads((folder / "trained" / "plan.json").read_text())
+    assert plan["options"]["recover"]["steps"] == 20
+    note = next(note for note in trained["notes"] if "20 training steps" in note)
+    before, after = (float(note.split(f" {word}")[0].split()[-1]) for word in ("before", "after"))
+    assert after < 0.5 * before
+    assert trained["average_bits"] == 2
+    sidecar = load_file(folder / "trained" / "plan.safetensors")
+    weights = [d for d in plan["decisions"] if d["kind"] == "quantize" and d["target"] == "weight"]
+    for decision in weights:
+        levels = sidecar[f"{decision['tensor']}#levels"]
+        assert levels.dtype == torch.int8 and -2 <= int(levels.min()) <= int(levels.max()) <= 1
+    assert any(d["kind"] == "replace" for d in plan["decisions"])
+    assert all(check["ok"] for check in trained["checks"])
+    # What the report measured in the runtime on the written file is what the training said of the float network.
+    assert trained["loss"]["measured"] == pytest.approx(after, rel=0.2)
+
+
+def test_its_plan_repeats_the_run_without_data(trained: dict[str, Any], folder: Path) -> None:
+    run("apply", CHECKPOINT, *NETWORK, "--plan", folder / "trained" / "plan.json", "--out", folder / "again")
+    for name in ("model.onnx", "model.safetensors"):
+        assert (folder / "again" / name).read_bytes() == (folder / "trained" / name).read_bytes()
+
+
+def test_training_options_need_training(folder: Path) -> None:
+    found = run("quantize", CHECKPOINT, *NETWORK, *DATA, *GOAL, "--lr", "0.1", "--out", folder / "none", code=2)
+    assert "has no effect without training" in found["error"]["message"]
