@@ -25,6 +25,7 @@ from ..numerics.output_rounding import round_to_outputs
 from .side_by_side import SideBySide, norm_after, walk, wanted_output
 
 FIT_DAMPING = 0.02  # of the mean squared input: what pulls the fit to the weights as they are
+ROUNDING = 1e-5  # of the mean squared input: what float32 products leave of a variance that is none
 CHUNK = 2**16  # positions at a time
 
 
@@ -131,18 +132,23 @@ def _rounded(
     if moments is None:
         return None, nothing
     gram, cross, mean_x, mean_y = moments
+    groups, k = mean_x.shape
+    eye = torch.eye(k, dtype=torch.float64, device=gram.device)
+    power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     if has_offset:
         gram = gram - mean_x[:, :, None] * mean_x[:, None]
         cross = cross - mean_x[:, :, None] * mean_y[:, None]
-    groups, k = mean_x.shape
+    gram = gram + ROUNDING * power * eye
     start = weight.reshape(groups, -1, k).double()
     ridge = FIT_DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
     zeros = start == 0
     if bool(zeros.any()):  # a pruned weight stays pruned, and isn't fitted: every weight would take part
         fitted, masked = start, zeros
     else:
-        system = gram + ridge * torch.eye(k, dtype=torch.float64, device=gram.device)
-        fitted, masked = torch.linalg.solve(system, cross + ridge * start.transpose(1, 2)).transpose(1, 2), None
+        fitted, masked = (
+            torch.linalg.solve(gram + ridge * eye, cross + ridge * start.transpose(1, 2)).transpose(1, 2),
+            None,
+        )
     levels, scales = round_to_outputs(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
     flat = scales.reshape(-1)
     scale = flat[0] if layer.axis is None else flat

@@ -206,6 +206,21 @@ def test_a_pruned_weight_stays_pruned() -> None:
         assert bool(value.levels.any())
 
 
+@pytest.mark.parametrize("name", ["padded_residual", "SqueezeExcite", "mlp", "depthwise"])
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_one_example_and_constant_inputs_are_enough(name: str, is_constant: bool) -> None:
+    network = named(name)
+    module = network.make()
+    graph = trace_graph(module, network.inputs(2))
+    inputs = tuple(torch.full_like(x, 1.7) if is_constant else x for x in network.inputs(1))
+    storage = {layer.tensor: rounding.Storage(4, 4) for layer in graph.layers}
+    found = rounding.round_layers(graph, storage, {}, {}, inputs, device=CPU, progress=lambda *_: None)
+    assert found.weights
+    for value in found.weights.values():
+        assert bool(torch.isfinite(value.scale).all())
+    assert all(bool(torch.isfinite(bias).all()) for bias in found.biases.values())
+
+
 def test_levels_that_are_not_the_plans_are_refused() -> None:
     module, graph, _, found, sidecar, _ = corrected(named("mlp"), 3, reconstruction="gptq", bias_correction="off")
     tensor = next(iter(found.quantized("weight")))
