@@ -150,6 +150,9 @@ def _plan_and_finish(
             _note_other_source(opened, given[0])
             folder = plan if plan.is_dir() else plan.parent
             decided, built = planning.pick(opened, given[0], folder, pick, dense, target.stage)
+            if is_asked(opened.settings):
+                decided = planning.recovered(opened, decided, target.journal(), resume=target.resume)
+                decided, built = planning.publish(opened, decided, target.stage)
         else:
             fitted = planning.Decided(*_fitted(opened, given, planning_context(opened, dense, 0)))
             if is_asked(opened.settings):
@@ -205,7 +208,7 @@ def _fitted(job: Job, given: tuple[Plan, dict[str, Tensor]], context: Context) -
     _note_other_source(job, plan)
     if plan.source_sha256 == job.source.sha256 or not plan.has_values():
         return given
-    untrained = replace(plan, options={name: value for name, value in plan.options.items() if name != "recover"})
+    untrained = plan.untrained()
     if untrained.options != plan.options and not is_asked(job.settings):
         job.notes.append("the plan's network was trained; this one isn't: pass --recover-steps")
     if plan.makes_up_for_rounding():

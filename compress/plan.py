@@ -196,6 +196,10 @@ class Plan:
         )
         return replace(self, decisions=rest, sidecar=self.sidecar if self.masks() else None)
 
+    def untrained(self) -> Plan:
+        """The plan without a record of training."""
+        return replace(self, options={name: value for name, value in self.options.items() if name != "recover"})
+
     def quantized(self, target: str) -> dict[str, Quantize]:
         """The quantization decisions for weights or activations, by tensor."""
         return {d.tensor: d for d in self.decisions if isinstance(d, Quantize) and d.target == target}

@@ -520,7 +520,7 @@ def pick(job: Job, plan: Plan, folder: Path, wanted: str, dense: Dense, stage: P
     limit = float("inf") if wanted.isdecimal() else parse_budget(wanted).absolute(len(dense.onnx))
     while True:
         context = planning_context(job, dense, 0)
-        moved = module.at_point(replace(plan, budget=None), job.graph, frontier, index, context)
+        moved = module.at_point(replace(plan.untrained(), budget=None), job.graph, frontier, index, context)
         decided = Decided(*sealed(*corrected(job, moved, {}, context)), context.frontiers[-1])
         decided, built = publish(job, decided, stage)
         assert decided.frontier is not None

@@ -37,10 +37,12 @@ from .train.features import Features
 from .train.journal import delete_journals
 from .train.loop import Hooks, train
 from .train.masks import hold_masks
+from .train.optimizers import RATES
 from .train.recipe import Recipe, Training
 from .train.step_sizes import StepSizes, learn_step_sizes
 
 DEFAULT_STEPS = 250
+ROUNDED_RATE = 0.1  # of the usual learning rate: a level moves when its weight has gone half a step
 TRAINING_DATA = "training data"  # in the memo of a job
 
 
@@ -149,6 +151,8 @@ def recovered(
     _note_start(job, journal, resume=resume)
     recipe = recipe_of(job.settings, len(data), usual_optimizer=_usual_optimizer(job.graph))
     assert recipe is not None
+    if recipe.lr is None and plan.quantized("weight"):
+        recipe = replace(recipe, lr=ROUNDED_RATE * RATES[recipe.optimizer])
     pruned = prune(job.graph, plan)
     graph = job.graph if pruned is None else pruned.graph
     compressed = apply_plan(job.source.module, job.graph.tied, plan, sidecar, pruned)

@@ -69,3 +69,16 @@ def test_its_plan_repeats_the_run_without_data(trained: dict[str, Any], folder: 
 def test_training_options_need_training(folder: Path) -> None:
     found = run("quantize", CHECKPOINT, *NETWORK, *DATA, *GOAL, "--lr", "0.1", "--out", folder / "none", code=2)
     assert "has no effect without training" in found["error"]["message"]
+
+
+@pytest.mark.slow
+def test_another_point_is_trained_where_that_is_asked_for(folder: Path) -> None:
+    hawq = ("--budget", "4bit", "--activations", "4", "--reconstruction", "none")
+    run("quantize", CHECKPOINT, *NETWORK, *DATA, *hawq, *TRAINING, "--out", folder / "hawq")
+    arguments = ("quantize", CHECKPOINT, *NETWORK, *DATA, "--plan", folder / "hawq", "--pick", "2bit")
+    for training in ((), TRAINING):
+        picked = run(*arguments, *training, "--out", folder / "picked", "--force")
+        plan = json.loads((folder / "picked" / "plan.json").read_text())
+        assert ("recover" in plan["options"]) == bool(training)
+        assert any("20 training steps" in note for note in picked["notes"]) == bool(training)
+        assert picked["average_bits"] == 2
