@@ -9,6 +9,7 @@ from .. import canonical
 from ..errors import InputError, escape
 from ..plan import CorrectBias, Decision, MaskWeights, PruneChannels, Replace
 from ..verdict import Check
+from ..widths import shown
 from .output import print_line, print_table
 
 REPORT_SCHEMA = "hcompress.report/1"
@@ -162,4 +163,4 @@ def decision_text(decision: Decision) -> str:
     given = decision.range
     found = escape(given, limit=40) if isinstance(given, str) else "{:.4g} to {:.4g}".format(*given)
     how = f"range {found}" if decision.values_sha256 is None else f"levels {decision.values_sha256[:12]}"
-    return f"{decision.bits} bits, {decision.scheme}, {per}, {how}"
+    return f"{shown(decision.bits)}, {decision.scheme}, {per}, {how}"

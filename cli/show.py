@@ -170,7 +170,7 @@ def _alternative_lines(layer: dict[str, Any], frontier: dict[str, Any] | None) -
 
 def _decided(layer: dict[str, Any]) -> str:
     """The decision in words; how many weights a mask keeps differs by layer, and does not make another decision."""
-    return f"quantize to {layer['bits']:g} bits" if layer["decision"] == "quantize" else str(layer["decision"])
+    return f"quantize to {layer['bits']:.4g} bits" if layer["decision"] == "quantize" else str(layer["decision"])
 
 
 def show_frontier(run: Path, *, as_json: bool) -> None:

@@ -25,9 +25,10 @@ from .graph.rewrite import (
     unlift,
 )
 from .graph.trace import Graph
-from .numerics.rounding import activation_grid, level_range, round_weight
+from .numerics.rounding import activation_grid, level_ranges, round_weight
 from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, Quantize, Replace, grid_bits
 from .pruned import Pruned
+from .widths import is_mixed, letters_of, shown
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -131,9 +132,11 @@ def _stored(sidecar: Mapping[str, Tensor], choice: Quantize, weight: Tensor) -> 
             f"plan: the levels of {choice.tensor} in the sidecar are missing or others",
             hint="keep plan.safetensors as it was written beside plan.json",
         )
-    low, high = level_range(grid_bits(choice.bits, choice.scheme))
-    if int(levels.min()) < low or int(levels.max()) > high:
-        raise InputError(f"plan: {choice.tensor} has levels beyond its {choice.bits} bits", hint="make the plan again")
+    low, high = level_ranges(grid_bits(choice.bits, choice.scheme), choice.axis, levels.dim())
+    if bool(((levels < low) | (levels > high)).any()):
+        raise InputError(
+            f"plan: {choice.tensor} has levels beyond its {shown(choice.bits)}", hint="make the plan again"
+        )
     return QuantizedTensor(levels, choice.bits, scales, choice.axis)
 
 
@@ -202,6 +205,11 @@ def apply_plan(
                 f"plan: {name} has ranges for {len(search) - len(BY_CHANNEL)} channels, the checkpoint's has {scales}",
                 hint="the plan is for another architecture, or was edited: one letter for each channel",
             )
+        if is_mixed(choice.bits) and len(letters_of(choice.bits)) != scales:
+            raise InputError(
+                f"plan: {name} has widths for {len(letters_of(choice.bits))} channels, the checkpoint's has {scales}",
+                hint="the plan is for another architecture, or was edited: one letter for each channel",
+            )
         if choice.values_sha256 is not None:
             tensors[name] = _stored(sidecar, choice, weight)
             continue
@@ -258,6 +266,7 @@ def activation_grids(decisions: Mapping[str, Quantize]) -> dict[str, Grid]:
     grids = {}
     for name, decision in decisions.items():
         low, high = decision.range  # type: ignore[str-unpack]  # read_plan checks it
+        assert isinstance(decision.bits, int)
         scale, zero_point = activation_grid(float(low), float(high), decision.bits)
         grids[name] = Grid(scale, zero_point, decision.bits)
     return grids

@@ -27,6 +27,7 @@ from .plan import Plan, read_plan
 from .pruned import Cut, check_cut, prune
 from .sensitivity import Sensitivity
 from .settings import Settings
+from .widths import CHANNEL_BYTES, is_mixed, letters_of, of_letter
 
 ONNX, PLAN, SIDECAR = "model.onnx", "plan.json", "plan.safetensors"
 
@@ -67,9 +68,13 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
     base = dense.safetensors_size if is_safetensors else len(dense.onnx)
 
     def stored(name: str, storage: Storage) -> int:
+        if is_mixed(storage.bits):
+            each, letters = elements[name] // channels[name], letters_of(storage.bits)
+            packed = sum(packed_size(letters.count(k) * each, of_letter(k)) for k in set(letters) - {"0"})
+            return packed + (4 + CHANNEL_BYTES) * channels[name]
         whole = 4 * elements[name] if storage.bits == 32 else packed_size(elements[name], storage.bits)
         scales = 0 if storage.bits == 32 else 4 * channels[name]
-        if not is_safetensors and storage.bits < 32:
+        if not is_safetensors and storage.bits != 32:
             return whole + scales
         kept = 4 * storage.kept if storage.bits == 32 else packed_size(storage.kept, storage.bits)
         return min(whole, kept + packed_size(elements[name], 1)) + scales

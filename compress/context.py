@@ -11,6 +11,7 @@ from torch import fx
 
 from .frontier import FrontierRecord
 from .sensitivity import CostTable
+from .widths import Width
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -20,7 +21,7 @@ class Storage:
     """How a weight would be stored: ``kept`` nonzero values of ``bits`` bits each (32 for floats)."""
 
     kept: int
-    bits: int
+    bits: Width
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
 from .pruned import Cut, cuts_metadata
+from .widths import Width
 
 OPSET = 21
 IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the file
@@ -159,7 +160,7 @@ def _drop_zero_points(model: ModelProto) -> None:
     drop_unused(model)
 
 
-def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, int]:
+def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, Width]:
     """Bit width of each integer initializer of the exported network, by its name; tied weights once."""
     aliases = {alias for names in graph.tied for alias in names[1:]}
     return {

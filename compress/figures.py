@@ -24,6 +24,7 @@ from .sensitivity import Sensitivity
 from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
+from .widths import counts, is_mixed, mean_bits, shown
 
 REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
@@ -132,7 +133,7 @@ def _alternatives(frontier: FrontierRecord | None) -> dict[str, list[dict[str, A
     for item, chosen in zip(frontier.items, frontier.chosen, strict=True):
         options = [
             {
-                "option": "float" if choice.bits == FLOAT_BITS else f"{choice.bits} bits",
+                "option": "float" if choice.bits == FLOAT_BITS else shown(choice.bits),
                 "cost": scale * choice.cost,
                 "unit": unit,
                 "loss": choice.loss,
@@ -183,7 +184,7 @@ def layer_records(
         norm = float(original.norm())
         error = float((value.double() - original).norm()) / norm if norm else 0.0
         sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
-        bits = stored.bits if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
+        bits = mean_bits(stored.bits) if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
         left = _left(layer.shape, shapes.get(layer.tensor, layer.shape))
         decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
         why = _why(plan, layer.tensor, decision, sparsity, bits, error)
@@ -223,7 +224,7 @@ def group_records(plan: Plan) -> list[dict[str, Any]]:
     return [{"name": d.tensor, "channels": d.size, "kept": len(d.keep)} for d in plan.channels().values()]
 
 
-def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: int, error: float) -> str:
+def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: float, error: float) -> str:
     if plan is None:
         return "exported as it is"
     if decision == "keep":
@@ -251,7 +252,8 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: i
     choice = plan.quantized("weight")[tensor]
     search = str(choice.range)
     ranges = "a range for each channel" if search.startswith(BY_CHANNEL) else f"{search} ranges"
-    return f"{plan.method} chose {bits} bits with {ranges}: the weights move by {100 * error:.2g} %"
+    widths = f" by channel ({counts(choice.bits)})" if is_mixed(choice.bits) else ""
+    return f"{plan.method} chose {bits:.4g} bits{widths} with {ranges}: the weights move by {100 * error:.2g} %"
 
 
 def totals(layers: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from . import canonical
 from .errors import InputError, escape
 from .plan import BY_CHANNEL, RANGES
+from .widths import Width, is_mixed, is_width
 
 NAME = "frontier.json"
 FRONTIER_SCHEMA = "hcompress.frontier/1"
@@ -30,13 +31,14 @@ class Choice:
     """One way to store an item.
 
     Attributes:
-        bits: 2 to 8, or 32 for the floats as they are.
+        bits: 2 to 8, or a letter for each channel of the only tensor (``widths.WIDTHS``), or 32 for the floats as they
+            are.
         cost: In the frontier's integer unit.
         loss: Expected increase of the loss.
         ranges: How each tensor's range is found (``plan.RANGES``); empty for floats.
     """
 
-    bits: int
+    bits: Width
     cost: int
     loss: float
     ranges: tuple[str, ...]
@@ -44,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Tensors that get one bit width, and their choices, the narrowest first."""
+    """Tensors that get one width, and their choices, the narrowest first."""
 
     tensors: tuple[str, ...]
     choices: tuple[Choice, ...]
@@ -103,7 +105,7 @@ class FrontierRecord:
 
     def rivals(self) -> dict[str, tuple[int, float]]:
         """Cost and loss of the same width for every item, by name: ``4 bits``; the widths that every item has."""
-        widths = [{choice.bits: choice for choice in item.choices} for item in self.items]
+        widths = [{c.bits: c for c in item.choices if isinstance(c.bits, int)} for item in self.items]
         shared = set.intersection(*(set(width) for width in widths)) if widths else set()
         return {
             "float" if bits == FLOAT_BITS else f"{bits} bits": (
@@ -158,8 +160,9 @@ def _check(path: Path, found: FrontierRecord) -> None:
     for item in found.items:
         for choice in item.choices:
             if not _is_choice(choice, len(item.tensors)):
+                bits = escape(str(choice.bits))
                 raise InputError(
-                    f"{path}: {escape(item.tensors[0])} has no choice of {choice.bits} bits, cost {choice.cost} and "
+                    f"{path}: {escape(item.tensors[0])} has no choice of {bits} bits, cost {choice.cost} and "
                     f"ranges {escape(', '.join(choice.ranges))}",
                     hint="make the run again",
                 )
@@ -171,7 +174,8 @@ def _is_choice(choice: Choice, num_tensors: int) -> bool:
         return False
     if choice.bits == FLOAT_BITS:
         return not choice.ranges
-    return 2 <= choice.bits <= 8 and len(choice.ranges) == num_tensors and all(map(_is_range, choice.ranges))
+    is_one = not is_mixed(choice.bits) or num_tensors == 1
+    return is_one and is_width(choice.bits) and len(choice.ranges) == num_tensors and all(map(_is_range, choice.ranges))
 
 
 def _is_range(name: str) -> bool:
@@ -179,9 +183,18 @@ def _is_range(name: str) -> bool:
     return name in RANGES or (letters not in ("", name) and set(letters) <= set(RANGES.values()))
 
 
+def _width(value: Any) -> Width:
+    return value if isinstance(value, str) else int(value)
+
+
 def _item(entry: Mapping[str, Any]) -> Item:
     choices = tuple(
-        Choice(int(c["bits"]), int(c["cost"]), float(c["loss"]), tuple(str(r) for r in c["ranges"]))
+        Choice(
+            _width(c["bits"]),
+            int(c["cost"]),
+            float(c["loss"]),
+            tuple(str(r) for r in c["ranges"]),
+        )
         for c in entry["choices"]
     )
     tensors = tuple(str(name) for name in entry["tensors"])

@@ -13,6 +13,8 @@ from typing import Any
 from . import canonical
 from .budget import Budget, budget_from_json
 from .errors import InputError, escape
+from .widths import BY_CHANNEL as BY_CHANNEL
+from .widths import WIDTHS, Width, is_mixed, is_width
 
 SCHEMA = "hcompress.plan/1"
 # How a weight's range is found, and the letter of each in a range that differs by channel: ``clip0.20`` (A) to
@@ -20,7 +22,6 @@ SCHEMA = "hcompress.plan/1"
 CLIPS = {f"clip{0.2 + 0.04 * step:.2f}": chr(ord("A") + step) for step in range(26)}
 RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d", **CLIPS}
 RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04"
-BY_CHANNEL = "channels:"
 UNSTRUCTURED = "unstructured"
 WIDEST = 8
 SYMMETRIC, REDUCED, ASYMMETRIC = ("symmetric", "symmetric_reduced", "asymmetric")
@@ -54,7 +55,7 @@ class Quantize:
     Attributes:
         tensor: State-dict key of a weight, or the name of an activation in the traced graph.
         target: ``weight`` or ``activation``.
-        bits: 2 to 8.
+        bits: 2 to 8; or ``channels:`` and a letter for each index of ``axis`` (``widths.WIDTHS``).
         scheme: ``symmetric`` (zero point 0), ``symmetric_reduced`` (the levels of one bit less, so that no integer
             kernel overflows) or ``asymmetric`` (uint, zero point within the range).
         axis: Dimension that has one scale per index; None for one scale per tensor.
@@ -66,7 +67,7 @@ class Quantize:
 
     tensor: str
     target: str
-    bits: int
+    bits: Width
     scheme: str
     axis: int | None
     range: str | tuple[float, float]
@@ -205,7 +206,7 @@ class Plan:
         return {d.tensor: d for d in self.decisions if isinstance(d, Quantize) and d.target == target}
 
 
-def weight_scheme(bits: int, *, with_integers: bool) -> str:
+def weight_scheme(bits: Width, *, with_integers: bool) -> str:
     """The scheme of a weight that is multiplied ``with_integers`` (8-bit activations) or with floats.
 
     The int8 kernels of x86 processors without VNNI add two products of an 8-bit activation and a weight in 16 bits:
@@ -214,9 +215,9 @@ def weight_scheme(bits: int, *, with_integers: bool) -> str:
     return REDUCED if with_integers and bits == WIDEST else SYMMETRIC
 
 
-def grid_bits(bits: int, scheme: str) -> int:
+def grid_bits(bits: Width, scheme: str) -> Width:
     """Bits of the levels in use, where each is stored in ``bits``."""
-    return bits - 1 if scheme == REDUCED else bits
+    return bits - 1 if scheme == REDUCED and isinstance(bits, int) else bits
 
 
 def read_plan(path: Path) -> Plan:
@@ -283,12 +284,17 @@ def _check(path: Path, decision: Decision) -> None:
         return
     if isinstance(decision, CorrectBias | Replace):
         return
-    if decision.bits not in range(2, 9):
-        raise InputError(f"{path}: {name} has {decision.bits} bits", hint="bits lie in 2..8")
+    if not is_width(decision.bits):
+        raise InputError(
+            f"{path}: {name} has {escape(str(decision.bits))} bits",
+            hint=f"bits lie in 2..8; or {BY_CHANNEL} and for each channel a letter of {''.join(WIDTHS)}",
+        )
+    if is_mixed(decision.bits) and (decision.target != "weight" or decision.axis is None):
+        raise InputError(f"{path}: {name} has bits by channel, but no axis", hint="give one number of bits, 2..8")
     if decision.target not in ("weight", "activation"):
         raise InputError(f"{path}: {name} has target {escape(str(decision.target))}", hint="weight or activation")
     schemes = (ASYMMETRIC,) if decision.target == "activation" else (SYMMETRIC, REDUCED)
-    if decision.scheme not in schemes or grid_bits(decision.bits, decision.scheme) < 2:
+    if decision.scheme not in schemes or grid_bits(decision.bits, decision.scheme) == 1:
         raise InputError(
             f"{path}: {name} has scheme {escape(str(decision.scheme))} with {decision.bits} bits",
             hint=f"{' or '.join(schemes)} for a{'n' * (decision.target == 'activation')} {decision.target}",

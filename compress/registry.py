@@ -95,6 +95,16 @@ METHODS = (
         trains=True,
     ),
     Method(
+        name="output-change",
+        job="quantize",
+        module="compress.quantize.output_change",
+        summary="a width for each channel, by what rounding does to the outputs, on the exact Pareto frontier",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), for the frontier; reverse water-filling for the channels",
+        options=("activations", "channel_widths", "reconstruction", "bias_correction", "exclude", "keep", "tie"),
+        budgets=("bits", "bytes", "bops", "latency"),
+        searches=True,
+    ),
+    Method(
         name="hawq",
         job="quantize",
         module="compress.quantize.hawq",

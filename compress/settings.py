@@ -215,6 +215,15 @@ SETTINGS = (
         in_preset=True,
     ),
     Setting(
+        "channel_widths",
+        "run.channel_widths",
+        "str",
+        "Whether the channels of a weight may have widths of their own.",
+        "mixed",
+        ("mixed", "equal"),
+        in_preset=True,
+    ),
+    Setting(
         "range", "run.range", "str", "Range of a weight channel.", "auto", ("auto", "minmax", "mse"), in_preset=True
     ),
     Setting(

@@ -1004,6 +1004,7 @@ def test_methods_lists_the_registry(run: Capture) -> None:
         "structured-obs",
         "hesso",
         "cric",
+        "output-change",
         "hawq",
         "uniform",
     }

@@ -30,6 +30,7 @@ from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor, decode, encode
 from compress.graph.trace import trace_graph
 from compress.model import Source
+from compress.numerics.rounding import level_ranges
 from compress.registry import METHODS, TASKS
 from compress.task import load_task
 
@@ -242,6 +243,13 @@ def packed_examples() -> dict[str, torch.Tensor | QuantizedTensor]:
         tensors[f"dense{bits}"] = QuantizedTensor(levels, bits, torch.rand(3, generator=generator), 1)
         few = levels * (torch.rand(levels.shape, generator=generator) < 0.2)
         tensors[f"few{bits}"] = QuantizedTensor(few, bits, torch.tensor(-0.25), None)
+    for axis, width in ((0, "channels:0t2s3"), (1, "channels:8t4")):
+        low, high = level_ranges(width, axis, 3)
+        levels = (low + torch.rand(5, 3, 3, generator=generator) * (high - low + 1)).floor().to(torch.int8)
+        scale = torch.rand(levels.shape[axis], generator=generator)
+        tensors[f"mixed{axis}"] = QuantizedTensor(levels, width, scale, axis)
+        few = levels * (torch.rand(levels.shape, generator=generator) < 0.2)
+        tensors[f"few mixed{axis}"] = QuantizedTensor(few, width, scale, axis)
     sparse = torch.randn(40, 7, generator=generator) * (torch.rand(40, 7, generator=generator) < 0.3)
     tensors |= {
         "sparse": sparse,

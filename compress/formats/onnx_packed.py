@@ -3,8 +3,10 @@
 An int8 initializer becomes fields of 1, 2 or 4 bits (``planes.py``), and one stream of bytes for each field holds all
 initializers of one width. Nodes take them apart again: Cast, Gather in a table of 256 rows, Reshape, Add where there
 are several fields, Split, Reshape. The tables are made in the graph by Div and Mod, with the field's shift and the
-levels' offset in them. Only ops that ONNX Runtime and OpenVINO fold are used, so with their default optimisations the
-running network is that of the plain file, bit for bit; without them it unpacks in every run.
+levels' offset in them. Weights whose channels have widths of their own share the streams: the rows of one length, of
+all such weights, are put together by Concat, brought into their order by Gather, and split again. Only ops that ONNX
+Runtime and OpenVINO fold are used, so with their default optimisations the running network is that of the plain file,
+bit for bit; without them it unpacks in every run.
 
 Cost: packing, one pass over the weights. ONNX Runtime keeps what it folds until it has folded the whole graph: loading
 takes 2 to 5 bytes of memory a weight more than the plain file at 2 and 4 bits, and 24 to 53 at the other widths, which
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +25,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
 from . import planes
 
 STREAM_WEIGHTS = 4_000_000
@@ -33,14 +37,15 @@ T = TypeVar("T")
 
 
 def pack_weights(
-    model: onnx.ModelProto, bits: Mapping[str, int], *, dequantize: Dequantize = "linear"
+    model: onnx.ModelProto, bits: Mapping[str, Width], *, dequantize: Dequantize = "linear"
 ) -> onnx.ModelProto:
     """A model of the same outputs whose int8 weights take ``bits`` bits in the file.
 
     Args:
         model: Opset 21 or later, without local functions. Left as it is.
         bits: int8 initializer to 2 to 8 bits. A channel's levels lie in ``[-2**(b - 1), 2**(b - 1) - 1]`` or, with the
-            sign flipped, in ``[-2**(b - 1) + 1, 2**(b - 1)]``. 8 leaves the initializer as it is.
+            sign flipped, in ``[-2**(b - 1) + 1, 2**(b - 1)]``. 8 leaves the initializer as it is. Or a width for each
+            channel (``widths.py``) of the DequantizeLinear's axis.
         dequantize: ``linear`` leaves DequantizeLinear nodes, from which runtimes make integer kernels where the
             activations are quantized too. ``fold`` turns those of the named weights into Cast and Mul, which runtimes
             compute when they load the file: float weights ``levels * scale`` at the speed of a float file.
@@ -54,9 +59,14 @@ def pack_weights(
     constants = {tensor.name: tensor for tensor in packed.graph.initializer}
     weights = [_weight(packed.graph, constants, name, width) for name, width in sorted(bits.items())]
     build = _Builder(_free_prefix(packed.graph))
-    narrow = sorted((weight for weight in weights if weight.bits < 8), key=_Weight.kind)
-    for stream in _runs(narrow, _Weight.size, _Weight.kind):
+    narrow = [weight for weight in weights if weight.bits != 8]
+    groups = list(_groups(weight for weight in narrow if is_mixed(weight.bits)))
+    segments = [_whole(weight) for weight in narrow if not is_mixed(weight.bits)]
+    segments += [segment for group in groups for segment in group.segments()]
+    for stream in _runs(sorted(segments, key=_Segment.kind), _Segment.size, _Segment.kind):
         _add_stream(build, stream)
+    for group in groups:
+        _add_rows(build, group)
     replaced = {weight.name for weight in narrow}
     if dequantize == "fold":
         replaced |= _fold(build, packed.graph, weights)
@@ -94,25 +104,79 @@ class _Weight:
 
     Attributes:
         shape: The weight's.
-        unsigned: Levels, flipped where ``signs`` say so, plus half their range; shape ``[n]``.
+        axis: Of the channels.
+        levels: Flipped where ``signs`` say so, less the lowest of their width; ``shape``.
         signs: -1 for each channel that is stored flipped, else 1; int8, broadcasts to ``shape``.
         scales: For each node, its float32 scale, broadcasts to ``shape``.
     """
 
     name: str
-    bits: int
-    shape: tuple[int, ...]
-    unsigned: planes.Bytes
+    bits: Width
+    axis: int
+    levels: planes.Bytes
     signs: NDArray[np.int8]
     nodes: tuple[onnx.NodeProto, ...]
     scales: tuple[NDArray[np.float32], ...]
 
-    def size(self) -> int:
-        return self.unsigned.size
+    def is_flipped(self) -> bool:
+        return bool((self.signs < 0).any())
 
-    def kind(self) -> tuple[int, bool]:
-        """Width and whether a channel is flipped: what weights of one stream share."""
-        return self.bits, bool((self.signs < 0).any())
+    def rows(self) -> planes.Bytes:
+        """``[c, k]``: the levels of each channel."""
+        return np.moveaxis(self.levels, self.axis, 0).reshape(self.levels.shape[self.axis], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Levels of one width, a part of a stream.
+
+    Attributes:
+        is_flipped: Signs will be applied, so that int32 is wanted.
+        finish: Adds the nodes that take the segment, given its name.
+    """
+
+    width: Width
+    levels: planes.Bytes
+    is_flipped: bool
+    finish: Callable[[_Builder, str], None]
+
+    def size(self) -> int:
+        return self.levels.size
+
+    def kind(self) -> tuple[str, bool]:
+        """What segments of one stream share."""
+        return str(self.width), self.is_flipped
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Weights whose channels have widths of their own, all of so many weights a channel.
+
+    Attributes:
+        taken: The segments' names by letter, once there are streams.
+    """
+
+    weights: tuple[_Weight, ...]
+    taken: dict[str, str] = field(default_factory=dict)
+
+    def letters(self) -> str:
+        return "".join(letters_of(weight.bits) for weight in self.weights)
+
+    def is_flipped(self) -> bool:
+        return any(weight.is_flipped() for weight in self.weights)
+
+    def segments(self) -> Iterator[_Segment]:
+        """The rows of each width."""
+        rows, letters = np.concatenate([weight.rows() for weight in self.weights]), np.array(list(self.letters()))
+        for letter in WIDTHS:
+            if letter != "0" and (letters == letter).any():
+                width = of_letter(letter)
+                yield _Segment(
+                    width, rows[letters == letter].reshape(-1), self.is_flipped(), partial(self._take, letter)
+                )
+
+    def _take(self, letter: str, build: _Builder, name: str) -> None:
+        self.taken[letter] = name
 
 
 @dataclass
@@ -144,19 +208,35 @@ class _Builder:
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
 
 
-def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], name: str, bits: int) -> _Weight:
+def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], name: str, bits: Width) -> _Weight:
     if name not in constants or constants[name].data_type != onnx.TensorProto.INT8:
         raise ValueError(f"{name} is not an int8 initializer of the model")
-    if not 2 <= bits <= 8:
+    if not is_width(bits):
         raise ValueError(f"{name}: {bits} bits; 2 to 8 are possible")
     levels = numpy_helper.to_array(constants[name])
     nodes = tuple(node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] == name)
     scales = tuple(_scale(node, constants, levels.ndim) for node in nodes)
-    signs = _signs(levels, scales[0].shape if scales else (1,) * levels.ndim, bits)
-    unsigned = levels.astype(np.int16) * signs + (1 << (bits - 1))
-    if unsigned.size and not 0 <= unsigned.min() <= unsigned.max() < 1 << bits:
+    along = scales[0].shape if scales else (1,) * levels.ndim
+    axis = next((dim for dim, size in enumerate(along) if size > 1), 0)
+    letters = letters_of(bits)
+    if is_mixed(bits) and len(letters) != levels.shape[axis]:
+        raise ValueError(f"{name}: widths for {len(letters)} channels, not for {levels.shape[axis]}")
+    per_channel = [-1 if dim == axis else 1 for dim in range(levels.ndim)]
+    offset, count = (
+        np.array(ends, np.int16).reshape(per_channel if is_mixed(bits) else 1)
+        for ends in zip(*(_stored_levels(letter) for letter in letters), strict=True)
+    )
+    signs = _signs(levels, np.broadcast_shapes(along, offset.shape), offset)
+    unsigned = levels.astype(np.int16) * signs + offset
+    if not ((unsigned >= 0) & (unsigned < count)).all():
         raise ValueError(f"{name}: levels {levels.min()} to {levels.max()} don't fit {bits} bits")
-    return _Weight(name, bits, levels.shape, unsigned.astype(np.uint8).reshape(-1), signs, nodes, scales)
+    return _Weight(name, bits, axis, unsigned.astype(np.uint8), signs, nodes, scales)
+
+
+def _stored_levels(letter: str) -> tuple[int, int]:
+    """What is added to a level of the width, and how many there are."""
+    levels = levels_of(letter)
+    return (128, 256) if letter == "8" else (-levels.low, levels.count())
 
 
 def _scale(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], num_dims: int) -> NDArray[np.float32]:
@@ -174,11 +254,12 @@ def _scale(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], num_
     return scale.reshape(along)
 
 
-def _signs(levels: NDArray[np.int8], shape: tuple[int, ...], bits: int) -> NDArray[np.int8]:
-    """-1 for each channel whose largest level only fits ``bits`` bits when flipped; of ``shape``."""
+def _signs(levels: NDArray[np.int8], shape: tuple[int, ...], offset: NDArray[np.int16]) -> NDArray[np.int8]:
+    """-1 for each channel whose largest level only fits its width when flipped; of ``shape``."""
     others = tuple(dim for dim, size in enumerate(shape) if size == 1)
-    largest = levels.max(axis=others, keepdims=True, initial=-128)
-    return np.where(largest == 1 << (bits - 1), np.int8(-1), np.int8(1)).astype(np.int8)
+    largest = levels.max(axis=others, keepdims=True, initial=-128).astype(np.int16)
+    # Three levels, and none, are as many on both sides.
+    return np.where((largest == offset) & (offset > 1), np.int8(-1), np.int8(1)).astype(np.int8)
 
 
 def _runs(weights: Iterable[T], size: Callable[[T], int], kind: Callable[[T], object]) -> Iterator[list[T]]:
@@ -193,33 +274,91 @@ def _runs(weights: Iterable[T], size: Callable[[T], int], kind: Callable[[T], ob
         yield run
 
 
-def _add_stream(build: _Builder, weights: Sequence[_Weight]) -> None:
-    """The streams of ``weights``, all of one width, and the nodes that make the initializers of the same names."""
-    bits, is_flipped = weights[0].kind()
-    merged = _padded([weight.unsigned for weight in weights])
+def _whole(weight: _Weight) -> _Segment:
+    """A weight of one width."""
+    flat = weight.levels.reshape(-1)
+    return _Segment(weight.bits, flat, weight.is_flipped(), partial(_add_whole, weight))
+
+
+def _add_whole(weight: _Weight, build: _Builder, part: str) -> None:
+    """The initializer from its levels in one dimension."""
+    shape = build.constant(np.array(weight.levels.shape, np.int64))
+    if weight.is_flipped():
+        levels = build.op("Mul", build.op("Reshape", part, shape), _signs_of(build, weight.signs))
+        build.emit("Cast", [levels], [weight.name], to=onnx.TensorProto.INT8)
+    else:
+        build.emit("Reshape", [part, shape], [weight.name])
+
+
+def _groups(weights: Iterable[_Weight]) -> Iterator[_Group]:
+    """Weights of one length of rows, at most ``STREAM_WEIGHTS`` weights or one initializer."""
+    ordered = sorted(weights, key=lambda weight: weight.rows().shape[1])
+    for run in _runs(ordered, lambda weight: weight.levels.size, lambda weight: weight.rows().shape[1]):
+        yield _Group(tuple(run))
+
+
+def _add_rows(build: _Builder, group: _Group) -> None:
+    """The initializers of a group, from the segments that its widths have taken."""
+    letters = np.array(list(group.letters()))
+    rows = [weight.levels.shape[weight.axis] for weight in group.weights]
+    length = group.weights[0].levels.size // rows[0]
+    places, parts = [], []
+    for letter in WIDTHS:
+        found = np.flatnonzero(letters == letter)
+        if not len(found):
+            continue
+        places.append(found)
+        if letter == "0":
+            zero = build.constant(np.array(0, np.int32 if group.is_flipped() else np.int8))
+            parts.append(build.op("Expand", zero, build.constant(np.array([len(found) * length]))))
+        else:
+            parts.append(group.taken[letter])
+    flat = build.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+    matrix = build.op("Reshape", flat, build.constant(np.array([-1, length])))
+    order = np.argsort(np.concatenate(places)).astype(np.min_scalar_type(len(letters)))
+    matrix = build.op("Gather", matrix, build.op("Cast", build.constant(order), to=onnx.TensorProto.INT32))
+    if group.is_flipped():
+        signs = np.concatenate([weight.signs.reshape(-1) for weight in group.weights])
+        matrix = build.op("Mul", matrix, _signs_of(build, signs[:, None]))
+        matrix = build.op("Cast", matrix, to=onnx.TensorProto.INT8)
+    names = _split(build, matrix, rows, padding=0) if len(rows) > 1 else [matrix]
+    for weight, name in zip(group.weights, names, strict=True):
+        moved = np.moveaxis(weight.levels, weight.axis, 0).shape
+        shape = build.constant(np.array(moved, np.int64))
+        if weight.axis == 0:
+            build.emit("Reshape", [name, shape], [weight.name])
+        else:
+            back = np.argsort([weight.axis, *(dim for dim in range(len(moved)) if dim != weight.axis)])
+            build.emit("Transpose", [build.op("Reshape", name, shape)], [weight.name], perm=back.tolist())
+
+
+def _add_stream(build: _Builder, segments: Sequence[_Segment]) -> None:
+    """The stream of ``segments``, all of one width, and the nodes that make their levels."""
+    width, is_flipped = segments[0].width, segments[0].is_flipped
+    merged = _padded(
+        [segment.levels for segment in segments], 8 if isinstance(width, int) else levels_of(width).per_byte
+    )
     total, shift = "", 0
-    for width, plane in zip(planes.fields(bits), planes.pack_planes(merged, bits), strict=True):
-        table = _table(build, width, shift, 0 if shift else 1 << (bits - 1))
-        if width == bits and not is_flipped:
+    fields = planes.fields(width) if isinstance(width, int) else (8,)
+    for bits, plane in zip(fields, planes.pack_planes(merged, width), strict=True):
+        offset = 0 if shift else _stored_levels(str(width))[0]
+        table = _table(build, bits, shift, offset) if isinstance(width, int) else _digits(build, width, offset)
+        if len(fields) == 1 and not is_flipped:
             table = build.op("Cast", table, to=onnx.TensorProto.INT8)
         flat = _look_up(build, table, build.op("Cast", build.constant(plane), to=onnx.TensorProto.INT32))
         total = build.op("Add", total, flat) if total else flat
-        shift += width
-    if len(planes.fields(bits)) > 1 and not is_flipped:
+        shift += bits
+    if len(fields) > 1 and not is_flipped:
         total = build.op("Cast", total, to=onnx.TensorProto.INT8)
-    parts = _split(build, total, [weight.size() for weight in weights])
-    for weight, part in zip(weights, parts, strict=True):
-        shape = build.constant(np.array(weight.shape, np.int64))
-        if is_flipped:
-            levels = build.op("Mul", build.op("Reshape", part, shape), _signs_of(build, weight))
-            build.emit("Cast", [levels], [weight.name], to=onnx.TensorProto.INT8)
-        else:
-            build.emit("Reshape", [part, shape], [weight.name])
+    sizes = [segment.size() for segment in segments]
+    parts = _split(build, total, sizes, padding=merged.size - sum(sizes))
+    for segment, part in zip(segments, parts, strict=True):
+        segment.finish(build, part)
 
 
-def _padded(parts: Sequence[planes.Bytes]) -> planes.Bytes:
-    """The parts and up to 7 zeros: whole bytes in every field, so that all fields unpack to one length."""
-    return np.concatenate([*parts, np.zeros(-sum(part.size for part in parts) % 8, np.uint8)])
+def _padded(parts: Sequence[planes.Bytes], multiple: int = 8) -> planes.Bytes:
+    """The parts and zeros to a multiple of levels: whole bytes in every field, so that all unpack to one length."""
+    return np.concatenate([*parts, np.zeros(-sum(part.size for part in parts) % multiple, np.uint8)])
 
 
 def _look_up(build: _Builder, table: str, every_byte: str) -> str:
@@ -227,29 +366,42 @@ def _look_up(build: _Builder, table: str, every_byte: str) -> str:
     return build.op("Reshape", build.op("Gather", table, every_byte), build.constant(np.array([-1])))
 
 
-def _split(build: _Builder, flat: str, sizes: Sequence[int]) -> list[str]:
-    """``flat`` in parts of ``sizes``; padding is a part that nobody reads."""
-    padding = [-sum(sizes) % 8] if sum(sizes) % 8 else []
-    parts = [f"{build.prefix}{len(build.nodes)}_{i}" for i in range(len(sizes) + len(padding))]
-    build.emit("Split", [flat, build.constant(np.array([*sizes, *padding]))], parts)
+def _split(build: _Builder, value: str, sizes: Sequence[int], *, padding: int) -> list[str]:
+    """``value`` in parts of ``sizes``; padding is a part that nobody reads."""
+    every = [*sizes, padding] if padding else list(sizes)
+    parts = [f"{build.prefix}{len(build.nodes)}_{i}" for i in range(len(every))]
+    build.emit("Split", [value, build.constant(np.array(every))], parts)
     return parts[: len(sizes)]
 
 
-def _signs_of(build: _Builder, weight: _Weight) -> str:
+def _signs_of(build: _Builder, signs: NDArray[np.int8]) -> str:
     """int32 signs from one byte a channel; by Gather, as OpenVINO keeps a Mul right behind a Cast from int8."""
     choices = build.constant(np.array([1, -1], np.int32))
-    chosen = build.constant((weight.signs < 0).astype(np.uint8))
+    chosen = build.constant((signs < 0).astype(np.uint8))
     return build.op("Gather", choices, build.op("Cast", chosen, to=onnx.TensorProto.INT32))
 
 
 def _table(build: _Builder, width: int, shift: int, offset: int) -> str:
     """int32 ``[256, 8 / width]``: for each byte its fields, times ``2**shift``, minus ``offset``."""
-    every_byte = build.op("Cast", build.constant(np.arange(256, dtype=np.uint8)[:, None]), to=onnx.TensorProto.INT32)
-    positions = build.constant(1 << np.arange(0, 8, width, dtype=np.int32))
-    table = build.op("Mod", build.op("Div", every_byte, positions), build.constant(np.array(1 << width, np.int32)))
+    table = _base(build, 1 << np.arange(0, 8, width, dtype=np.int32), 1 << width)
     if shift:
         table = build.op("Mul", table, build.constant(np.array(1 << shift, np.int32)))
     return build.op("Sub", table, build.constant(np.array(offset, np.int32))) if offset else table
+
+
+def _digits(build: _Builder, letter: str, offset: int) -> str:
+    """int32 ``[256, d]``: for each byte its digits, minus ``offset``."""
+    levels = levels_of(letter)
+    powers = levels.count() ** np.arange(levels.per_byte, dtype=np.int32)
+    return build.op("Sub", _base(build, powers, levels.count()), build.constant(np.array(offset, np.int32)))
+
+
+def _base(build: _Builder, powers: Array, base: int) -> str:
+    """int32 ``[256, d]``: for each byte, the digits of these powers."""
+    every_byte = build.op("Cast", build.constant(np.arange(256, dtype=np.uint8)[:, None]), to=onnx.TensorProto.INT32)
+    return build.op(
+        "Mod", build.op("Div", every_byte, build.constant(powers)), build.constant(np.array(base, np.int32))
+    )
 
 
 def _add_sparse(build: _Builder, weights: Sequence[tuple[str, NDArray[np.float32]]]) -> None:
@@ -261,7 +413,8 @@ def _add_sparse(build: _Builder, weights: Sequence[tuple[str, NDArray[np.float32
     if alive.any():
         mask = _look_up(build, _table(build, 1, 0, 0), _mask_bytes(build, planes.pack(bits, 1)))
         dense = build.op("ScatterElements", dense, _ones(build, mask, int(alive.sum())), build.constant(flat[alive]))
-    parts = _split(build, dense, [array.size for _, array in weights])
+    sizes = [array.size for _, array in weights]
+    parts = _split(build, dense, sizes, padding=bits.size - sum(sizes))
     for (name, array), part in zip(weights, parts, strict=True):
         build.emit("Reshape", [part, build.constant(np.array(array.shape, np.int64))], [name])
 

@@ -5,8 +5,10 @@ shape, survivors]}, "sparse": {name: [dtype, shape, survivors]}, "wide": [names 
 name}}``, where an empty part is left out. The uint8 tensor ``hcompress.stream`` holds the quantized tensors, then the
 sparse ones, in the index's order; the float32 tensor ``hcompress.scales`` the quantized tensors' scales in the same
 order, ``c`` for an axis and one for ``null``. A quantized tensor is its levels plus ``2**(bits - 1)`` in the planes of
-``planes.py``; a sparse one its elements, little endian. Where ``survivors`` is not ``null``, a bit mask of one plane
-comes first, and only the elements under its ones, so many, follow. A tensor outside of the index is an ordinary entry.
+``planes.py``; a sparse one its elements, little endian. Bits by channel are a text (``widths.py``): the levels of all
+channels of one width, less their lowest, follow each other, the widths in the order of ``widths.WIDTHS``; a channel of
+width ``0`` has none. Where ``survivors`` is not ``null``, a bit mask of one plane comes first, and only the elements
+under its ones, so many, follow. A tensor outside of the index is an ordinary entry.
 
 Cost: one pass over each tensor; decoding takes at most 64 times the file's bytes (a mask over all-zero int64).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError, escape
+from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
 from . import planes
 
 INDEX_KEY = "hcompress.packed"
@@ -61,13 +65,13 @@ class QuantizedTensor:
 
     Attributes:
         levels: int8 or int16, the weight's shape, each in ``[-2**(bits - 1), 2**(bits - 1) - 1]``.
-        bits: 2 to 8.
+        bits: 2 to 8; or ``channels:`` and a letter of ``widths.WIDTHS`` for each index of ``axis``.
         scale: float32, ``[c]`` for the channels of ``axis``, or ``[]`` where ``axis`` is None; may be negative.
         axis: Dimension of ``levels`` that ``scale`` runs along.
     """
 
     levels: Tensor
-    bits: int
+    bits: Width
     scale: Tensor
     axis: int | None
 
@@ -164,16 +168,16 @@ class _Packing:
 
     def add_quantized(self, name: str, tensor: QuantizedTensor) -> None:
         _check(name, tensor)
-        half = 1 << (tensor.bits - 1)
-        levels: NDArray[np.int16] = tensor.levels.cpu().reshape(-1).numpy().astype(np.int16)
-        alive = levels != 0
-        survivors = int(alive.sum())
-        masked = planes.packed_size(levels.size, 1) + planes.packed_size(survivors, tensor.bits)
-        is_masked = masked < planes.packed_size(levels.size, tensor.bits)
+        levels: NDArray[np.int16] = tensor.levels.cpu().numpy().astype(np.int16)
+        parts = [(width, levels[places].reshape(-1)) for width, places in _places(tensor.bits, tensor.axis)]
+        survivors = int(np.count_nonzero(levels))
+        masked = sum(planes.packed_size(int(np.count_nonzero(part)), width) for width, part in parts)
+        is_masked = planes.packed_size(levels.size, 1) + masked < sum(planes.packed_size(p.size, w) for w, p in parts)
         if is_masked:
-            self.quantized_chunks.append(planes.pack(alive.astype(np.uint8), 1))
-            levels = levels[alive]
-        self.quantized_chunks.append(planes.pack((levels + half).astype(np.uint8), tensor.bits))
+            self.quantized_chunks.append(planes.pack((levels.reshape(-1) != 0).astype(np.uint8), 1))
+            parts = [(width, part[part != 0]) for width, part in parts]
+        for width, part in parts:
+            self.quantized_chunks.append(planes.pack((part + _offset(width)).astype(np.uint8), width))
         self.scales.append(tensor.scale.cpu().reshape(-1))
         if tensor.levels.dtype == torch.int16:
             self.wide.append(name)
@@ -205,11 +209,14 @@ class _Cursor:
     rest: Tensor
     name: str
 
-    def take(self, size: int, reader: str) -> Tensor:
+    def require(self, size: int, reader: str) -> None:
         if size > len(self.rest):
             raise _broken(
                 f"{escape(reader)} needs {size} more elements of {self.name}, which has {len(self.rest)} left"
             )
+
+    def take(self, size: int, reader: str) -> Tensor:
+        self.require(size, reader)
         taken, self.rest = self.rest[:size], self.rest[size:]
         return taken
 
@@ -222,19 +229,26 @@ def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype
     if not isinstance(entry, list) or len(entry) != 4:
         raise _broken(f"{escape(name)} has no entry of bits, axis, shape, survivors")
     bits, axis, shape, survivors = entry
-    if not _is_count(bits) or not 2 <= bits <= 8:
+    if not is_width(bits):
         raise _broken(f"{escape(name)} has {_shown(bits)} bits; 2 to 8 are possible")
     num_elements = _num_elements(name, shape)
     if axis is not None and not (_is_count(axis) and axis < len(shape)):
         raise _broken(f"{escape(name)} has a scale along dimension {_shown(axis)} of {len(shape)}")
-    alive = None if survivors is None else _mask(name, num_elements, survivors, stream)
-    num_packed = num_elements if alive is None else survivors
-    data = stream.take(planes.packed_size(num_packed, bits), name).numpy()
-    levels = planes.unpack(data, bits, num_packed).astype(np.int16) - (1 << (bits - 1))
-    if alive is not None:
-        spread = np.zeros(num_elements, dtype=np.int16)
-        spread[alive] = levels
-        levels = spread
+    if is_mixed(bits) and (axis is None or len(letters_of(bits)) != shape[axis]):
+        raise _broken(f"{escape(name)} has bits for {len(letters_of(bits))} channels, not those of its axis")
+    if survivors is None:
+        alive = None
+        stream.require(_packed_size(bits, num_elements), name)
+    else:
+        alive = _mask(name, num_elements, survivors, stream).reshape(shape)
+    levels = np.zeros(shape, dtype=np.int16)
+    for width, places in _places(bits, axis):
+        part = levels[places]
+        chosen = np.ones(part.shape, dtype=bool) if alive is None else alive[places]
+        count = int(chosen.sum())
+        data = stream.take(planes.packed_size(count, width), name).numpy()
+        part[chosen] = planes.unpack(data, width, count).astype(np.int16) - _offset(width)
+        levels[places] = part
     scale = scales.take(1 if axis is None else shape[axis], name).clone()
     return QuantizedTensor(
         levels=torch.from_numpy(levels).to(dtype).reshape(shape),
@@ -242,6 +256,37 @@ def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype
         scale=scale.reshape(()) if axis is None else scale,
         axis=axis,
     )
+
+
+def _places(bits: Width, axis: int | None) -> list[tuple[Width, tuple[Any, ...]]]:
+    """The widths in use, in the order of the stream, and where the levels of each are."""
+    if not is_mixed(bits):
+        return [(bits, (...,))]
+    letters = letters_of(bits)
+    before = (slice(None),) * (axis or 0)
+    used = (letter for letter in WIDTHS if letter in letters and letter != "0")
+    return [
+        (
+            of_letter(letter),
+            (*before, [i for i, own in enumerate(letters) if own == letter]),
+        )
+        for letter in used
+    ]
+
+
+def _packed_size(bits: Width, num_elements: int) -> int:
+    """Bytes of a tensor without a mask."""
+    if not is_mixed(bits):
+        return planes.packed_size(num_elements, bits)
+    letters = letters_of(bits)
+    each = num_elements // len(letters)
+    used = Counter(of_letter(letter) for letter in letters if letter != "0")
+    return sum(planes.packed_size(count * each, width) for width, count in used.items())
+
+
+def _offset(width: Width) -> int:
+    """What is added to levels, so that none is negative."""
+    return 1 << (width - 1) if isinstance(width, int) else -levels_of(width).low
 
 
 def _sparse(name: str, entry: object, stream: _Cursor) -> Tensor:
@@ -330,11 +375,21 @@ def _broken(what: str) -> InputError:
 
 
 def _check(name: str, tensor: QuantizedTensor) -> None:
-    if not 2 <= tensor.bits <= 8 or tensor.levels.dtype not in (torch.int8, torch.int16):
+    if not is_width(tensor.bits) or tensor.levels.dtype not in (torch.int8, torch.int16):
         raise ValueError(f"{name}: {tensor.bits} bits in {tensor.levels.dtype}; 2 to 8 bits in int8 or int16")
-    half = 1 << (tensor.bits - 1)
-    if tensor.levels.numel() and not (-half <= int(tensor.levels.min()) and int(tensor.levels.max()) < half):
-        raise ValueError(f"{name}: a level is outside of [{-half}, {half - 1}], the range of {tensor.bits} bits")
+    if is_mixed(tensor.bits) and (
+        tensor.axis is None or len(letters_of(tensor.bits)) != tensor.levels.shape[tensor.axis]
+    ):
+        raise ValueError(f"{name}: {tensor.bits} isn't a width for each channel of axis {tensor.axis}")
+    letters = letters_of(tensor.bits)
+    found = tensor.levels.reshape(1, -1)
+    if is_mixed(tensor.bits) and tensor.axis is not None:
+        found = tensor.levels.movedim(tensor.axis, 0).reshape(len(letters), -1)
+    for letter, row in zip(letters, found, strict=True):
+        low, high = (-128, 127) if letter == "8" else (levels_of(letter).low, levels_of(letter).high)
+        if row.numel() and not (low <= int(row.min()) and int(row.max()) <= high):
+            what = f"{letter} bits" if letter.isdecimal() else f"{levels_of(letter).count()} levels"
+            raise ValueError(f"{name}: a level is outside of [{low}, {high}], the range of {what}")
     if tensor.axis is not None and not 0 <= tensor.axis < tensor.levels.dim():
         raise ValueError(f"{name}: axis {tensor.axis} of {tensor.levels.dim()} dimensions")
     shape = [] if tensor.axis is None else [tensor.levels.shape[tensor.axis]]

@@ -8,6 +8,9 @@ value sits in the lowest bits; each plane is padded with zero bits to whole byte
     bits = 3, values 5, 2, 7    fields of 2: 1, 2, 3    byte 0b00_11_10_01
                                 fields of 1: 1, 0, 1    byte 0b00000_1_0_1
 
+Values of three levels (width ``t``) are the digits of a byte in base 3, five of them, the first one the lowest; those
+of six levels (``s``) three digits in base 6. The last byte's missing digits are zeros.
+
 Cost: one pass over the values for each plane; one byte of memory a value.
 """
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..widths import Width, levels_of
 
 Bytes = NDArray[np.uint8]
 
@@ -30,16 +35,16 @@ FIELDS: dict[int, tuple[int, ...]] = {
 }
 
 
-def pack(levels: Bytes, bits: int) -> Bytes:
+def pack(levels: Bytes, bits: Width) -> Bytes:
     """The planes of ``levels``, shape ``[n]``, one after the other: ``packed_size(n, bits)`` bytes.
 
     Raises:
-        ValueError: ``bits`` is not 1 to 8, or a level needs more than ``bits`` bits.
+        ValueError: ``bits`` is not 1 to 8, ``t`` or ``s``, or a level needs more than ``bits`` bits.
     """
     return np.concatenate(pack_planes(levels, bits))
 
 
-def unpack(data: Bytes | bytes, bits: int, num_levels: int) -> Bytes:
+def unpack(data: Bytes | bytes, bits: Width, num_levels: int) -> Bytes:
     """The ``num_levels`` values that ``pack`` was given, shape ``[n]``.
 
     Raises:
@@ -48,6 +53,9 @@ def unpack(data: Bytes | bytes, bits: int, num_levels: int) -> Bytes:
     stream = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
     if stream.size != packed_size(num_levels, bits):
         raise ValueError(f"{num_levels} levels of {bits} bits are {packed_size(num_levels, bits)} B, not {stream.size}")
+    if isinstance(bits, str):
+        digits = stream[:, None] // _powers(bits) % np.uint8(levels_of(bits).count())
+        return digits.reshape(-1)[:num_levels].astype(np.uint8)
     levels = np.zeros(num_levels, dtype=np.uint8)
     start = shift = 0
     for width in fields(bits):
@@ -58,8 +66,10 @@ def unpack(data: Bytes | bytes, bits: int, num_levels: int) -> Bytes:
     return levels
 
 
-def packed_size(num_levels: int, bits: int) -> int:
+def packed_size(num_levels: int, bits: Width) -> int:
     """Bytes of ``num_levels`` values of ``bits`` bits, every plane padded to whole bytes."""
+    if isinstance(bits, str):
+        return -(-num_levels // len(_powers(bits)))
     return sum(plane_size(num_levels, width) for width in fields(bits))
 
 
@@ -75,8 +85,10 @@ def fields(bits: int) -> tuple[int, ...]:
     return FIELDS[bits]
 
 
-def pack_planes(levels: Bytes, bits: int) -> tuple[Bytes, ...]:
-    """One array of bytes for each of ``fields(bits)``; ``levels`` has shape ``[n]``."""
+def pack_planes(levels: Bytes, bits: Width) -> tuple[Bytes, ...]:
+    """One array of bytes for each of ``fields(bits)``, or one of digits; ``levels`` has shape ``[n]``."""
+    if isinstance(bits, str):
+        return (_digits(levels, bits),)
     widths = fields(bits)
     if levels.size and int(levels.max()) >= 1 << bits:
         raise ValueError(f"level {int(levels.max())} doesn't fit {bits} bits (0 to {(1 << bits) - 1})")
@@ -91,6 +103,24 @@ def _plane(values: Bytes, width: int) -> Bytes:
     padded[: values.size] = values & np.uint8((1 << width) - 1)
     plane: Bytes = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << _positions(width), axis=1)
     return plane
+
+
+def _digits(levels: Bytes, letter: str) -> Bytes:
+    powers, count = _powers(letter), levels_of(letter).count()
+    if levels.size and int(levels.max()) >= count:
+        raise ValueError(f"level {int(levels.max())} is none of {count} levels")
+    padded = np.zeros(packed_size(levels.size, letter) * len(powers), dtype=np.uint8)
+    padded[: levels.size] = levels
+    every: Bytes = (padded.reshape(-1, len(powers)) * powers).sum(axis=1, dtype=np.uint8)
+    return every
+
+
+def _powers(letter: str) -> Bytes:
+    """What a byte's digits are multiplied by."""
+    levels = levels_of(letter)
+    if not levels.per_byte:
+        raise ValueError(f"width {letter} isn't one of digits")
+    return np.array([levels.count() ** place for place in range(levels.per_byte)], dtype=np.uint8)
 
 
 def _positions(width: int) -> Bytes:

@@ -12,13 +12,15 @@ rows of ``k`` weights, and ``k^3``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .rounding import SMALLEST_PEAK, level_range
+from ..widths import Width, is_mixed
+from .rounding import SMALLEST_PEAK, level_range, rows_by_width
 
 BLOCK = 64  # columns whose error is carried to the rest at once
 SWEEPS = 3  # over the levels; after each the scales are set anew
@@ -27,24 +29,53 @@ DAMPING = 0.01  # of the mean of the diagonal
 MOST_WEIGHTS = 2**25  # of all scales together; beyond, fewer of them are tried
 
 
+def round_rows(
+    weight: Tensor, moment: Tensor, width: Width, *, is_shared: bool = False, zeros: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``round_to_outputs`` of rows that may have widths of their own.
+
+    Args:
+        width: Bits of all rows, or a letter of ``widths.WIDTHS`` for each, in the order of the groups' rows.
+    """
+    if not is_mixed(width):
+        return round_to_outputs(weight, moment, width, is_shared=is_shared, zeros=zeros)
+    groups, count, _ = weight.shape
+    levels = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.ones(groups, count, dtype=torch.float32, device=weight.device)
+    for letter, places in rows_by_width(width, groups * count):
+        chosen = torch.zeros(groups * count, dtype=torch.bool, device=weight.device)
+        chosen[places] = True
+        chosen = chosen.reshape(groups, count)
+        columns = chosen.any(0)  # rows of other groups in the same places are rounded too, and dropped
+        some = None if zeros is None else zeros[:, columns]
+        found, units = round_to_outputs(weight[:, columns], moment, letter, zeros=some)
+        kept = chosen[:, columns]
+        levels[chosen], scales[chosen] = found[kept], units[kept]
+    return levels, scales
+
+
 def round_to_outputs(
     weight: Tensor,
     moment: Tensor,
-    bits: int,
+    bits: Width,
     *,
     damping: float = DAMPING,
     is_shared: bool = False,
     zeros: Tensor | None = None,
+    ratios: Sequence[float] = RATIOS,
+    sweeps: int = SWEEPS,
 ) -> tuple[Tensor, Tensor]:
     """Levels and scale of each row.
 
     Args:
         weight: ``[g, c, k]``: the rows of ``g`` groups, each with inputs of its own.
         moment: ``[g, k, k]``, symmetric: the sum or the mean of ``x x^T`` over positions.
-        bits: 2 to 8, as for ``rounding.level_range``.
+        bits: 2 to 8, or a letter, as for ``rounding.level_range``.
         damping: Added to the moments' diagonals, in units of their mean.
         is_shared: One scale for all rows of all groups.
         zeros: bool, of the weight's shape: whose level is 0 in any case.
+        ratios: Scales that are tried, of the one that reaches the largest weight.
+        sweeps: Over the levels.
 
     Returns:
         Levels (int8, ``[g, c, k]``), and float32 scales ``[g, c]``. A negative one gives the positive side the extra
@@ -64,11 +95,11 @@ def round_to_outputs(
     h = h.float()
     unit = float(weight.abs().max()) or 1.0  # or the squares of small weights would leave the range of floats
     w = (weight / unit).float().gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
-    start = _scales(w, bits, is_shared=is_shared)
+    start = _scales(w, bits, ratios, is_shared=is_shared)
     columns, scales = w.repeat(1, 1, len(start)), start.transpose(0, 1).reshape(groups, -1)
     grid = _Grid(*level_range(bits), _kept(zeros, order, len(start)))
     levels = _by_columns(columns, scales, factor, grid)
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         levels = _swept(columns, levels, scales, h, grid)
         if not is_shared:
             scales = _fitted(columns, levels, scales, h)
@@ -95,7 +126,7 @@ def _errors(columns: Tensor, levels: Tensor, scales: Tensor, moment: Tensor) -> 
     return ((moment @ change) * change).sum(1, dtype=torch.float64)
 
 
-def _scales(columns: Tensor, bits: int, *, is_shared: bool) -> Tensor:
+def _scales(columns: Tensor, bits: Width, ratios: Sequence[float], *, is_shared: bool) -> Tensor:
     """Those that are tried, ``[r, g, c]``: shares of what reaches the largest magnitude."""
     low, high = level_range(bits)
     dims = (0, 1, 2) if is_shared else (1,)
@@ -103,7 +134,7 @@ def _scales(columns: Tensor, bits: int, *, is_shared: bool) -> Tensor:
     peak = torch.maximum(most, -least)
     peak = torch.where(peak < SMALLEST_PEAK, float(-low), peak)
     sign = torch.where(most > -least, -1.0, 1.0) if low != -high else torch.ones_like(peak)
-    ratios = RATIOS[:: max(1, min(len(RATIOS), len(RATIOS) * columns.numel() // MOST_WEIGHTS))]
+    ratios = ratios[:: max(1, min(len(ratios), len(ratios) * columns.numel() // MOST_WEIGHTS))]
     return torch.stack([(sign * ratio * peak / -low)[:, 0].expand(len(columns), columns.shape[2]) for ratio in ratios])
 
 

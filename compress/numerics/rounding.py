@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..plan import BY_CHANNEL, CLIPS, RANGES
+from ..plan import CLIPS, RANGES
+from ..widths import BY_CHANNEL, WIDTHS, Width, is_mixed, letters_of, levels_of
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
@@ -29,10 +30,18 @@ LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges ar
 COLUMNS = 256  # of a moment, multiplied at a time
 
 
-def level_range(bits: int) -> tuple[int, int]:
-    """Lowest and highest level of a symmetric weight."""
-    half = 2 ** (bits - 1)
-    return (-(half - 1), half - 1) if bits == 8 else (-half, half - 1)
+def level_range(width: Width) -> tuple[int, int]:
+    """Lowest and highest level of a symmetric weight: of its bits, or of a letter of ``widths.WIDTHS``."""
+    levels = levels_of(width)
+    return levels.low, levels.high
+
+
+def level_ranges(width: Width, axis: int | None, dims: int) -> tuple[Tensor | int, Tensor | int]:
+    """The same for each channel, float32, shaped to compare with a weight; two ints where all have one width."""
+    if not is_mixed(width):
+        return level_range(width)
+    low, high = (torch.tensor(ends) for ends in zip(*map(level_range, letters_of(width)), strict=True))
+    return broadcast_scale(low.float(), axis, dims), broadcast_scale(high.float(), axis, dims)
 
 
 def rows(weight: Tensor, axis: int | None) -> Tensor:
@@ -47,12 +56,12 @@ def broadcast_scale(scale: Tensor, axis: int | None, dims: int) -> Tensor:
     return scale.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def round_weight(weight: Tensor, bits: int, *, axis: int | None, search: str) -> tuple[Tensor, Tensor]:
+def round_weight(weight: Tensor, bits: Width, *, axis: int | None, search: str) -> tuple[Tensor, Tensor]:
     """Round a weight to its symmetric grid.
 
     Args:
         weight: Any shape, floating.
-        bits: 2 to 8.
+        bits: 2 to 8, or a letter of ``widths.WIDTHS`` for each channel.
         axis: Dimension with one scale an index; None for one scale in all.
         search: ``minmax`` covers the largest magnitude; ``mse`` clips to the ratio with the least squared error;
             ``p99`` covers that percentile of the magnitudes, zeros left out; ``clip0.80`` that share of the largest.
@@ -66,21 +75,39 @@ def round_weight(weight: Tensor, bits: int, *, axis: int | None, search: str) ->
     """
     flat = rows(weight.detach().to(torch.float32), axis)
     letters = _letters(search, len(flat))
-    scale = torch.ones_like(flat[:, 0])
-    for name, letter in RANGES.items():
-        if letter in letters:
-            # Searched over all channels: the scale of one doesn't depend on the ranges of the others.
-            chosen = torch.tensor([own == letter for own in letters], device=flat.device)
-            scale = torch.where(chosen, _scale(flat, bits, name), scale)
-    levels = _to_levels(flat, scale, bits).to(torch.int8)
+    scale, levels = torch.ones_like(flat[:, 0]), torch.zeros_like(flat, dtype=torch.int8)
+    for width, places in rows_by_width(bits, len(flat)):
+        levels[places], scale[places] = _round_rows(flat[places], width, [letters[place] for place in places])
     if axis is None:
         return levels.reshape(weight.shape), scale.reshape(())
     moved = weight.movedim(axis, 0).shape
     return levels.reshape(moved).movedim(0, axis).contiguous(), scale
 
 
+def rows_by_width(width: Width, count: int) -> list[tuple[Width, list[int]]]:
+    """The indices of the rows that have each width; those without levels are left out."""
+    if not is_mixed(width):
+        return [(width, list(range(count)))]
+    letters = letters_of(width)
+    if len(letters) != count:
+        raise ValueError(f"{width!r} has widths for {len(letters)} channels of {count}")
+    found = {letter: [place for place, own in enumerate(letters) if own == letter] for letter in WIDTHS}
+    return [(letter, places) for letter, places in found.items() if places and letter != "0"]
+
+
+def _round_rows(flat: Tensor, width: Width, letters: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Levels and scale of rows of one width, each with a range of its own."""
+    scale = torch.ones_like(flat[:, 0])
+    for name, letter in RANGES.items():
+        if letter in letters:
+            # Searched over all channels: the scale of one doesn't depend on the ranges of the others.
+            chosen = torch.tensor([own == letter for own in letters], device=flat.device)
+            scale = torch.where(chosen, _scale(flat, width, name), scale)
+    return _to_levels(flat, scale, width).to(torch.int8), scale
+
+
 def range_candidates(
-    weight: Tensor, bits: int, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+    weight: Tensor, bits: Width, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
 ) -> tuple[Tensor, Tensor]:
     """The weight rounded in each of the ways that ``among`` names, all of ``plan.RANGES`` by default.
 
@@ -93,7 +120,7 @@ def range_candidates(
 
 
 def choose_ranges(
-    weight: Tensor, bits: int, moment: Tensor | None, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+    weight: Tensor, bits: Width, moment: Tensor | None, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
 ) -> tuple[str, float]:
     """The range of each channel that changes the layer's outputs least.
 
@@ -102,7 +129,7 @@ def choose_ranges(
 
     Args:
         weight: Any shape, floating.
-        bits: 2 to 8.
+        bits: 2 to 8, or one letter of ``widths.WIDTHS`` but ``0``.
         moment: ``[k, k]``, symmetric, in the order of ``rows(weight, axis)``; ``[g, k, k]`` where the channels are
             ``g`` groups, one after another, with inputs of their own; None for the identity. A row of several times
             ``k`` weights counts as so many rows: one scale in all is chosen over all channels of a linear weight.
@@ -142,19 +169,19 @@ def _letters(search: str, channels: int) -> str:
     return letters
 
 
-def _to_levels(flat: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _to_levels(flat: Tensor, scale: Tensor, bits: Width) -> Tensor:
     """Nearest levels, in floats."""
     return (flat / scale[:, None]).round_().clamp_(*level_range(bits))
 
 
-def _scale(flat: Tensor, bits: int, name: str) -> Tensor:
+def _scale(flat: Tensor, bits: Width, name: str) -> Tensor:
     # No block of a single row, nor of rows that aren't contiguous: torch may sum those in another order, and the mse
     # search of a plan that was written before must find the same scale to the last bit.
     blocks = min(flat.numel() // BLOCK, len(flat) // 2) if flat.is_contiguous() else 1
     return torch.cat([_block_scale(part, bits, name) for part in flat.tensor_split(max(blocks, 1))])
 
 
-def _block_scale(flat: Tensor, bits: int, name: str) -> Tensor:
+def _block_scale(flat: Tensor, bits: Width, name: str) -> Tensor:
     if name == "minmax":
         return _minmax_scale(flat, bits)
     if name == "mse":
@@ -164,7 +191,7 @@ def _block_scale(flat: Tensor, bits: int, name: str) -> Tensor:
     return _percentile_scale(flat, bits, float(name.removeprefix("p")))
 
 
-def _minmax_scale(flat: Tensor, bits: int) -> Tensor:
+def _minmax_scale(flat: Tensor, bits: Width) -> Tensor:
     # The levels used are -high..high: nothing is clipped, and zero stays zero.
     return _peak(flat, level_range(bits)[1]) / level_range(bits)[1]
 
@@ -180,7 +207,7 @@ def _sign(flat: Tensor) -> Tensor:
     return torch.where(flat.amax(1) > -flat.amin(1), -1.0, 1.0)
 
 
-def _mse_scale(flat: Tensor, bits: int) -> Tensor:
+def _mse_scale(flat: Tensor, bits: Width) -> Tensor:
     low = level_range(bits)[0]
     peak, sign = _peak(flat, -low), _sign(flat)
     best_scale = _minmax_scale(flat, bits)
@@ -194,17 +221,17 @@ def _mse_scale(flat: Tensor, bits: int) -> Tensor:
     return best_scale
 
 
-def _squared_error(flat: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _squared_error(flat: Tensor, scale: Tensor, bits: Width) -> Tensor:
     return _to_levels(flat, scale, bits).mul_(scale[:, None]).sub_(flat).square_().sum(1)
 
 
-def _clip_scale(flat: Tensor, bits: int, ratio: float) -> Tensor:
+def _clip_scale(flat: Tensor, bits: Width, ratio: float) -> Tensor:
     low = level_range(bits)[0]
     scale = _sign(flat) * ratio * _peak(flat, -low) / -low
     return torch.where(flat.abs().amax(1) < SMALLEST_PEAK, 1.0, scale)
 
 
-def _percentile_scale(flat: Tensor, bits: int, percent: float) -> Tensor:
+def _percentile_scale(flat: Tensor, bits: Width, percent: float) -> Tensor:
     low = level_range(bits)[0]
     peak, magnitude = _peak(flat, -low), flat.abs()
     # The percentile's place among the magnitudes, counted down from the largest. Masked weights don't move it.

@@ -66,8 +66,8 @@ class _Means(fx.Interpreter):
 
 
 @dataclass(frozen=True, slots=True)
-class _Tried:
-    """A plan, its sidecar, and how far the outputs are from the dense network's."""
+class Corrected:
+    """A plan, its sidecar, and how far the outputs are from the dense network's; 0 where that wasn't measured."""
 
     plan: Plan
     sidecar: dict[str, Tensor]
@@ -85,17 +85,23 @@ def correct(
     Returns:
         The plan, and its sidecar: levels, scales and the biases' new values.
     """
+    made = corrected(plan, source, graph, calibration, context)
+    return made.plan, made.sidecar
+
+
+def corrected(plan: Plan, source: Source, graph: Graph, calibration: Calibration | None, context: Context) -> Corrected:
+    """The same, and how far the outputs are from the dense network's."""
     plan = plan.without_corrections()
     reconstructs, corrects = (
         plan.options.get(n) == on for n, on in (("reconstruction", "gptq"), ("bias_correction", "on"))
     )
     if not plan.quantized("weight") or not (reconstructs or corrects):
-        return plan, {}
+        return Corrected(plan, {}, 0.0)
     if calibration is None:
         context.notes.append(
             "levels are the nearest, and biases the checkpoint's own: making up for rounding needs --data"
         )
-        return plan, {}
+        return Corrected(plan, {}, 0.0)
     data = fitting_examples(graph, calibration.data)
     inputs = tuple(x.to(context.device) for x in data.inputs)
     are_logits = has_logits(calibration.task)
@@ -104,11 +110,11 @@ def correct(
     with torch.no_grad():
         wanted = first_tensor(dense.run(*inputs)).cpu()
 
-    def tried(found: Plan, sidecar: dict[str, Tensor]) -> _Tried:
+    def tried(found: Plan, sidecar: dict[str, Tensor]) -> Corrected:
         network = assemble(graph, apply_plan(source.module, graph.tied, found, sidecar))
         with torch.no_grad():
             outputs = first_tensor(on_device(network, context.device)(*inputs)).cpu()
-        return _Tried(found, sidecar, divergence(wanted, outputs, are_logits=are_logits))
+        return Corrected(found, sidecar, divergence(wanted, outputs, are_logits=are_logits))
 
     every = [tried(plan, {})]
     if reconstructs:
@@ -119,7 +125,8 @@ def correct(
         context.progress("correct biases", 1, 1)
     best = min(every, key=lambda one: one.moved)
     has_data = best.plan.makes_up_for_rounding()
-    return replace(best.plan, task_sha256=calibration.sha256() if has_data else plan.task_sha256), best.sidecar
+    task_sha256 = calibration.sha256() if has_data else plan.task_sha256
+    return Corrected(replace(best.plan, task_sha256=task_sha256), best.sidecar, best.moved)
 
 
 def _reconstructed(
@@ -148,7 +155,7 @@ def _reconstructed(
 
 
 def _corrected(
-    given: _Tried,
+    given: Corrected,
     source: Source,
     graph: Graph,
     keys: Mapping[str, tuple[str, str]],

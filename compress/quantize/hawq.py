@@ -12,39 +12,26 @@ for bit operations. Cost: the traces, a forward pass for the inputs' second mome
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..budget import Budget, rounded_up
-from ..context import Context, Storage
+from ..budget import Budget
+from ..context import Context
 from ..curvature.moments import input_moments
 from ..curvature.network import open_network
-from ..errors import BudgetError, InputError, UsageError
-from ..frontier import FLOAT_BITS, Choice, FrontierRecord, Item
+from ..errors import UsageError
+from ..frontier import FLOAT_BITS, Choice, Item
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.pareto import pareto_frontier
 from ..numerics.rounding import choose_ranges
-from ..plan import RANGES, Decision, Plan, Quantize, grid_bits, weight_scheme
+from ..plan import RANGES, Plan, grid_bits, weight_scheme
 from ..sensitivity import Sensitivity
-from ..task import Calibration, has_logits
-from .calibrate import activation_decisions, calibrated
+from ..task import Calibration
+from .calibrate import calibrated
 from .correct import correct as correct
-
-WIDTHS = range(2, 9)
-NANOSECONDS = 1e-6  # of a millisecond: latencies are counted in whole ones
-
-
-@dataclass(frozen=True, slots=True)
-class _Costs:
-    """What storing each tensor at each width costs, in an integer unit; ``scale * (fixed + sum)`` is the quantity."""
-
-    entries: Mapping[tuple[str, int], int]
-    fixed: int
-    scale: float
+from .points import at_point as at_point
+from .points import costs_of, first_plan, groups_of, widths_of
 
 
 def plan(
@@ -78,13 +65,13 @@ def plan(
     layers = graph.compressible(exclude, "quantize")
     goal = budget or Budget("bytes", float("inf"))
     activations, search = str(options["activations"]), str(options["range"])
-    widths = _widths(graph, layers, keep, may_stay_float=goal.quantity == "latency")
+    widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
     rounded = calibrated(graph, calibration.data, activations, context)
     found = _changes(source, graph, layers, widths, search, calibration, context, with_integers=bool(rounded))
     traces = sensitivities["hessian-trace"].entries
-    costs = _costs(source, graph, layers, goal, activations, context)
+    costs = costs_of(source, graph, layers, goal, activations, context)
     items = []
-    for group in _groups(graph, layers, tie):
+    for group in groups_of(graph, layers, tie):
         shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
         if not shared:
             names = ", ".join(layer.tensor for layer in group)
@@ -97,25 +84,6 @@ def plan(
             ranges = tuple(found[layer.tensor, bits][0] for layer in group) if bits < FLOAT_BITS else ()
             choices.append(Choice(bits, sum(costs.entries[la.tensor, bits] for la in group), sum(losses), ranges))
         items.append(Item(tuple(layer.tensor for layer in group), tuple(choices)))
-    frontier = pareto_frontier(*_tables(items))
-    record = FrontierRecord(
-        method="hawq",
-        quantity=goal.quantity,
-        scale=costs.scale,
-        fixed=costs.fixed,
-        dense_amount=_dense_amount(graph, costs, goal, context),
-        loss_unit="nats" if has_logits(calibration.task) else "loss",
-        items=tuple(items),
-        costs=tuple(frontier.costs.tolist()),
-        losses=tuple(frontier.values.tolist()),
-        index=0,
-        chosen=frontier.choice(0),
-        activations=rounded,
-    )
-    index = record.within(goal.absolute(record.dense_amount))
-    if index is None and goal.quantity not in ("bytes", "latency"):
-        least = Budget(goal.quantity, rounded_up(record.amount(record.costs[0])))
-        raise BudgetError(f"{goal} is out of reach: hawq goes down to {least}", hint=f"raise --budget to {least}")
     recorded = {
         "activations": activations,
         "bias_correction": options["bias_correction"],
@@ -125,75 +93,7 @@ def plan(
         "reconstruction": options["reconstruction"],
         "tie": list(tie),
     }
-    start = Plan("hawq", recorded, 0, source.sha256, calibration.sha256(), budget, (), {})
-    return at_point(start, graph, record, index or 0, context), {}
-
-
-def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, context: Context) -> Plan:
-    """The plan at another point of a frontier, without measuring again; the record goes to ``context.frontiers``.
-
-    Raises:
-        InputError: The record's points aren't those of its items, or the graph lacks one of its tensors.
-    """
-    frontier = pareto_frontier(*_tables(record.items))
-    if tuple(frontier.costs.tolist()) != record.costs or not 0 <= index < len(frontier):
-        raise InputError("frontier.json: the points aren't those of its choices", hint="make the run again")
-    moved = record.at(index, frontier.choice(index))
-    axes = {layer.tensor: layer.axis for layer in graph.layers}
-    weights: list[Decision] = []
-    for item, choice in zip(moved.items, moved.chosen_choices(), strict=True):
-        for tensor, search in zip(item.tensors, choice.ranges, strict=choice.bits < FLOAT_BITS):
-            if tensor not in axes:
-                raise InputError(
-                    f"frontier.json: {tensor} is no weight of the network",
-                    hint="the frontier is another architecture's",
-                )
-            scheme = weight_scheme(choice.bits, with_integers=bool(record.activations))
-            weights.append(Quantize(tensor, "weight", choice.bits, scheme, axes[tensor], search))
-    context.frontiers.append(moved)
-    elements = {layer.tensor: layer.elements for layer in graph.layers}
-    bits = {decision.tensor: decision.bits for decision in weights if isinstance(decision, Quantize)}
-    average = sum(count * bits.get(tensor, FLOAT_BITS) for tensor, count in elements.items()) / sum(elements.values())
-    predicted = {"average_bits": average, "loss": moved.losses[index]}
-    rounded = activation_decisions(graph, moved.activations, bits.keys(), str(given.options.get("activations")))
-    return replace(given, decisions=(*weights, *rounded), predicted=predicted)
-
-
-def _tables(items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:
-    return (
-        [[choice.cost for choice in item.choices] for item in items],
-        [[choice.loss for choice in item.choices] for item in items],
-    )
-
-
-def _widths(
-    graph: Graph, layers: Sequence[Layer], keep: Sequence[str], *, may_stay_float: bool
-) -> dict[str, tuple[int, ...]]:
-    """The widths that each tensor may get; of several ``keep`` that match, the last counts."""
-    every = (*WIDTHS, FLOAT_BITS) if may_stay_float else tuple(WIDTHS)
-    widths = {layer.tensor: every for layer in layers}
-    for entry in keep:
-        glob, equals, text = entry.rpartition("=")
-        bits = FLOAT_BITS if text == "float" else int(text) if text.isdecimal() else 0
-        if not equals or (bits not in WIDTHS and bits != FLOAT_BITS):
-            raise UsageError(f"--keep {entry!r} is not understood", hint="GLOB=BITS with 2 to 8 bits, or GLOB=float")
-        widths |= {layer.tensor: (bits,) for layer in graph.matching(glob, "--keep") if layer.tensor in widths}
-    return widths
-
-
-def _groups(graph: Graph, layers: Sequence[Layer], tie: Sequence[str]) -> list[tuple[Layer, ...]]:
-    """Layers that get one width: those that a glob of ``tie`` matches, and the others one by one."""
-    groups: dict[str, list[Layer]] = {}
-    leader = {layer.tensor: layer.tensor for layer in layers}
-    for glob in tie:
-        names = [layer.tensor for layer in graph.matching(glob, "--tie") if layer.tensor in leader]
-        bound = {leader[name] for name in names}
-        for tensor, first in leader.items():
-            if first in bound:
-                leader[tensor] = leader[names[0]]
-    for layer in layers:
-        groups.setdefault(leader[layer.tensor], []).append(layer)
-    return [tuple(group) for group in groups.values()]
+    return first_plan("hawq", items, costs, rounded, source, graph, calibration, budget, recorded, context)
 
 
 def _changes(
@@ -234,48 +134,3 @@ def _changes(
 
 def _mean_power(moment: Tensor | None) -> float:
     return 1.0 if moment is None else float(moment.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
-
-
-def _costs(
-    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget, activations: str, context: Context
-) -> _Costs:
-    every = (*WIDTHS, FLOAT_BITS)
-    chosen = {layer.tensor for layer in layers}
-    others = [layer for layer in graph.layers if layer.tensor not in chosen]
-    if budget.quantity == "bits":
-        total = sum(layer.elements for layer in graph.layers)
-        entries = {(layer.tensor, bits): layer.elements * bits for layer in layers for bits in every}
-        return _Costs(entries, sum(layer.elements * FLOAT_BITS for layer in others), 1 / total)
-    if budget.quantity == "bops":
-        read = FLOAT_BITS if activations == "float" else int(activations)
-        entries = {(layer.tensor, bits): layer.macs * bits * read for layer in layers for bits in every}
-        return _Costs(entries, sum(layer.macs * FLOAT_BITS * read for layer in others), 1.0)
-    if budget.quantity == "latency":
-        table = context.costs["latency"]
-        times = {key: round(value / NANOSECONDS) for key, value in table.entries.items()}
-        entries = {(layer.tensor, bits): times[layer.tensor, str(bits)] for layer in layers for bits in every}
-        return _Costs(entries, round(table.fixed / NANOSECONDS), NANOSECONDS)
-    state = source.module.state_dict()
-    kept = {layer.tensor: int(torch.count_nonzero(state[layer.tensor])) for layer in layers}
-    now = {tensor: Storage(count, FLOAT_BITS) for tensor, count in kept.items()}
-    whole = context.model_bytes(now)
-    entries = {
-        (layer.tensor, bits): context.model_bytes({**now, layer.tensor: Storage(kept[layer.tensor], bits)})
-        - whole
-        + 4 * layer.elements
-        for layer in layers
-        for bits in every
-    }
-    return _Costs(entries, whole - sum(4 * layer.elements for layer in layers), 1.0)
-
-
-def _dense_amount(graph: Graph, costs: _Costs, budget: Budget, context: Context) -> float:
-    """The dense network's figure, of which a relative budget is a share."""
-    if budget.quantity == "bits":
-        return float(FLOAT_BITS)
-    if budget.quantity == "bops":
-        return float(sum(layer.macs * FLOAT_BITS**2 for layer in graph.layers))
-    if budget.quantity == "latency":
-        whole = sum(cost for (_, bits), cost in costs.entries.items() if bits == FLOAT_BITS)
-        return costs.scale * (costs.fixed + whole)
-    return float(context.model_bytes({}))

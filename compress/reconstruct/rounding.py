@@ -21,7 +21,8 @@ from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, samp
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
-from ..numerics.output_rounding import round_to_outputs
+from ..numerics.output_rounding import round_rows
+from ..widths import Width
 from .side_by_side import SideBySide, norm_after, walk, wanted_output
 
 FIT_DAMPING = 0.02  # of the mean squared input: what pulls the fit to the weights as they are
@@ -38,8 +39,8 @@ class Storage:
         levels: Bits of the levels in use.
     """
 
-    bits: int
-    levels: int
+    bits: Width
+    levels: Width
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def _rounded(
             torch.linalg.solve(gram + ridge * eye, cross + ridge * start.transpose(1, 2)).transpose(1, 2),
             None,
         )
-    levels, scales = round_to_outputs(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
+    levels, scales = round_rows(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
     flat = scales.reshape(-1)
     scale = flat[0] if layer.axis is None else flat
     made = QuantizedTensor(levels.reshape(weight.shape).cpu(), grid.bits, scale.cpu().clone(), layer.axis)

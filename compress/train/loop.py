@@ -90,15 +90,13 @@ class Trained:
     def divergence_before(self) -> float | None:
         return self.divergences[0][1] if self.divergences else None
 
-    def moved(self) -> str:
-        """How far it came, in words."""
+    def moved(self, place: str = "the calibration data") -> str:
+        """How far it came, in words; ``place`` is where the checks were made."""
         before, after = self.divergence_before, self.divergence_after
         if before is None or after is None:
             return "there was no dense network to compare it with"
         whose = "" if self.step == len(self.losses) else f", those of step {self.step} being the nearest"
-        return (
-            f"divergence from the dense network on the calibration data {before:.3g} before, {after:.3g} after{whose}"
-        )
+        return f"divergence from the dense network on {place} {before:.3g} before, {after:.3g} after{whose}"
 
     @property
     def divergence_after(self) -> float | None:

@@ -9,7 +9,6 @@ Source: Esser et al. 2020, LSQ (arXiv:1902.08153), equations 1 to 5. Cost: of a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +17,8 @@ from torch import Tensor, fx
 
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, put_parameter, reaches_output, tensor_at
-from ..numerics.rounding import broadcast_scale, level_range
+from ..numerics.rounding import broadcast_scale, level_ranges
+from ..widths import Width
 
 LEAST_SCALE = 1e-3  # of what it was: a scale that crossed zero would turn its row around
 
@@ -29,13 +29,13 @@ class StepSizes:
 
     Attributes:
         stored: The weights before training, by name.
-        levels: Bits of the levels in use, by name.
+        levels: Width of the levels in use, by name.
         zeros: Which levels stay 0: those of pruned weights.
     """
 
     module: fx.GraphModule
     stored: Mapping[str, QuantizedTensor]
-    levels: Mapping[str, int]
+    levels: Mapping[str, Width]
     zeros: Mapping[str, Tensor]
 
     def hold(self) -> None:
@@ -53,8 +53,9 @@ class StepSizes:
         found = {}
         for name, value in self.stored.items():
             weight, scale = (tensor_at(self.module, key).detach().cpu().float() for key in (name, scale_name(name)))
-            low, high = level_range(self.levels[name])
-            levels = torch.round(weight / broadcast_scale(scale, value.axis, weight.dim())).clamp(low, high)
+            low, high = level_ranges(self.levels[name], value.axis, weight.dim())
+            levels = torch.round(weight / broadcast_scale(scale, value.axis, weight.dim()))
+            levels = torch.clamp(levels, torch.as_tensor(low), torch.as_tensor(high))
             found[name] = QuantizedTensor(levels.to(torch.int8), value.bits, scale.clone(), value.axis)
         return found
 
@@ -67,7 +68,7 @@ def scale_name(weight: str) -> str:
 def learn_step_sizes(
     module: fx.GraphModule,
     weights: Mapping[str, QuantizedTensor],
-    levels: Mapping[str, int],
+    levels: Mapping[str, Width],
     activations: Mapping[str, Grid],
     zeros: Mapping[str, Tensor],
 ) -> StepSizes:
@@ -75,16 +76,16 @@ def learn_step_sizes(
 
     Args:
         module: Of float weights, those that ``weights`` stand for, with its batch norms.
-        levels: Bits of the levels in use, by weight.
+        levels: Width of the levels in use, by weight.
         activations: Grids by name, as ``graph.rewrite.quantize_activations`` takes them.
         zeros: bool by weight: whose level is 0 in any case.
     """
+    names = {node.name: node for node in module.graph.nodes}
+    rounded = {after_norms(names[name]): grid for name, grid in activations.items()}  # finds norms by plain weights
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and str(node.target) in weights:
             _round_weight(module, node, weights[str(node.target)], levels[str(node.target)])
-    names = {node.name: node for node in module.graph.nodes}
-    for name, grid in activations.items():
-        node = after_norms(names[name])
+    for node, grid in rounded.items():
         users = [user for user in node.users if not reaches_output(user)]
         arguments = (node, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
         with module.graph.inserting_after(node):
@@ -97,29 +98,31 @@ def learn_step_sizes(
     return StepSizes(module, weights, levels, zeros)
 
 
-def _round_weight(module: fx.GraphModule, node: fx.Node, value: QuantizedTensor, bits: int) -> None:
+def _round_weight(module: fx.GraphModule, node: fx.Node, value: QuantizedTensor, width: Width) -> None:
     target = str(node.target)
     put_parameter(module, scale_name(target), value.scale.clone())
-    low, high = level_range(bits)
     with module.graph.inserting_after(node):
         scale = module.graph.get_attr(scale_name(target))
     scale.meta["val"] = value.scale
     with module.graph.inserting_after(scale):
-        rounded = module.graph.call_function(round_to_steps, (node, scale, value.axis, low, high))
+        rounded = module.graph.call_function(round_to_steps, (node, scale, value.axis, width))
     rounded.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
 
 
-def round_to_steps(weight: Tensor, scale: Tensor, axis: int | None, low: int, high: int) -> Tensor:
+def round_to_steps(weight: Tensor, scale: Tensor, axis: int | None, width: Width) -> Tensor:
     """A weight on its grid, with LSQ's gradients of both.
 
     Args:
         scale: ``[c]`` along ``axis``, or ``[]``.
+        width: Of the levels: bits, or a letter of ``widths.WIDTHS`` for each scale.
     """
-    factor = 1 / math.sqrt(max(1, weight.numel() // max(1, scale.numel())) * max(1, high))
-    scale = scale * factor + (scale * (1 - factor)).detach()
+    low, high = (torch.as_tensor(ends).to(weight) for ends in level_ranges(width, axis, weight.dim()))
+    count = max(1, weight.numel() // max(1, scale.numel()))
     step = broadcast_scale(scale, axis, weight.dim())
-    inside = (weight / step).clamp(low, high)
+    factor = 1 / torch.sqrt(count * high.clamp_min(1))
+    step = step * factor + (step * (1 - factor)).detach()
+    inside = torch.clamp(weight / step, low, high)
     levels: Tensor = inside + (inside.round() - inside).detach()
     return levels * step
 

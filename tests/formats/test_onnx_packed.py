@@ -18,6 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.formats import onnx_packed
 from compress.formats.onnx_packed import pack_weights, sparsify
+from compress.numerics.rounding import level_range
+from compress.widths import Width
 
 Array = NDArray[np.generic]
 Levels = dict[str, NDArray[np.int8]]
@@ -26,11 +28,26 @@ SHAPES = {"conv1": (8, 3, 3, 3), "conv2": (12, 8, 3, 3), "conv3": (5, 12, 1, 1),
 AXES = {"conv1": 0, "conv2": 0, "conv3": 0, "head": 1}
 
 
-def random_levels(bits: dict[str, int], seed: int, *, flipped: tuple[str, ...] = ()) -> Levels:
+def channels_of(name: str, letters: str) -> str:
+    """A width for each channel, of these in turn."""
+    count = SHAPES[name][AXES[name]]
+    return "channels:" + (letters * count)[:count]
+
+
+def random_levels(bits: dict[str, int] | dict[str, Width], seed: int, *, flipped: tuple[str, ...] = ()) -> Levels:
     """Levels of every value that the widths allow; every second channel of a flipped layer reaches ``2**(b - 1)``."""
     random = np.random.default_rng(seed)
     levels: Levels = {}
     for name, width in bits.items():
+        if isinstance(width, str):
+            values = np.zeros(SHAPES[name], np.int8)
+            for i, channel in enumerate(np.moveaxis(values, AXES[name], 0)):
+                least, most = level_range(width.removeprefix("channels:")[i])
+                channel[:] = random.integers(least, most + 1, channel.shape)
+                channel[0] = least
+                channel *= -1 if name in flipped and i % 2 else 1
+            levels[name] = values
+            continue
         half = 2 ** (width - 1)
         values = random.integers(-half, half, SHAPES[name]).astype(np.int8)
         if name in flipped:
@@ -136,6 +153,44 @@ def test_integer_kernels_and_outputs_are_those_of_the_plain_file(
     found = assert_same_network(pack_weights(plain, bits), plain, tmp_path)
     assert found["QLinearConv"] == 3
     assert found["QLinearMatMul"] == 1
+
+
+BY_CHANNEL = [
+    pytest.param("0t2s345678", (), id="every width"),
+    pytest.param("0t2s34567", tuple(SHAPES), id="every width, flipped"),
+    pytest.param("t", (), id="three levels"),
+    pytest.param("s", ("conv2",), id="six levels, one flipped"),
+]
+
+
+@pytest.mark.parametrize(("letters", "flipped"), BY_CHANNEL)
+def test_channels_have_widths_of_their_own(letters: str, flipped: tuple[str, ...], tmp_path: Path) -> None:
+    bits: dict[str, Width] = {name: channels_of(name, letters) for name in SHAPES}
+    levels = random_levels(bits, 0, flipped=flipped)
+    plain = network(levels, "integer")
+    found = assert_same_network(pack_weights(plain, bits), plain, tmp_path)
+    assert (found["QLinearConv"], found["QLinearMatMul"]) == (3, 1)
+    folded = pack_weights(network(levels, "weights"), {**bits, "conv1": 8}, dequantize="fold")
+    assert "DequantizeLinear" not in assert_same_network(folded, network(levels, "float"), tmp_path)
+
+
+def test_widths_by_channel_cost_their_bits_and_two_bytes_a_channel() -> None:
+    letters = "0" * 64 + "t" * 64 + "3" * 64 + "s" * 64
+    bits = "channels:" + letters
+    levels = np.random.default_rng(0).integers(-1, 2, (256, 1200)).astype(np.int8)
+    levels[:64] = 0
+    packed = pack_weights(of_levels({"w": levels}, {"w": np.ones(256, np.float32)}), {"w": bits})
+    assert packed.ByteSize() < 64 * 1200 * (1.6 + 3 + 8 / 3) / 8 + 256 * (4 + 2) + 3_000
+
+
+def test_widths_of_other_channels_are_refused() -> None:
+    levels = {"w": np.zeros((4, 5), np.int8)}
+    model = of_levels(levels, {"w": np.ones(4, np.float32)})
+    with pytest.raises(ValueError, match="w: widths for 3 channels, not for 4"):
+        pack_weights(model, {"w": "channels:333"})
+    levels["w"][1] = 2
+    with pytest.raises(ValueError, match="w: levels 0 to 2 don't fit channels:3t33"):
+        pack_weights(of_levels(levels, {"w": np.ones(4, np.float32)}), {"w": "channels:3t33"})
 
 
 @pytest.mark.parametrize(("bits", "flipped"), CASES)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.formats.packed import DTYPES, INDEX_KEY, SCALES, STREAM, QuantizedTensor, decode, encode
+from compress.numerics.rounding import level_ranges
+from compress.widths import WIDTHS, Width, by_channel
 
 Tensors = dict[str, Tensor | QuantizedTensor]
 
@@ -41,11 +43,16 @@ def random_tensor(dtype: torch.dtype, shape: list[int], seed: int, density: floa
 
 
 def random_quantized(
-    shape: list[int], bits: int, axis: int | None, seed: int, *, density: float = 1.0, dtype: torch.dtype = torch.int8
+    shape: list[int], bits: Width, axis: int | None, seed: int, *, density: float = 1.0, dtype: torch.dtype = torch.int8
 ) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
-    half = 2 ** (bits - 1)
-    levels = torch.randint(-half, half, shape, generator=generator)
+    if isinstance(bits, int):
+        half = 2 ** (bits - 1)
+        levels = torch.randint(-half, half, shape, generator=generator)
+    else:
+        assert axis is not None
+        low, high = level_ranges(bits, axis, len(shape))
+        levels = (low + torch.rand(shape, generator=generator) * (high - low + 1)).floor()
     levels = torch.where(torch.rand(shape, generator=generator) < density, levels, 0).to(dtype)
     scale = torch.randn([] if axis is None else [shape[axis]], generator=generator)
     return QuantizedTensor(levels, bits, scale, axis)
@@ -84,7 +91,9 @@ def tensor_maps(draw: st.DrawFn) -> Tensors:
         if draw(st.booleans()):
             axis = draw(st.sampled_from([None, *range(len(shape))]))
             dtype = draw(st.sampled_from([torch.int8, torch.int16]))
-            bits = draw(st.integers(2, 8))
+            bits: Width = draw(st.integers(2, 8))
+            if axis is not None and shape[axis] and draw(st.booleans()):
+                bits = by_channel([draw(st.sampled_from(list(WIDTHS))) for _ in range(shape[axis] - 1)] + ["t"])
             tensors[name] = random_quantized(shape, bits, axis, seed, density=density, dtype=dtype)
         else:
             tensors[name] = random_tensor(draw(st.sampled_from(list(DTYPES.values()))), shape, seed, density)
@@ -107,6 +116,27 @@ def test_a_file_without_an_index_decodes_to_its_tensors() -> None:
     state, metadata = read(safetensors.torch.save(tensors))
     assert_same(decode(state, metadata), tensors)
     assert INDEX_KEY not in read(encode({"weight": torch.randn(3, 2)}, {INDEX_KEY: "of the source"}))[1]
+
+
+def test_widths_by_channel_take_their_bits() -> None:
+    found = len(encode({"weight": random_quantized([64, 1200], "channels:" + "0t3s" * 16, 0, 0)}, {}))
+    assert found < 16 * 1200 * (1.6 + 3 + 8 / 3) / 8 + 64 * 5 + 400
+
+
+@pytest.mark.parametrize(
+    ("bits", "shape", "message"),
+    [
+        ("channels:000", [3, 2], "has channels:000 bits"),
+        ("channels:0x3", [3, 2], "has channels:0x3 bits"),
+        ("channels:33", [3, 2], "has bits for 2 channels, not those of its axis"),
+        ("channels:" + "0" * 3 + "4", [4, 2**40], "weight needs 549755813888 more elements"),
+    ],
+)
+def test_widths_by_channel_of_an_untrusted_file_are_checked(bits: str, shape: list[int], message: str) -> None:
+    streams = {STREAM: torch.zeros(8, dtype=torch.uint8), SCALES: torch.zeros(len(bits))}
+    index = json.dumps({"version": 1, "quantized": {"weight": [bits, 0, shape, None]}})
+    with pytest.raises(InputError, match=message):
+        decode(streams, {INDEX_KEY: index})
 
 
 def test_ordinary_tensors_stay_readable_by_anybody() -> None:

@@ -8,12 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.formats.planes import pack, packed_size, unpack
+from compress.widths import levels_of
 
 
 @settings(deadline=None)
-@given(bits=st.integers(1, 8), size=st.integers(0, 200), seed=st.integers(0, 2**32 - 1))
-def test_unpack_gives_back_what_pack_was_given(bits: int, size: int, seed: int) -> None:
-    levels = np.random.default_rng(seed).integers(0, 2**bits, size, dtype=np.uint8)
+@given(
+    bits=st.one_of(st.integers(1, 8), st.sampled_from("ts")), size=st.integers(0, 200), seed=st.integers(0, 2**32 - 1)
+)
+def test_unpack_gives_back_what_pack_was_given(bits: int | str, size: int, seed: int) -> None:
+    levels = np.random.default_rng(seed).integers(
+        0, 2**bits if isinstance(bits, int) else levels_of(bits).count(), size, dtype=np.uint8
+    )
     data = pack(levels, bits)
     assert data.size == packed_size(size, bits)
     assert np.array_equal(unpack(data, bits, size), levels)
@@ -23,6 +28,8 @@ def test_unpack_gives_back_what_pack_was_given(bits: int, size: int, seed: int) 
 def test_bytes_are_laid_out_as_documented() -> None:
     assert pack(np.array([5, 2, 7], dtype=np.uint8), 3).tolist() == [0b00_11_10_01, 0b00000_1_0_1]
     assert pack(np.array([1, 15, 2], dtype=np.uint8), 4).tolist() == [0xF1, 0x02]
+    assert pack(np.array([1, 2, 0, 0, 2, 1], dtype=np.uint8), "t").tolist() == [1 + 2 * 3 + 2 * 81, 1]
+    assert pack(np.array([5, 4, 3], dtype=np.uint8), "s").tolist() == [5 + 4 * 6 + 3 * 36]
 
 
 def test_whole_bytes_cost_exactly_the_bits() -> None:
@@ -32,11 +39,15 @@ def test_whole_bytes_cost_exactly_the_bits() -> None:
 def test_a_level_beyond_its_bits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"level 8 doesn't fit 3 bits \(0 to 7\)"):
         pack(np.array([8], dtype=np.uint8), 3)
+    with pytest.raises(ValueError, match="level 3 is none of 3 levels"):
+        pack(np.array([3], dtype=np.uint8), "t")
 
 
 def test_a_width_that_no_plane_has_is_refused() -> None:
     with pytest.raises(ValueError, match="9 bits; a plane holds 1 to 8"):
         packed_size(1, 9)
+    with pytest.raises(ValueError, match="width 4 isn't one of digits"):
+        packed_size(1, "4")
 
 
 def test_data_of_another_length_are_refused() -> None:

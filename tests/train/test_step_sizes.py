@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_paper(seed: int, bits: int) -> None:
     scale.requires_grad_()
     upstream = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     low, high = level_range(bits)
-    rounded = round_to_steps(weight, scale, 0, low, high)
+    rounded = round_to_steps(weight, scale, 0, bits)
     torch.testing.assert_close(
         rounded, (weight / scale[:, None]).round().clamp(low, high) * scale[:, None], rtol=0, atol=1e-12
     )
@@ -88,7 +88,7 @@ def test_a_network_stays_on_its_grids_while_it_learns(name: str) -> None:
         assert not bool(value.levels[zeros[tensor]].any())
         assert -4 <= int(value.levels.min()) <= int(value.levels.max()) <= 3
         weight, scale = tensor_at(rounded, tensor), tensor_at(rounded, scale_name(tensor))
-        seen = round_to_steps(weight, scale, value.axis, -4, 3)
+        seen = round_to_steps(weight, scale, value.axis, 3)
         expected = value.levels * broadcast_scale(value.scale, value.axis, weight.dim())
         torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-7)
 
@@ -116,9 +116,13 @@ def test_activations_are_rounded_where_the_written_network_rounds_them() -> None
     network = named("biased_conv_bn")
     module = network.make()
     graph = trace_graph(module, network.inputs(2))
-    copied = trainable_copy(graph, dict(module.state_dict()))
+    state = dict(module.state_dict())
+    layer = next(layer for layer in graph.layers if state[layer.tensor].dim() == 4)
+    levels, scale = round_weight(state[layer.tensor], 4, axis=layer.axis, search="minmax")
+    copied = trainable_copy(graph, state)
     nodes = [node.name for node in copied.graph.nodes if node.op == "call_function" and "conv" in node.name]
-    learn_step_sizes(copied, {}, {}, {nodes[0]: Grid(0.1, 3, 4)}, {})
+    value = QuantizedTensor(levels, 4, scale, layer.axis)
+    learn_step_sizes(copied, {layer.tensor: value}, {layer.tensor: 4}, {nodes[0]: Grid(0.1, 3, 4)}, {})
     rounding = [node for node in copied.graph.nodes if node.target is torch.fake_quantize_per_tensor_affine]
     assert len(rounding) == 1
     assert rounding[0].args[0].target is torch.ops.aten.batch_norm.default

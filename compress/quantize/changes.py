@@ -1,0 +1,121 @@
+"""What rounding one weight does to the network's outputs: the loss that it alone costs, from cached forward passes.
+
+The network runs once on a batch; for each variant of a weight only the nodes that depend on it run again. Cost: a
+forward pass from the layer on for each variant, and the batch's activations held at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..context import Context
+from ..data import Data
+from ..graph.channel_rules import shape_of
+from ..graph.rewrite import on_device, unlift
+from ..graph.trace import Graph
+from ..task import Task, divergence, has_logits
+from ..train.distill import first_tensor
+
+MOST_ELEMENTS = 2**27  # of all activations of a batch
+
+
+def loss_changes(
+    graph: Graph,
+    variants: Mapping[str, Sequence[Tensor]],
+    data: Data,
+    task: Task,
+    context: Context,
+    *,
+    temperature: float = 1.0,
+) -> dict[str, list[float]]:
+    """How far the outputs are from the dense network's, on average, with each variant of each weight alone.
+
+    Args:
+        variants: Of the weight's shape, by state-dict key.
+        temperature: That logits are divided by. What is found is put in units of the loss: times what all of it
+            together would be at 1.
+    """
+    are_logits = has_logits(task)
+    plain = 0.0
+    module = on_device(unlift(graph.program, graph.tied), context.device)
+    nodes = list(module.graph.nodes)
+    stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
+    is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes)
+    # An operator that writes into its input would write into what was kept: then all of the network runs again.
+    after = {name: _depends_on(None if is_in_place else stored[name], nodes) for name in variants}
+    found = {name: [0.0] * len(values) for name, values in variants.items()}
+    total = sum(map(len, variants.values()))
+    size = _batch_size(graph)
+    for number, batch in enumerate(data.batches(size)):
+        known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
+        known = {node: value.to(context.device) for node, value in known.items()}
+        with torch.no_grad():
+            for node in nodes:
+                if node not in known:
+                    known[node] = _value(module, node, known.__getitem__)
+            reference = first_tensor(known[nodes[-1]])
+            done = 0
+            for name, weights in variants.items():
+                for place, weight in enumerate(weights):
+                    progress = number * size * total + done * len(batch)
+                    context.progress("output changes", progress, len(data) * total)
+                    outputs = _run(module, after[name], known, {stored[name]: weight.to(context.device)})
+                    share, moved = len(batch) / len(data), first_tensor(outputs)
+                    plain += share * divergence(reference, moved, are_logits=are_logits)
+                    cooled = (reference / temperature, moved / temperature) if are_logits else (reference, moved)
+                    found[name][place] += share * divergence(*cooled, are_logits=are_logits)
+                    done += 1
+    context.progress("output changes", len(data) * total, len(data) * total)
+    whole = sum(map(sum, found.values()))
+    return {name: [loss * plain / whole if whole else 0.0 for loss in losses] for name, losses in found.items()}
+
+
+def _batch_size(graph: Graph) -> int:
+    """Examples whose activations are held at once."""
+    batch = len(graph.example_inputs[0])
+    elements = sum(math.prod(shape_of(n)) for n in graph.program.graph.nodes if n.op == "call_function")
+    return max(1, MOST_ELEMENTS * batch // max(1, elements))
+
+
+def _depends_on(start: fx.Node | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that read a tensor, directly or not, in order; None for the network's inputs and its weights."""
+    if start is None:
+        return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+    reached = {start}
+    for node in nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return [node for node in nodes if node in reached and node is not start]
+
+
+def _run(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any], values: dict[fx.Node, Any]
+) -> Any:
+    """The value of the last of ``nodes``; their own are dropped once they have been read.
+
+    Args:
+        known: Values from before.
+        values: Values that take their place.
+    """
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    for node in nodes:
+        values[node] = _value(module, node, lambda source: values[source] if source in values else known[source])
+        for source in node.all_input_nodes:
+            if last[source] is node:
+                values.pop(source, None)
+    return values[nodes[-1]]
+
+
+def _value(module: fx.GraphModule, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    if node.op == "get_attr":
+        value: Any = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,172 @@
+"""Widths by channel: every row of a weight rounded at every width, and the mixtures of widths that lose least.
+
+A row ``w`` that becomes ``s q`` is expected to cost ``g (w - s q) A (w - s q)^T``, with ``A`` the second moment of the
+layer's inputs and ``g`` how much the outputs react to the row (``curvature.row_traces``, in units of ``tr A``). For a
+number of bits on average, the rows get the widths with the least sum: those that minimise cost plus a price for each
+bit, and what is left is spent on the rows that gain most for it.
+Source: reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3.3), on measured costs.
+Cost: one rounding of each row at each width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..graph.trace import Layer
+from ..numerics.output_rounding import RATIOS, round_to_outputs
+from ..numerics.rounding import broadcast_scale, round_weight
+from ..plan import grid_bits, weight_scheme
+from ..widths import WIDTHS, Width, by_channel, is_width, letters_of
+
+FEW_RATIOS = RATIOS[1:14:3]  # scales that are tried: one in three, and none that clips more than half
+STEPS = 60  # of the search for the price of a bit
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A weight rounded at every width.
+
+    Attributes:
+        letters: Of the widths, of ``widths.WIDTHS``.
+        rounded: By letter: float32, the weight's shape.
+        costs: ``[c, w]``, float64: what each row at each width is expected to cost, in a unit of the layer's own; one
+            row in all where channels can't have widths of their own.
+    """
+
+    letters: str
+    rounded: Mapping[str, Tensor]
+    costs: Tensor
+
+    def may_mix(self) -> bool:
+        return len(self.costs) > 1
+
+    def at(self, width: Width) -> Tensor:
+        """The weight at a width."""
+        letters = self._letters(width)
+        if len(letters) == 1:
+            return self.rounded[letters]
+        weight = torch.empty_like(self.rounded[letters[0]])
+        for letter in set(letters):
+            places = [place for place, own in enumerate(letters) if own == letter]
+            weight[places] = self.rounded[letter][places]
+        return weight
+
+    def _letters(self, width: Width) -> str:
+        """Where activations are rounded, 8 bits have the levels of 7."""
+        letters = letters_of(width)
+        return letters if "8" in self.letters else letters.replace("8", "7")
+
+    def cost(self, width: Width) -> float:
+        """Of the whole weight."""
+        places = torch.tensor([self.letters.index(letter) for letter in self._letters(width)])
+        return float(self.costs.gather(1, places.expand(len(self.costs))[:, None]).sum())
+
+
+def rounded_rows(
+    layer: Layer, weight: Tensor, moment: Tensor | None, traces: Tensor, *, with_integers: bool, by_outputs: bool
+) -> Rows:
+    """Every row of a weight at every width.
+
+    Args:
+        moment: Of the layer's inputs, as ``input_moments`` gives it; None where there is none.
+        traces: ``[c]``, of ``row_traces``.
+        with_integers: Activations are rounded.
+        by_outputs: Levels are chosen by what they do to the outputs, rather than the nearest.
+    """
+    mixes = layer.axis == 0 and moment is not None and len(weight) > 1
+    letters = "".join(WIDTHS) if mixes else "2345678"
+    if with_integers and mixes:
+        letters = letters.replace("8", "")  # has the levels of 7 bits
+    pruned = weight == 0
+    rounded = {}
+    for letter in letters:
+        width = int(letter) if letter.isdecimal() else letter
+        if letter == "0":
+            rounded[letter] = torch.zeros_like(weight)
+            continue
+        grid = grid_bits(width, weight_scheme(width, with_integers=with_integers))
+        if by_outputs and moment is not None and layer.axis in (0, None):
+            groups = moment if moment.dim() == 3 else moment[None]
+            levels, scale = round_to_outputs(
+                weight.reshape(len(groups), -1, groups.shape[-1]),
+                groups,
+                grid,
+                is_shared=layer.axis is None,
+                zeros=pruned.reshape(len(groups), -1, groups.shape[-1]) if bool(pruned.any()) else None,
+                ratios=FEW_RATIOS,
+                sweeps=1,
+            )
+            rounded[letter] = (scale[..., None] * levels).reshape(weight.shape)
+        else:
+            levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse")
+            rounded[letter] = levels * broadcast_scale(scale, layer.axis, weight.dim())
+    errors = torch.stack([_output_errors(weight - value, moment) for value in rounded.values()], 1)
+    power = 1.0 if moment is None else float(moment.diagonal(dim1=-2, dim2=-1).sum(-1).mean()) or 1.0
+    costs = traces[:, None] * errors / power
+    return Rows(letters, rounded, costs if mixes else costs.sum(0, keepdim=True))
+
+
+def _output_errors(change: Tensor, moment: Tensor | None) -> Tensor:
+    """``[c]``: how far each row's outputs move, in the mean square."""
+    if moment is None or moment.shape[-1] != change[0].numel():
+        return change.double().flatten(1).square().sum(1)
+    groups = moment if moment.dim() == 3 else moment[None]
+    rows = change.double().reshape(len(groups), -1, groups.shape[-1])
+    return ((rows @ groups.double()) * rows).sum(2).reshape(-1).clamp_min(0)
+
+
+def mixtures(rows: Rows, targets: Sequence[float]) -> dict[float, Width]:
+    """By the bits that a weight has on average at most: the widths of the rows with the least cost.
+
+    Targets that give the widths of a smaller one, or nearly no levels at all, are left out.
+    """
+    bits = torch.tensor([WIDTHS[letter].bits for letter in rows.letters], dtype=torch.float64)
+    found: dict[float, Width] = {}
+    last = None
+    for target in sorted(targets):
+        chosen = _filled(rows.costs, bits, _priced(rows.costs, bits, target), target)
+        if chosen is None or (last is not None and bool((chosen == last).all())):
+            continue
+        last = chosen
+        width = by_channel([rows.letters[place] for place in chosen.tolist()])
+        if is_width(width):
+            found[target] = width
+    return found
+
+
+def _priced(costs: Tensor, bits: Tensor, target: float) -> Tensor | None:
+    """The index of each row's width at the least price of a bit that keeps the target; None where none does."""
+    low, high = 0.0, float(costs.max()) + 1e-300
+    best = None
+    for _ in range(STEPS):
+        price = high if best is None else (low * high) ** 0.5 if low else high / 16
+        chosen = (costs + price * bits).argmin(1)
+        if float(bits[chosen].mean()) <= target + 1e-9:
+            best, high = chosen, price
+        elif best is None:
+            high *= 16
+        else:
+            low = price
+    return best
+
+
+def _filled(costs: Tensor, bits: Tensor, chosen: Tensor | None, target: float) -> Tensor | None:
+    """What is left of the target spent on the rows that gain most for a bit."""
+    if chosen is None:
+        return None
+    left = target * len(costs) + 1e-9 - float(bits[chosen].sum())
+    while True:
+        more = bits[None] - bits[chosen][:, None]
+        gain = costs.gather(1, chosen[:, None]) - costs
+        rate = torch.where((more > 0) & (more <= left) & (gain > 0), gain / more.clamp_min(1e-9), 0.0)
+        place = int(rate.argmax())
+        row, width = divmod(place, len(bits))
+        if float(rate[row, width]) <= 0:
+            return chosen
+        chosen = chosen.clone()
+        left -= float(more[row, width])
+        chosen[row] = width

@@ -1,0 +1,233 @@
+"""Widths by what rounding does to the outputs, down to single channels.
+
+Every weight is rounded at every width, from none to 8 bits, by what that does to its outputs. Its channels share a
+number of bits so that the outputs react least (``channel_widths``): a weight has mixtures of 1.25 to 7 bits to choose
+from, beside the whole widths. What a choice costs the network is measured: how far the outputs are from the dense
+network's when this weight alone is rounded, on calibration data, at ``MEASURED`` widths, and in between in proportion
+to what its rows are expected to cost. Logits are compared at a temperature of ``TEMPERATURE``: of examples that the
+network was trained on it is all too sure, and what is left of the others would decide. The sums over all weights are
+what the exact frontier trades for bits. The network at the point that is chosen is then made, and so is one of the
+whole width of the same budget: the nearer one is taken.
+Source: the frontier is that of Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852). Cost: ``curvature.moments``, ``PASSES`` of
+``curvature.row_traces``, one rounding of each row at nine widths, and for each weight and measured width a partial
+forward pass over ``EXAMPLES`` examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..budget import Budget
+from ..context import Context
+from ..curvature.moments import input_moments
+from ..curvature.network import open_network
+from ..curvature.row_traces import row_traces
+from ..errors import UsageError
+from ..frontier import FLOAT_BITS, Choice, FrontierRecord, Item
+from ..graph.trace import Graph, Layer
+from ..model import Source
+from ..plan import Plan
+from ..sensitivity import Sensitivity
+from ..task import Calibration
+from ..widths import CHANNEL_BYTES, Width, is_mixed
+from . import correct as correction
+from .calibrate import calibrated
+from .changes import loss_changes
+from .channel_widths import Rows, mixtures, rounded_rows
+from .points import Costs, costs_of, first_plan, groups_of, of_choices, widths_of
+from .points import at_point as at_point
+
+TARGETS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 7)
+MEASURED = (2, 4)  # whole widths at which each weight's loss is measured
+EXAMPLES = 128
+PASSES = 2
+TEMPERATURE = 2.0
+CLEARLY = 0.95  # of what is left: a rival that is no nearer than that isn't taken
+MUCH_WORSE = 2.0  # times the loss that is expected: such a rival isn't tried
+
+
+def plan(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Choose the point of the frontier with the least expected loss within the budget.
+
+    Args:
+        sensitivities: None is read.
+        budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
+        options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``channel_widths`` (``mixed``, or ``equal``: one
+            width for all channels of a weight), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction``
+            (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie``
+            matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+
+    Raises:
+        BudgetError: No point is within the budget; gives the feasible minimum.
+        UsageError: Nothing to quantize, or a glob or width that isn't one.
+    """
+    exclude, tie, keep = (tuple(options.get(name) or ()) for name in ("exclude", "tie", "keep"))
+    layers = graph.compressible(exclude, "quantize")
+    goal = budget or Budget("bytes", float("inf"))
+    activations = str(options["activations"])
+    widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
+    ranges = calibrated(graph, calibration.data, activations, context)
+    rows = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
+    losses = _measured(graph, rows, calibration, context)
+    costs = costs_of(source, graph, layers, goal, activations, context)
+    items = []
+    for group in groups_of(graph, layers, tie):
+        shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
+        if not shared:
+            names = ", ".join(layer.tensor for layer in group)
+            raise UsageError(f"--keep leaves no width to {names}, which --tie binds", hint="keep them at one width")
+        choices = [_choice(group, width, float(width), costs, losses) for width in shared]
+        found = rows[group[0].tensor]
+        if options["channel_widths"] == "mixed" and len(group) == 1 and len(shared) > 1 and found.may_mix():
+            mixed = {bits: width for bits, width in mixtures(found, TARGETS).items() if is_mixed(width)}
+            choices += [_choice(group, width, bits, costs, losses) for bits, width in mixed.items()]
+        items.append(Item(tuple(layer.tensor for layer in group), tuple(sorted(choices, key=lambda c: c.cost))))
+    recorded = {
+        "activations": activations,
+        "bias_correction": options["bias_correction"],
+        "channel_widths": options["channel_widths"],
+        "exclude": list(exclude),
+        "keep": list(keep),
+        "reconstruction": options["reconstruction"],
+        "tie": list(tie),
+    }
+    return first_plan("output-change", items, costs, ranges, source, graph, calibration, budget, recorded, context)
+
+
+def _rows(
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    context: Context,
+    *,
+    with_integers: bool,
+) -> dict[str, Rows]:
+    network = open_network(graph, layers=tuple(layers), device=context.device)
+    task, data = calibration.task, calibration.data
+    moments = input_moments(network, data, progress=context.progress)
+    traces = row_traces(network, task, data, passes=PASSES, generator=context.generator, progress=context.progress)
+    state = source.module.state_dict()
+    found = {}
+    for done, layer in enumerate(layers):
+        context.progress("round at every width", done, len(layers))
+        found[layer.tensor] = rounded_rows(
+            layer,
+            state[layer.tensor].detach().float().cpu(),
+            moments.get(layer.tensor),
+            traces[layer.tensor],
+            with_integers=with_integers,
+            by_outputs=options["reconstruction"] == "gptq",
+        )
+    context.progress("round at every width", len(layers), len(layers))
+    return found
+
+
+class _Losses:
+    """What each weight alone costs the network at any width: measured at some, in proportion to its rows in between."""
+
+    def __init__(self, rows: Mapping[str, Rows], measured: Mapping[str, Sequence[float]]) -> None:
+        self.rows = rows
+        self.points = {
+            tensor: sorted(
+                (math.log(max(rows[tensor].cost(width), 1e-300)), math.log(max(loss, 1e-300)))
+                for width, loss in zip(MEASURED, found, strict=True)
+            )
+            for tensor, found in measured.items()
+        }
+
+    def __call__(self, tensor: str, width: Width) -> float:
+        if width == FLOAT_BITS:
+            return 0.0
+        x, points = math.log(max(self.rows[tensor].cost(width), 1e-300)), self.points[tensor]
+        if x <= points[0][0] or x >= points[-1][0]:  # beyond what was measured, in proportion
+            end = points[0] if x <= points[0][0] else points[-1]
+            return math.exp(end[1] + x - end[0])
+        for (left, low), (right, high) in itertools.pairwise(points):
+            if left <= x <= right:
+                share = (x - left) / (right - left) if right > left else 0.0
+                return math.exp(low + share * (high - low))
+        raise AssertionError(x)
+
+
+def _measured(graph: Graph, rows: Mapping[str, Rows], calibration: Calibration, context: Context) -> _Losses:
+    variants = {tensor: [found.at(width) for width in MEASURED] for tensor, found in rows.items()}
+    data = calibration.data.first(EXAMPLES)
+    return _Losses(rows, loss_changes(graph, variants, data, calibration.task, context, temperature=TEMPERATURE))
+
+
+def _choice(group: Sequence[Layer], width: Width, bits: float, costs: Costs, losses: _Losses) -> Choice:
+    """The group at a width of so many bits."""
+    cost = sum(_cost(layer, width, bits, costs) for layer in group)
+    ranges = ("mse",) * len(group) if width != FLOAT_BITS else ()
+    return Choice(width, cost, sum(losses(layer.tensor, width) for layer in group), ranges)
+
+
+def _cost(layer: Layer, width: Width, bits: float, costs: Costs) -> int:
+    """In the frontier's unit: between those of the whole widths, and what a channel's own width takes beside."""
+    if not is_mixed(width):
+        return costs.entries[layer.tensor, int(bits)]
+    below = min(max(math.floor(bits), 2), 7)
+    low, high = (costs.entries[layer.tensor, whole] for whole in (below, below + 1))
+    own = CHANNEL_BYTES * layer.shape[0] if costs.quantity == "bytes" else 0
+    return math.ceil(low + (bits - below) * (high - low)) + own
+
+
+def correct(
+    plan: Plan, source: Source, graph: Graph, calibration: Calibration | None, context: Context
+) -> tuple[Plan, dict[str, Tensor]]:
+    """What makes up for rounding, at the widths that were chosen or at the whole width of the same budget.
+
+    The one whose outputs are nearer to the dense network's, on the calibration data, is taken.
+    """
+    record = context.frontiers[-1] if context.frontiers else None
+    rival = None if record is None or calibration is None or plan.budget is None else _rival(plan, record)
+    if rival is None or record is None:
+        return correction.correct(plan, source, graph, calibration, context)
+    made = correction.corrected(plan, source, graph, calibration, context)
+    other = of_choices(plan, graph, rival, replace(context, frontiers=[]))
+    whole = correction.corrected(other, source, graph, calibration, context)
+    if whole.moved >= CLEARLY * made.moved:
+        return made.plan, made.sidecar
+    context.frontiers[-1] = rival
+    context.notes.append(
+        f"one width for all weights was nearer to the dense network than widths of their own, and is taken: "
+        f"{whole.moved:.3g} against {made.moved:.3g}"
+    )
+    return whole.plan, whole.sidecar
+
+
+def _rival(plan: Plan, record: FrontierRecord) -> FrontierRecord | None:
+    """The same frontier at the widest whole width within the plan's budget; None where that is much worse."""
+    assert plan.budget is not None
+    limit = plan.budget.absolute(record.dense_amount)
+    chosen = sum(choice.loss for choice in record.chosen_choices())
+    # Where activations are rounded, 8 bits have the levels of 7.
+    for bits in reversed(range(2, 8 if record.activations else 9)):
+        widths = [[choice.bits for choice in item.choices] for item in record.items]
+        if not all(bits in every for every in widths):
+            continue
+        picked = tuple(every.index(bits) for every in widths)
+        choices = [item.choices[place] for item, place in zip(record.items, picked, strict=True)]
+        if record.amount(sum(choice.cost for choice in choices)) > limit * (1 + 1e-9):
+            continue
+        loss = sum(choice.loss for choice in choices)
+        if picked == record.chosen or loss > MUCH_WORSE * chosen:
+            return None
+        return replace(record, chosen=picked)
+    return None

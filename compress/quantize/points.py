@@ -1,0 +1,198 @@
+"""Points of a frontier as plans: what each choice costs, the record of all points, and the plan at one of them.
+
+Shared by the methods that give each weight a width of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget, rounded_up
+from ..context import Context, Storage
+from ..errors import BudgetError, InputError, UsageError
+from ..frontier import FLOAT_BITS, FrontierRecord, Item
+from ..graph.trace import Graph, Layer
+from ..model import Source
+from ..numerics.pareto import pareto_frontier
+from ..plan import Decision, Plan, Quantize, weight_scheme
+from ..task import Calibration, has_logits
+from ..widths import mean_bits
+from .calibrate import activation_decisions
+
+WIDTHS = range(2, 9)
+NANOSECONDS = 1e-6  # of a millisecond: latencies are counted in whole ones
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What storing each tensor at each width costs, in an integer unit; ``scale * (fixed + sum)`` is the quantity."""
+
+    entries: Mapping[tuple[str, int], int]
+    fixed: int
+    scale: float
+    dense_amount: float
+    quantity: str
+
+
+def first_plan(
+    method: str,
+    items: Sequence[Item],
+    costs: Costs,
+    rounded: Mapping[str, tuple[float, float]],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    budget: Budget | None,
+    recorded: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan at the point with the least expected loss within the budget.
+
+    Args:
+        rounded: Ranges of the activations, by name.
+        recorded: Options, as the plan holds them.
+
+    Raises:
+        BudgetError: No point is within the budget; gives the feasible minimum. Where none meets a budget of bytes or of
+            latency, the smallest plan is returned: what its file takes is the feasible minimum.
+    """
+    goal = budget or Budget("bytes", float("inf"))
+    frontier = pareto_frontier(*_tables(items))
+    record = FrontierRecord(
+        method=method,
+        quantity=goal.quantity,
+        scale=costs.scale,
+        fixed=costs.fixed,
+        dense_amount=costs.dense_amount,
+        loss_unit="nats" if has_logits(calibration.task) else "loss",
+        items=tuple(items),
+        costs=tuple(frontier.costs.tolist()),
+        losses=tuple(frontier.values.tolist()),
+        index=0,
+        chosen=frontier.choice(0),
+        activations=rounded,
+    )
+    index = record.within(goal.absolute(record.dense_amount))
+    if index is None and goal.quantity not in ("bytes", "latency"):
+        least = Budget(goal.quantity, rounded_up(record.amount(record.costs[0])))
+        raise BudgetError(f"{goal} is out of reach: {method} goes down to {least}", hint=f"raise --budget to {least}")
+    start = Plan(method, dict(recorded), 0, source.sha256, calibration.sha256(), budget, (), {})
+    return at_point(start, graph, record, index or 0, context), {}
+
+
+def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, context: Context) -> Plan:
+    """The plan at another point of a frontier, without measuring again; the record goes to ``context.frontiers``.
+
+    Raises:
+        InputError: The record's points aren't those of its items, or the graph lacks one of its tensors.
+    """
+    frontier = pareto_frontier(*_tables(record.items))
+    if tuple(frontier.costs.tolist()) != record.costs or not 0 <= index < len(frontier):
+        raise InputError("frontier.json: the points aren't those of its choices", hint="make the run again")
+    return of_choices(given, graph, record.at(index, frontier.choice(index)), context)
+
+
+def of_choices(given: Plan, graph: Graph, moved: FrontierRecord, context: Context) -> Plan:
+    """The plan of the record's choices."""
+    axes = {layer.tensor: layer.axis for layer in graph.layers}
+    weights: list[Decision] = []
+    for item, choice in zip(moved.items, moved.chosen_choices(), strict=True):
+        for tensor, search in zip(item.tensors, choice.ranges, strict=choice.bits != FLOAT_BITS):
+            if tensor not in axes:
+                raise InputError(
+                    f"frontier.json: {tensor} is no weight of the network",
+                    hint="the frontier is another architecture's",
+                )
+            scheme = weight_scheme(choice.bits, with_integers=bool(moved.activations))
+            weights.append(Quantize(tensor, "weight", choice.bits, scheme, axes[tensor], search))
+    context.frontiers.append(moved)
+    elements = {layer.tensor: layer.elements for layer in graph.layers}
+    bits = {decision.tensor: decision.bits for decision in weights if isinstance(decision, Quantize)}
+    used = {tensor: mean_bits(bits[tensor]) if tensor in bits else FLOAT_BITS for tensor in elements}
+    average = sum(elements[tensor] * used[tensor] for tensor in elements) / sum(elements.values())
+    predicted = {"average_bits": average, "loss": sum(choice.loss for choice in moved.chosen_choices())}
+    rounded = activation_decisions(graph, moved.activations, bits.keys(), str(given.options.get("activations")))
+    return replace(given, decisions=(*weights, *rounded), predicted=predicted)
+
+
+def _tables(items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:
+    return (
+        [[choice.cost for choice in item.choices] for item in items],
+        [[choice.loss for choice in item.choices] for item in items],
+    )
+
+
+def costs_of(
+    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget, activations: str, context: Context
+) -> Costs:
+    """What each of ``layers`` costs at each whole width, in the budget's quantity."""
+    every = (*WIDTHS, FLOAT_BITS)
+    chosen = {layer.tensor for layer in layers}
+    others = [layer for layer in graph.layers if layer.tensor not in chosen]
+    if budget.quantity == "bits":
+        total = sum(layer.elements for layer in graph.layers)
+        entries = {(layer.tensor, bits): layer.elements * bits for layer in layers for bits in every}
+        return Costs(
+            entries, sum(layer.elements * FLOAT_BITS for layer in others), 1 / total, float(FLOAT_BITS), "bits"
+        )
+    if budget.quantity == "bops":
+        read = FLOAT_BITS if activations == "float" else int(activations)
+        entries = {(layer.tensor, bits): layer.macs * bits * read for layer in layers for bits in every}
+        dense = float(sum(layer.macs * FLOAT_BITS**2 for layer in graph.layers))
+        return Costs(entries, sum(layer.macs * FLOAT_BITS * read for layer in others), 1.0, dense, "bops")
+    if budget.quantity == "latency":
+        table = context.costs["latency"]
+        times = {key: round(value / NANOSECONDS) for key, value in table.entries.items()}
+        entries = {(layer.tensor, bits): times[layer.tensor, str(bits)] for layer in layers for bits in every}
+        fixed = round(table.fixed / NANOSECONDS)
+        whole = sum(cost for (_, bits), cost in entries.items() if bits == FLOAT_BITS)
+        return Costs(entries, fixed, NANOSECONDS, NANOSECONDS * (fixed + whole), "latency")
+    state = source.module.state_dict()
+    kept = {layer.tensor: int(torch.count_nonzero(state[layer.tensor])) for layer in layers}
+    now = {tensor: Storage(count, FLOAT_BITS) for tensor, count in kept.items()}
+    whole = context.model_bytes(now)
+    entries = {
+        (layer.tensor, bits): context.model_bytes({**now, layer.tensor: Storage(kept[layer.tensor], bits)})
+        - whole
+        + 4 * layer.elements
+        for layer in layers
+        for bits in every
+    }
+    return Costs(
+        entries, whole - sum(4 * layer.elements for layer in layers), 1.0, float(context.model_bytes({})), "bytes"
+    )
+
+
+def widths_of(
+    graph: Graph, layers: Sequence[Layer], keep: Sequence[str], *, may_stay_float: bool
+) -> dict[str, tuple[int, ...]]:
+    """The widths that each tensor may get; of several ``keep`` that match, the last counts."""
+    every = (*WIDTHS, FLOAT_BITS) if may_stay_float else tuple(WIDTHS)
+    widths = {layer.tensor: every for layer in layers}
+    for entry in keep:
+        glob, equals, text = entry.rpartition("=")
+        bits = FLOAT_BITS if text == "float" else int(text) if text.isdecimal() else 0
+        if not equals or (bits not in WIDTHS and bits != FLOAT_BITS):
+            raise UsageError(f"--keep {entry!r} is not understood", hint="GLOB=BITS with 2 to 8 bits, or GLOB=float")
+        widths |= {layer.tensor: (bits,) for layer in graph.matching(glob, "--keep") if layer.tensor in widths}
+    return widths
+
+
+def groups_of(graph: Graph, layers: Sequence[Layer], tie: Sequence[str]) -> list[tuple[Layer, ...]]:
+    """Layers that get one width: those that a glob of ``tie`` matches, and the others one by one."""
+    groups: dict[str, list[Layer]] = {}
+    leader = {layer.tensor: layer.tensor for layer in layers}
+    for glob in tie:
+        names = [layer.tensor for layer in graph.matching(glob, "--tie") if layer.tensor in leader]
+        bound = {leader[name] for name in names}
+        for tensor, first in leader.items():
+            if first in bound:
+                leader[tensor] = leader[names[0]]
+    for layer in layers:
+        groups.setdefault(leader[layer.tensor], []).append(layer)
+    return [tuple(group) for group in groups.values()]
