@@ -22,6 +22,8 @@ from ..task import Task, divergence, has_logits
 from ..train.distill import first_tensor
 
 MOST_ELEMENTS = 2**27  # of all activations of a batch
+BATCH = 16
+PREDICTIONS = 4096  # of outputs with many for an example: further batches are left out
 
 
 def loss_changes(
@@ -37,11 +39,12 @@ def loss_changes(
 
     Args:
         variants: Of the weight's shape, by state-dict key.
+        data: What is beyond ``PREDICTIONS`` is left out.
         temperature: That logits are divided by. What is found is put in units of the loss: times what all of it
             together would be at 1.
     """
     are_logits = has_logits(task)
-    plain = 0.0
+    plain, count, predictions = 0.0, 0, 0
     module = on_device(unlift(graph.program, graph.tied), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
@@ -50,8 +53,9 @@ def loss_changes(
     after = {name: _depends_on(None if is_in_place else stored[name], nodes) for name in variants}
     found = {name: [0.0] * len(values) for name, values in variants.items()}
     total = sum(map(len, variants.values()))
-    size = _batch_size(graph)
-    for number, batch in enumerate(data.batches(size)):
+    for batch in data.batches(_batch_size(graph)):
+        if predictions >= PREDICTIONS and count:
+            break
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
         known = {node: value.to(context.device) for node, value in known.items()}
         with torch.no_grad():
@@ -62,24 +66,26 @@ def loss_changes(
             done = 0
             for name, weights in variants.items():
                 for place, weight in enumerate(weights):
-                    progress = number * size * total + done * len(batch)
-                    context.progress("output changes", progress, len(data) * total)
+                    context.progress("output changes", count * total + done * len(batch), len(data) * total)
                     outputs = _run(module, after[name], known, {stored[name]: weight.to(context.device)})
-                    share, moved = len(batch) / len(data), first_tensor(outputs)
-                    plain += share * divergence(reference, moved, are_logits=are_logits)
+                    moved = first_tensor(outputs)
+                    plain += len(batch) * divergence(reference, moved, are_logits=are_logits)
                     cooled = (reference / temperature, moved / temperature) if are_logits else (reference, moved)
-                    found[name][place] += share * divergence(*cooled, are_logits=are_logits)
+                    found[name][place] += len(batch) * divergence(*cooled, are_logits=are_logits)
                     done += 1
+        count += len(batch)
+        predictions += reference[..., 0].numel()
     context.progress("output changes", len(data) * total, len(data) * total)
     whole = sum(map(sum, found.values()))
-    return {name: [loss * plain / whole if whole else 0.0 for loss in losses] for name, losses in found.items()}
+    unit = plain / whole / max(1, count) if whole else 0.0
+    return {name: [loss * unit for loss in losses] for name, losses in found.items()}
 
 
 def _batch_size(graph: Graph) -> int:
     """Examples whose activations are held at once."""
     batch = len(graph.example_inputs[0])
     elements = sum(math.prod(shape_of(n)) for n in graph.program.graph.nodes if n.op == "call_function")
-    return max(1, MOST_ELEMENTS * batch // max(1, elements))
+    return max(1, min(BATCH, MOST_ELEMENTS * batch // max(1, elements)))
 
 
 def _depends_on(start: fx.Node | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
