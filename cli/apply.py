@@ -21,7 +21,9 @@ hcompress apply model.pt --plan edited-plan.json --model net.py:make --eval test
 @click.option(
     "--plan", type=click.Path(path_type=Path), required=True, help="A plan.json, or a run folder that has one."
 )
-@setting_options("for", *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
+@setting_options(
+    "for", *method_run.FILE_SETTINGS, *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS
+)
 @force_option
 def apply(checkpoint: Path, plan: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Make the decisions of a plan on CHECKPOINT; the result is a run folder.

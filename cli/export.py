@@ -16,7 +16,9 @@ hcompress export model.pt --model net.py:make --eval test.npz --min-metric 90 --
 
 @command("export", examples=EXAMPLES)
 @checkpoint_argument
-@setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
+@setting_options(
+    *method_run.FILE_SETTINGS, *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS
+)
 @force_option
 def export(checkpoint: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Write the dense model of CHECKPOINT as ONNX and safetensors, compared with torch in the runtime."""

@@ -15,6 +15,7 @@ from .progress import Progress
 
 SUFFIXES = {"prune": "pruned", "quantize": "quantized", "apply": "applied", "export": "dense"}
 RUN_SETTINGS = ("seed", "threads", "device", "out", "summary", "junit")
+FILE_SETTINGS = ("runtime", "float_storage")
 GATE_SETTINGS = ("max_drop", "min_metric", "max_bytes", "max_latency")
 DATA_SETTINGS = (
     "model",

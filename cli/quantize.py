@@ -27,7 +27,9 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 @setting_options("channel_widths", "reconstruction", "bias_correction", "trace", "rtol", "passes")
 @setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
 @setting_options("distill", "distill_features", "patience")
-@setting_options(*method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS)
+@setting_options(
+    *method_run.FILE_SETTINGS, *method_run.DATA_SETTINGS, *method_run.GATE_SETTINGS, *method_run.RUN_SETTINGS
+)
 @click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")
 @click.option("--pick", metavar="POINT", help="With --plan: another point of its frontier, by number or by budget.")

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import canonical, store
-from .apply import Compressed, assemble
+from .apply import Compressed
 from .apply import apply_plan as apply_decisions
 from .budget import Budget
 from .context import Context, Storage
 from .errors import BudgetError, InputError
-from .export import onnx_model, safetensors_bytes, serialize, write_program
+from .export import USUAL, Form, onnx_model, safetensors_bytes, serialize, write_program
+from .float_storage import DTYPES, assemble_stored
 from .formats.checkpoint import read_checkpoint
 from .formats.planes import packed_size
 from .graph.trace import Graph
@@ -25,34 +26,47 @@ from .job import Job, device_of, input_specs
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .pruned import Cut, check_cut, prune
+from .registry import find_runtime
 from .sensitivity import Sensitivity
 from .settings import Settings
-from .widths import CHANNEL_BYTES, is_mixed, letters_of, of_letter
+from .widths import CHANNEL_BYTES, Width, is_mixed, letters_of, of_letter
 
 ONNX, PLAN, SIDECAR = "model.onnx", "plan.json", "plan.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """The dense network's files: ONNX bytes, and the size of its safetensors file."""
+    """The dense network's files.
+
+    Attributes:
+        onnx: As it is, in float32: what relative budgets mean, and what others are compared with.
+        sizes: Bytes of its files, by name, in the form that the run writes.
+    """
 
     onnx: bytes
-    safetensors_size: int
+    sizes: Mapping[str, int]
 
 
 def dense_files(job: Job) -> Dense:
     job.progress("export dense", 0, None)
-    state = dict(job.source.module.state_dict())
-    is_cut = bool(job.source.cuts)
-    return Dense(
-        plain_onnx(job.graph, job.source.module, is_cut=is_cut), len(safetensors_bytes(Compressed(state, None)))
-    )
+    form, is_cut, module = form_of(job.settings), bool(job.source.cuts), job.source.module
+    compressed = Compressed(dict(module.state_dict()), None)
+    usual = plain_onnx(job.graph, module, is_cut=is_cut)
+    written = usual if form == USUAL else plain_onnx(job.graph, module, is_cut=is_cut, form=form)
+    stored, _ = assemble_stored(job.graph, compressed, DTYPES[form.float_storage])
+    return Dense(usual, {ONNX: len(written), WEIGHTS: len(safetensors_bytes(stored))})
 
 
-def plain_onnx(graph: Graph, module: nn.Module, *, is_cut: bool = False) -> bytes:
+def plain_onnx(graph: Graph, module: nn.Module, *, is_cut: bool = False, form: Form = USUAL) -> bytes:
     """The ONNX file of a network as it is, which ``graph`` was traced from."""
     compressed = Compressed(dict(module.state_dict()), None)
-    return serialize(onnx_model(graph, compressed, assemble(graph, compressed), is_cut=is_cut))
+    stored, assembled = assemble_stored(graph, compressed, DTYPES[form.float_storage])
+    return serialize(onnx_model(graph, stored, assembled, is_cut=is_cut, form=form))
+
+
+def form_of(settings: Settings) -> Form:
+    """How a run's files are written."""
+    return Form(str(settings["runtime"].value), str(settings["float_storage"].value))
 
 
 def delivered_name(settings: Settings) -> str:
@@ -64,20 +78,25 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
     elements = {layer.tensor: layer.elements for layer in job.graph.layers}
     channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
     state = job.source.module.state_dict()
-    is_safetensors = delivered_name(job.settings) == WEIGHTS
-    base = dense.safetensors_size if is_safetensors else len(dense.onnx)
+    delivered = delivered_name(job.settings)
+    is_safetensors, base = delivered == WEIGHTS, dense.sizes[delivered]
+    packs, float_bytes = is_safetensors or _packs(job), _float_bytes(job)
+
+    def size(count: int, bits: Width) -> int:
+        if bits == 32:
+            return float_bytes * count
+        return packed_size(count, bits if packs else 8)
 
     def stored(name: str, storage: Storage) -> int:
-        if is_mixed(storage.bits):
+        if is_mixed(storage.bits) and packs:
             each, letters = elements[name] // channels[name], letters_of(storage.bits)
             packed = sum(packed_size(letters.count(k) * each, of_letter(k)) for k in set(letters) - {"0"})
             return packed + (4 + CHANNEL_BYTES) * channels[name]
-        whole = 4 * elements[name] if storage.bits == 32 else packed_size(elements[name], storage.bits)
+        whole = size(elements[name], storage.bits)
         scales = 0 if storage.bits == 32 else 4 * channels[name]
-        if not is_safetensors and storage.bits != 32:
+        if not packs or (not is_safetensors and storage.bits != 32):
             return whole + scales
-        kept = 4 * storage.kept if storage.bits == 32 else packed_size(storage.kept, storage.bits)
-        return min(whole, kept + packed_size(elements[name], 1)) + scales
+        return min(whole, size(storage.kept, storage.bits) + packed_size(elements[name], 1)) + scales
 
     def model_bytes(choices: Mapping[str, Storage]) -> int:
         now = sum(stored(name, Storage(int(torch.count_nonzero(state[name])), 32)) for name in choices)
@@ -85,6 +104,16 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
 
     generator = torch.Generator().manual_seed(int(job.value("seed")))
     return Context(generator, device_of(job.settings), job.progress, model_bytes, [], overhead=overhead)
+
+
+def _packs(job: Job) -> bool:
+    """Whether model.onnx takes weights at their bits and without their zeros."""
+    return find_runtime(form_of(job.settings).runtime).packs
+
+
+def _float_bytes(job: Job) -> int:
+    """Bytes of a float in the files."""
+    return DTYPES[form_of(job.settings).float_storage].itemsize
 
 
 def absolute_budget(budget: Budget | None, dense: Dense) -> Budget | None:
@@ -107,7 +136,9 @@ def _predicted_bytes(job: Job, plan: Plan, dense: Dense) -> int:
     """Bytes of the delivered file as the storage of the weights predicts them."""
     if plan.channels():
         whole = sum(parameter.numel() for parameter in job.source.module.parameters())
-        return planning_context(job, dense, 0).model_bytes({}) - round(4 * (whole - plan.predicted["params"]))
+        return planning_context(job, dense, 0).model_bytes({}) - round(
+            _float_bytes(job) * (whole - plan.predicted["params"])
+        )
     state = job.source.module.state_dict()
     choices = {name: Storage(mask.kept, 32) for name, mask in plan.masks().items()}
     for name, choice in plan.quantized("weight").items():
@@ -219,9 +250,10 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
             group_sparsity = 1 - int(pruned.kept.sum()) / len(pruned.kept)
             cuts = (*cuts, Cut(tuple(plan.channels().values()), input_specs(job.graph.example_inputs)))
         compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)
-    module = assemble(graph, compressed)
+    form = form_of(job.settings)
+    compressed, module = assemble_stored(graph, compressed, DTYPES[form.float_storage])
     job.progress("export", 0, None)
-    onnx = serialize(onnx_model(graph, compressed, module, is_cut=bool(cuts)))
+    onnx = serialize(onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form))
     store.write_file(stage / ONNX, onnx)
     store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
     try:

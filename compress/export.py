@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ from torch.utils import _pytree as pytree
 
 from .apply import Compressed
 from .errors import InputError
+from .float_storage import DTYPES
 from .formats import pt2
+from .formats.onnx_decoded import decode_through_int32
 from .formats.onnx_graph import drop_unused
+from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights, sparsify
 from .formats.onnx_shortcuts import shortcuts_as_convolutions
 from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
 from .pruned import Cut, cuts_metadata
+from .registry import find_runtime
 from .widths import Width
 
 OPSET = 21
@@ -40,6 +45,22 @@ IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the fi
 BATCH_NAME = "batch"
 SPARSE_NODE_BYTES = 400  # of the nodes that put a masked weight together
 EXTERNAL_DATA_BYTES = 2**31 - 2**20  # protobuf's limit, less the graph
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a network is written.
+
+    Attributes:
+        runtime: One of ``registry.RUNTIMES``: the op set of model.onnx.
+        float_storage: How the floats lie in the files: ``fp32``, ``fp16`` or ``bf16``.
+    """
+
+    runtime: str = "onnxruntime"
+    float_storage: str = "fp32"
+
+
+USUAL = Form()
 
 
 def to_onnx(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> ModelProto:
@@ -170,17 +191,23 @@ def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, Width]:
     }
 
 
-def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule, *, is_cut: bool = False) -> ModelProto:
-    """The compressed network with its weights at their packed bits.
+def onnx_model(
+    graph: Graph, compressed: Compressed, module: fx.GraphModule, *, is_cut: bool = False, form: Form = USUAL
+) -> ModelProto:
+    """The compressed network with its weights at their packed bits, or in int8 where the runtime is ``portable``.
 
     Of one with fewer channels, the shortcuts are written so that runtimes needn't leave their layout for them.
 
     With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels. With float
     activations they are decoded to float weights when the file is loaded: left to itself, ONNX Runtime would round the
     activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions.
+
+    Args:
+        module: The network of ``assemble_stored``, whose floats ``form`` stores without a loss.
     """
+    runtime, dtype = find_runtime(form.runtime), DTYPES[form.float_storage]
     model = to_onnx(module, graph.example_inputs)
-    sparse = _sparse_initializers(model)
+    sparse = _sparse_initializers(model, dtype.itemsize) if runtime.packs else []
     if sparse:
         model = sparsify(model, sparse)
     has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
@@ -189,21 +216,29 @@ def onnx_model(graph: Graph, compressed: Compressed, module: fx.GraphModule, *, 
     # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
     stored = {tensor.name for tensor in model.graph.initializer}
     bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
-    if not bits:
-        return model
-    packed = pack_weights(model, bits, dequantize="linear" if has_integer_activations else "fold")
-    onnx.checker.check_model(packed, full_check=True)
-    return packed
+    if bits:
+        widths = bits if runtime.packs else dict.fromkeys(bits, 8)
+        model = pack_weights(model, widths, dequantize="linear" if has_integer_activations else "fold")
+        if not has_integer_activations and not runtime.has_own_ops:
+            model = decode_through_int32(model, bits)
+    if dtype != torch.float32:
+        model = store_halves(model, dtype)
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
-def _sparse_initializers(model: ModelProto) -> list[str]:
-    """Float weights with enough zeros that a mask and the survivors are smaller."""
+def _sparse_initializers(model: ModelProto, element_size: int) -> list[str]:
+    """Float weights with enough zeros that a mask and the survivors are smaller.
+
+    Args:
+        element_size: Bytes of a value in the file.
+    """
     names = []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
             values = numpy_helper.to_array(tensor)
             zeros = values.size - int(np.count_nonzero(values))
-            if 4 * zeros > values.size / 8 + SPARSE_NODE_BYTES:
+            if element_size * zeros > values.size / 8 + SPARSE_NODE_BYTES:
                 names.append(tensor.name)
     return names
 

@@ -47,7 +47,7 @@ from .finish import (
 )
 from .formats.checkpoint import read_checkpoint
 from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
-from .model import PROGRAM, WEIGHTS
+from .model import PROGRAM
 from .plan import Plan, read_plan
 from .recovery import is_asked, recipe_of, training_data
 from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
@@ -264,7 +264,7 @@ def export_dense(
     with store.staged(out, force, [checkpoint]) as stage:
         opened = open_job(checkpoint, settings, progress, needs_data=False, example="eval", may_guess=True)
         built = build(opened, None, {}, stage)
-        dense = Dense(built.onnx, (stage / WEIGHTS).stat().st_size)
+        dense = Dense(built.onnx, built.sizes)
         target = Target(stage, out, "export", gates_of(settings), command, None)
         return finish(opened, built, None, dense, target)
 

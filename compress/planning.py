@@ -25,6 +25,7 @@ from .build import (
     absolute_budget,
     build,
     delivered_name,
+    form_of,
     infeasible,
     overhead_of,
     plain_onnx,
@@ -363,9 +364,8 @@ def _checked_latency(job: Job, goal: Goal, built: Built) -> tuple[float, float]:
 
 def _exported_latency(job: Job, dense: Dense, network: fx.GraphModule) -> float:
     """Of a network that was cut: median milliseconds of its ONNX file."""
-    return _measured_latency(
-        job, dense, plain_onnx(trace_graph(network, job.graph.example_inputs), network, is_cut=True)
-    )
+    graph = trace_graph(network, job.graph.example_inputs)
+    return _measured_latency(job, dense, plain_onnx(graph, network, is_cut=True, form=form_of(job.settings)))
 
 
 def _measured_latency(job: Job, dense: Dense, model: bytes) -> float:
@@ -409,7 +409,8 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         rounded = activation_decisions(job.graph, ranges, integer.keys(), activations)
         plan = Plan("latency", {}, 0, "", None, None, (*weights, *rounded), {})
         compressed = apply_plan(job.source.module, job.graph.tied, plan, {})
-        return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed)))
+        form = form_of(job.settings)
+        return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed), form=form))
 
     return cached_latency_table(
         network,

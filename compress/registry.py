@@ -178,6 +178,28 @@ MEASURES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Runtime:
+    """A program that model.onnx is written for.
+
+    Attributes:
+        packs: Whether weights lie in the file at their bits, to be taken apart when it is loaded.
+        has_own_ops: Whether ops of ONNX Runtime's own stand for matrix products that they make faster.
+    """
+
+    name: str
+    summary: str
+    packs: bool = True
+    has_own_ops: bool = False
+
+
+RUNTIMES = (
+    Runtime("onnxruntime", "what ONNX Runtime runs fastest; its own ops where they are faster", has_own_ops=True),
+    Runtime("openvino", "standard ops that OpenVINO and ONNX Runtime fold when they load the file"),
+    Runtime("portable", "plain int8 weights of opset 21, unpacked: any runtime since 2024", packs=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class TaskKind:
     name: str
     metric: str
@@ -223,6 +245,11 @@ def find_measure(name: str) -> Measure:
         if measure.name == name:
             return measure
     raise UsageError(f"measure {name!r} is unknown", hint=f"choices: {', '.join(m.name for m in MEASURES)}")
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime called ``name``: one of the choices of ``--runtime``."""
+    return next(runtime for runtime in RUNTIMES if runtime.name == name)
 
 
 def load_module(method: Method | Measure) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 from .budget import Budget, parse_budget
 from .errors import UsageError
+from .registry import RUNTIMES
 
 CONFIG = "hcompress.toml"
 TYPES = {
@@ -250,6 +251,24 @@ SETTINGS = (
     Setting("passes", "measure.passes", "int", "Most passes or probes of a measure.", 20, in_preset=True, minimum=2),
     Setting(
         "for", "run.for", "str", "File whose bytes a budget means.", "onnx", ("onnx", "safetensors"), in_preset=True
+    ),
+    Setting(
+        "runtime",
+        "run.runtime",
+        "str",
+        "What model.onnx is written for: its op set.",
+        "onnxruntime",
+        tuple(runtime.name for runtime in RUNTIMES),
+        in_preset=True,
+    ),
+    Setting(
+        "float_storage",
+        "run.float_storage",
+        "str",
+        "How floats lie in the files; networks compute in float32.",
+        "fp32",
+        ("fp32", "fp16", "bf16"),
+        in_preset=True,
     ),
     Setting("max_drop", "gate.max_drop", "float", "Fail if the metric gets worse by more.", in_preset=True),
     Setting("min_metric", "gate.min_metric", "float", "Fail if the metric is worse than this.", in_preset=True),

@@ -17,7 +17,7 @@ from compress.cli.main import COMMANDS, PROGRAM, cli
 
 from compress import settings
 from compress.errors import EXIT_CODES
-from compress.registry import MEASURES, METHODS, TASKS
+from compress.registry import MEASURES, METHODS, RUNTIMES, TASKS
 from compress.settings import CONFIG, SETTINGS, Setting
 
 OUT = Path(__file__).with_name("reference.md")
@@ -31,6 +31,7 @@ Written by `python docs/generate.py` (`make docs`) from the code; edit the code,
 - [Methods](#methods)
 - [Measures](#measures)
 - [Tasks](#tasks)
+- [Runtimes](#runtimes)
 - [Presets](#presets)
 - [Exit codes](#exit-codes)
 """
@@ -38,7 +39,17 @@ Written by `python docs/generate.py` (`make docs`) from the code; edit the code,
 
 def render() -> str:
     """The whole page."""
-    sections = [HEAD, _commands(), _settings(), _methods(), _measures(), _tasks(), _presets(), _exit_codes()]
+    sections = [
+        HEAD,
+        _commands(),
+        _settings(),
+        _methods(),
+        _measures(),
+        _tasks(),
+        _runtimes(),
+        _presets(),
+        _exit_codes(),
+    ]
     return "\n".join(sections)
 
 
@@ -118,6 +129,11 @@ def _measures() -> str:
 def _tasks() -> str:
     rows = [(t.name, t.metric, t.unit, "higher" if t.higher_is_better else "lower", t.summary) for t in TASKS]
     return "\n".join(["## Tasks\n", _table(("task", "metric", "unit", "better is", "data"), rows)])
+
+
+def _runtimes() -> str:
+    rows = [(f"`{runtime.name}`", runtime.summary) for runtime in RUNTIMES]
+    return "\n".join(["## Runtimes\n", _table(("runtime", "what model.onnx is"), rows)])
 
 
 def _presets() -> str:

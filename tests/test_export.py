@@ -19,8 +19,18 @@ from compress.apply import Compressed, apply_plan, assemble
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
-from compress.errors import InputError
-from compress.export import input_names, onnx_model, safetensors_bytes, serialize, to_onnx, write_program
+from compress.errors import InputError, NumericsError
+from compress.export import (
+    USUAL,
+    Form,
+    input_names,
+    onnx_model,
+    safetensors_bytes,
+    serialize,
+    to_onnx,
+    write_program,
+)
+from compress.float_storage import DTYPES, assemble_stored
 from compress.formats import pt2
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor, decode
@@ -34,7 +44,7 @@ PLAIN = ("plain_cnn", "Split", "transposed_2d", "mlp", "Gpt", "DataclassOutput",
 
 
 def build(
-    module: nn.Module, inputs: tuple[Tensor, ...], activations: str, bits: int | None
+    module: nn.Module, inputs: tuple[Tensor, ...], activations: str, bits: int | None, float_storage: str = "fp32"
 ) -> tuple[Graph, Compressed, fx.GraphModule]:
     """The network assembled dense (``bits`` None) or uniformly quantized."""
     graph = trace_graph(module, tuple(x[:2] for x in inputs))
@@ -52,12 +62,12 @@ def build(
         }
         plan, tensors = uniform.plan(source, graph, {}, calibration, Budget("bits", bits), options, context)
         compressed = apply_plan(module, graph.tied, plan, tensors)
-    return graph, compressed, assemble(graph, compressed)
+    return graph, *assemble_stored(graph, compressed, DTYPES[float_storage])
 
 
-def check_onnx(network: Network, activations: str, bits: int | None) -> None:
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits)
-    model = onnx_model(graph, compressed, module)
+def check_onnx(network: Network, activations: str, bits: int | None, form: Form = USUAL) -> None:
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits, form.float_storage)
+    model = onnx_model(graph, compressed, module, form=form)
     content = serialize(model)
     for parity in measure_parity(module, open_session(content, 1), network.inputs(8)):
         assert parity_holds(parity, activations != "float"), parity
@@ -147,6 +157,169 @@ def test_every_layer_is_an_integer_kernel(name: str, activations: str, tmp_path:
     ops = kernels(serialize(onnx_model(graph, compressed, module)), tmp_path)
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(ops)
     assert sum(op in ("QLinearConv", "QGemm", "MatMulInteger") for op in ops) == len(graph.layers)
+
+
+FORMS = [Form(runtime, floats) for runtime in ("openvino", "portable") for floats in ("fp32", "fp16", "bf16")]
+CASES = [("plain_cnn", "8", 3), ("plain_cnn", "float", 3), ("padded_residual", "4", 4), ("Gpt", "float", 4)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.runtime}-{form.float_storage}")
+@pytest.mark.parametrize(("name", "activations", "bits"), [*CASES, ("mlp", "float", None)])
+def test_every_form_runs_alike_in_onnx_runtime(name: str, activations: str, bits: int | None, form: Form) -> None:
+    check_onnx(named(name), activations, bits, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [Form("portable", "fp16"), Form("openvino", "bf16")], ids=lambda form: form.runtime)
+@pytest.mark.parametrize(("activations", "bits"), [("8", 8), ("float", 3)])
+def test_every_form_of_all_runs_alike_in_onnx_runtime(
+    network: Network, activations: str, bits: int, form: Form
+) -> None:
+    check_onnx(network, activations, bits, form)
+
+
+def onnx_outputs(model: onnx.ModelProto, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return run_session(open_session(serialize(model), 1), inputs)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "portable"])
+@pytest.mark.parametrize(("name", "activations", "bits"), CASES)
+def test_every_runtimes_file_computes_what_the_plain_one_does(
+    name: str, activations: str, bits: int, runtime: str
+) -> None:
+    network = named(name)
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits)
+    plain = to_onnx(module, graph.example_inputs)
+    if activations == "float":  # DequantizeLinear in front of a product makes ONNX Runtime round activations
+        floats = Compressed(dict(compressed.state()), None)
+        plain = to_onnx(assemble(graph, floats), graph.example_inputs)
+    written = onnx_model(graph, compressed, module, form=Form(runtime))
+    inputs = network.inputs(5)
+    for expected, found in zip(onnx_outputs(plain, inputs), onnx_outputs(written, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activations", ["8", "float"])
+def test_a_portable_file_has_int8_weights_and_nothing_to_unpack(activations: str) -> None:
+    network = named("plain_cnn")
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, 3)
+    model = onnx_model(graph, compressed, module, form=Form("portable"))
+    shapes = {
+        tuple(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1
+    }
+    assert shapes == {layer.shape for layer in graph.layers}
+    assert not {"Gather", "Split", "Div", "Mod", "TopK"} & {node.op_type for node in model.graph.node}
+    assert [(opset.domain, opset.version) for opset in model.opset_import if opset.domain == ""] == [("", 21)]
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_a_portable_file_has_the_zeros_of_a_masked_weight() -> None:
+    module = nn.Sequential(nn.Linear(64, 64, bias=False)).eval().requires_grad_(False)
+    module[0].weight.masked_fill_(torch.rand(64, 64) > 0.1, 0)
+    graph, compressed, assembled = build(module, (torch.randn(4, 64),), "float", None)
+    assert len(serialize(onnx_model(graph, compressed, assembled))) < 4000
+    model = onnx_model(graph, compressed, assembled, form=Form("portable"))
+    assert [list(tensor.dims) for tensor in model.graph.initializer] == [[64, 64]]
+
+
+@pytest.mark.parametrize("activations", ["8", "4"])
+@pytest.mark.parametrize("form", [Form("portable", "fp16"), Form("openvino", "bf16")], ids=lambda form: form.runtime)
+def test_every_layer_of_other_forms_is_an_integer_kernel(form: Form, activations: str, tmp_path: Path) -> None:
+    network = named("plain_cnn")
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, 8, form.float_storage)
+    ops = kernels(serialize(onnx_model(graph, compressed, module, form=form)), tmp_path)
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Cast"} & set(ops)
+    assert sum(op in ("QLinearConv", "QGemm", "MatMulInteger") for op in ops) == len(graph.layers)
+
+
+@pytest.mark.parametrize("float_storage", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["plain_cnn", "TiedEmbedding", "depthwise", "Gpt"])
+def test_floats_take_two_bytes_in_every_file(name: str, float_storage: str, tmp_path: Path) -> None:
+    network, dtype = named(name), DTYPES[float_storage]
+    graph, whole, module = build(network.make(), network.inputs(8), "float", None)
+    _, half, rounded = build(network.make(), network.inputs(8), "float", None, float_storage)
+    before = {t.name: t for t in onnx_model(graph, whole, module).graph.initializer}
+    written = onnx_model(graph, half, rounded, form=Form(float_storage=float_storage))
+    large = {n for n, t in before.items() if t.data_type == 1 and t.dims and torch.Size(t.dims).numel() >= 64}
+    assert large and {f"{n}_{float_storage}" for n in large} <= {t.name for t in written.graph.initializer}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes(half))
+    checkpoint = read_checkpoint(path)
+    found = decode(checkpoint.state, checkpoint.metadata)
+    for key, value in whole.tensors.items():
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            other = found[key]
+            assert isinstance(other, Tensor) and torch.equal(other, value.to(dtype))
+    assert len(safetensors_bytes(half)) < 0.6 * len(safetensors_bytes(whole)) + 1000
+
+
+def test_the_network_of_halves_holds_halves_after_its_batch_norms_are_folded() -> None:
+    network = named("plain_cnn")
+    _, _, module = build(network.make(), network.inputs(8), "float", None, "fp16")
+    for name, value in module.state_dict().items():
+        assert value.dtype != torch.float32 or torch.equal(value, value.half().float()), name
+
+
+@pytest.mark.parametrize(("value", "float_storage"), [(1e5, "fp16"), (-3.4e38, "bf16")])
+def test_a_value_beyond_16_bits_is_named(value: float, float_storage: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4)).eval().requires_grad_(False)
+    module[0].bias[2] = value
+    with pytest.raises(NumericsError, match=r"0.bias has values to .* beyond the .* of torch.b?float16") as caught:
+        build(module, (torch.randn(4, 4),), "float", None, float_storage)
+    assert "fp32" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "portable"])
+@pytest.mark.parametrize(("name", "activations", "bits"), [*CASES, ("mlp", "float", 4), ("Attention", "float", 3)])
+def test_openvino_runs_alike(name: str, activations: str, bits: int, runtime: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    network = named(name)
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits, "fp16")
+    content = serialize(onnx_model(graph, compressed, module, form=Form(runtime, "fp16")))
+    if runtime == "onnxruntime" and activations == "float":
+        pytest.skip("its matrix products are OpenVINO's own affair")
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(openvino.Core().read_model(content), "CPU", exact)
+    for count in (1, 3, 7):
+        inputs = network.inputs(count)
+        outputs = compiled([x.numpy() for x in inputs])
+        for i, expected in enumerate(tree_leaves(module(*inputs))):
+            found, scale = torch.from_numpy(outputs[i]), float(expected.abs().max())
+            difference = float((found - expected).abs().max()) / scale
+            assert difference < (1e-5 if activations == "float" else 0.2), (count, difference)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("runtime", "activations", "bits"),
+    [
+        ("onnxruntime", "8", 8),
+        ("portable", "8", 8),
+        ("openvino", "float", 4),
+        ("portable", "float", 4),
+    ],
+)
+def test_openvino_gives_the_classes_of_onnx_runtime(
+    runtime: str, activations: str, bits: int, data_folder: Path
+) -> None:
+    openvino = pytest.importorskip("openvino")
+    from compress.data import load_object
+    from compress.formats.checkpoint import read_checkpoint as read
+
+    module: nn.Module = load_object(f"{data_folder}/resnet_cifar.py:resnet20", "--model")()
+    state = read(data_folder / "cifar10" / "resnet20-12fca82f.th").state
+    module.load_state_dict({key.split("module.")[-1]: value for key, value in state.items()})
+    module.eval().requires_grad_(False)
+    images = load_object(f"{data_folder}/cifar.py:tensors", "--data")
+    calibration, x = images("calib")[0][:256], images("test")[0][:1000]
+    graph, compressed, assembled = build(module, (calibration,), activations, bits)
+    content = serialize(onnx_model(graph, compressed, assembled, form=Form(runtime)))
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(openvino.Core().read_model(content), "CPU", exact)
+    session = open_session(content, 1)
+    pairs = [(run_session(session, (part,))[0], torch.from_numpy(compiled(part.numpy())[0])) for part in x.split(100)]
+    agreement = float(torch.cat([(a.argmax(1) == b.argmax(1)).double() for a, b in pairs]).mean())
+    assert agreement >= 0.98
 
 
 def test_equal_weights_are_stored_once_and_unpacked() -> None:

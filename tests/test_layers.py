@@ -19,7 +19,7 @@ RANKS = (
     ("widths", "budget", "plan", "frontier", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
     ("context", "data", "task", "pruned", "model", "train"),
-    ("apply", "curvature", "reconstruct"),
+    ("apply", "float_storage", "curvature", "reconstruct"),
     (
         "measure",
         "prune",
