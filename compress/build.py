@@ -17,7 +17,7 @@ from .apply import apply_plan as apply_decisions
 from .budget import Budget
 from .context import Context, Storage
 from .errors import BudgetError, InputError
-from .export import USUAL, Form, onnx_model, safetensors_bytes, serialize, write_program
+from .export import USUAL, Form, form_notes, onnx_model, safetensors_bytes, serialize, write_program
 from .float_storage import DTYPES, assemble_stored
 from .formats.checkpoint import read_checkpoint
 from .formats.planes import packed_size
@@ -219,6 +219,7 @@ class Built:
         graph: What is left of the job's; the same one where no channels were cut.
         original: The source's state dict, less what was cut.
         group_sparsity: Share of the channels that the plan cuts; None where it cuts none.
+        notes: What the report says of the files.
     """
 
     compressed: Compressed
@@ -228,6 +229,7 @@ class Built:
     graph: Graph
     original: Mapping[str, Tensor]
     group_sparsity: float | None
+    notes: list[str]
 
 
 def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> Built:
@@ -253,7 +255,8 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     form = form_of(job.settings)
     compressed, module = assemble_stored(graph, compressed, DTYPES[form.float_storage])
     job.progress("export", 0, None)
-    onnx = serialize(onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form))
+    model = onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form)
+    onnx = serialize(model)
     store.write_file(stage / ONNX, onnx)
     store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
     try:
@@ -261,7 +264,7 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     except OSError as error:
         raise store.disk_error(stage / PROGRAM, error) from error
     sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
-    return Built(compressed, module, onnx, sizes, graph, original, group_sparsity)
+    return Built(compressed, module, onnx, sizes, graph, original, group_sparsity, form_notes(model))
 
 
 def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:

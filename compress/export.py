@@ -28,10 +28,12 @@ from .apply import Compressed
 from .errors import InputError
 from .float_storage import DTYPES
 from .formats import pt2
+from .formats.onnx_blocks import as_blocks, is_faster_in_blocks
 from .formats.onnx_decoded import decode_through_int32
 from .formats.onnx_graph import drop_unused
 from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights, sparsify
+from .formats.onnx_products import find_products
 from .formats.onnx_shortcuts import shortcuts_as_convolutions
 from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import operand, to_aten
@@ -200,7 +202,8 @@ def onnx_model(
 
     With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels. With float
     activations they are decoded to float weights when the file is loaded: left to itself, ONNX Runtime would round the
-    activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions.
+    activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions. Where 4-bit
+    blocks with float activations are faster in ONNX Runtime, they stay integers.
 
     Args:
         module: The network of ``assemble_stored``, whose floats ``form`` stores without a loss.
@@ -216,15 +219,32 @@ def onnx_model(
     # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
     stored = {tensor.name for tensor in model.graph.initializer}
     bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
-    if bits:
-        widths = bits if runtime.packs else dict.fromkeys(bits, 8)
-        model = pack_weights(model, widths, dequantize="linear" if has_integer_activations else "fold")
-        if not has_integer_activations and not runtime.has_own_ops:
-            model = decode_through_int32(model, bits)
+    widths = bits if runtime.packs else dict.fromkeys(bits, 8)
+    if has_integer_activations:
+        model = pack_weights(model, widths)
+    elif runtime.has_own_ops:
+        products = [product for product in find_products(model, bits) if is_faster_in_blocks(product)]
+        in_blocks = {product.weight for product in products}
+        model = pack_weights(model, {name: width for name, width in widths.items() if name in in_blocks})
+        rest = {name: width for name, width in widths.items() if name not in in_blocks}
+        model = as_blocks(pack_weights(model, rest, dequantize="fold"), products)
+    else:
+        model = decode_through_int32(pack_weights(model, widths, dequantize="fold"), bits)
     if dtype != torch.float32:
         model = store_halves(model, dtype)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def form_notes(model: ModelProto) -> list[str]:
+    """What a report says of the forms that were chosen in a file, and why."""
+    in_blocks = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
+    if not in_blocks:
+        return []
+    return [
+        f"{in_blocks} matrix products of one row read 4-bit weights (MatMulNBits, activations and sums in float32): "
+        "faster than floats at batch 1, slower in larger batches, where --runtime openvino decodes them to floats"
+    ]
 
 
 def _sparse_initializers(model: ModelProto, element_size: int) -> list[str]:

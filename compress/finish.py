@@ -174,7 +174,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     origin = figures.origin(job.source.path)
     if origin is not None:
         job.notes.append(f"'dense' is {job.source.path.name}, itself a run; {figures.describe_origin(origin)}")
-    job.notes.extend(figures.warnings(layers))
+    job.notes.extend([*built.notes, *figures.warnings(layers)])
     return {
         "schema": figures.REPORT_SCHEMA,
         "command": target.job,

@@ -23,6 +23,7 @@ from compress.errors import InputError, NumericsError
 from compress.export import (
     USUAL,
     Form,
+    form_notes,
     input_names,
     onnx_model,
     safetensors_bytes,
@@ -31,7 +32,7 @@ from compress.export import (
     write_program,
 )
 from compress.float_storage import DTYPES, assemble_stored
-from compress.formats import pt2
+from compress.formats import onnx_blocks, pt2
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import QuantizedTensor, decode
 from compress.graph.trace import Graph, trace_graph, trace_module
@@ -197,6 +198,20 @@ def test_every_runtimes_file_computes_what_the_plain_one_does(
     inputs = network.inputs(5)
     for expected, found in zip(onnx_outputs(plain, inputs), onnx_outputs(written, inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_one_row_reads_4_bit_blocks_where_they_are_faster(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False), nn.Linear(32, 5)).eval()
+    inputs = (torch.randn(16, 64, generator=torch.Generator().manual_seed(0)),)
+    monkeypatch.setattr(onnx_blocks, "MIN_WEIGHTS", 48 * 32)
+    graph, compressed, assembled = build(module.requires_grad_(False), inputs, "float", bits)
+    model = onnx_model(graph, compressed, assembled)
+    assert [node.op_type for node in model.graph.node].count("MatMulNBits") == 2
+    assert all(parity_holds(p, False) for p in measure_parity(assembled, open_session(serialize(model), 1), inputs))
+    assert form_notes(model)[0].startswith("2 matrix products of one row read 4-bit weights")
+    other = onnx_model(graph, compressed, assembled, form=Form("openvino"))
+    assert {node.domain for node in other.graph.node} == {""} and form_notes(other) == []
 
 
 @pytest.mark.parametrize("activations", ["8", "float"])
