@@ -11,16 +11,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from . import canonical, store
+from . import canonical, figures, store
 from .apply import Compressed
 from .apply import apply_plan as apply_decisions
 from .budget import Budget
 from .context import Context, Storage
-from .errors import BudgetError, InputError
+from .errors import BudgetError, InputError, UsageError
 from .export import USUAL, Form, form_notes, onnx_model, safetensors_bytes, serialize, write_program
 from .float_storage import DTYPES, assemble_stored
 from .formats.checkpoint import read_checkpoint
+from .formats.onnx_dynamic import dynamic_weights
 from .formats.planes import packed_size
+from .graph.dynamic import integer_linears, round_inputs
 from .graph.trace import Graph
 from .job import Job, device_of, input_specs
 from .model import PROGRAM, WEIGHTS
@@ -255,7 +257,10 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     form = form_of(job.settings)
     compressed, module = assemble_stored(graph, compressed, DTYPES[form.float_storage])
     job.progress("export", 0, None)
-    model = onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form)
+    dynamic = _dynamic_layers(module) if plan is not None and figures.is_dynamic(plan) else set()
+    model = onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form, dynamic=dynamic)
+    if rounded := dynamic_weights(model):
+        round_inputs(module, rounded)
     onnx = serialize(model)
     store.write_file(stage / ONNX, onnx)
     store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
@@ -264,7 +269,22 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     except OSError as error:
         raise store.disk_error(stage / PROGRAM, error) from error
     sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
-    return Built(compressed, module, onnx, sizes, graph, original, group_sparsity, form_notes(model))
+    return Built(compressed, module, onnx, sizes, graph, original, group_sparsity, form_notes(model, dynamic))
+
+
+def _dynamic_layers(module: fx.GraphModule) -> set[str]:
+    """The levels of the weights whose products round their activations as they come.
+
+    Raises:
+        UsageError: There are none.
+    """
+    found = integer_linears(module)
+    if not found:
+        raise UsageError(
+            "--activations dynamic rounds the inputs of linear layers, and none has a quantized weight of its own",
+            hint="--activations 8 rounds those of convolutions as well; float rounds none",
+        )
+    return found
 
 
 def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:

@@ -10,7 +10,8 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from .apply import Compressed
-from .errors import InputError
+from .errors import InputError, UsageError
 from .float_storage import DTYPES
 from .formats import pt2
 from .formats.onnx_blocks import as_blocks, is_faster_in_blocks
 from .formats.onnx_decoded import decode_through_int32
+from .formats.onnx_dynamic import as_dynamic, is_faster_as_integers
 from .formats.onnx_graph import drop_unused
 from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights, sparsify
@@ -39,7 +41,7 @@ from .formats.packed import QuantizedTensor, encode
 from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
 from .pruned import Cut, cuts_metadata
-from .registry import find_runtime
+from .registry import Runtime, find_runtime
 from .widths import Width
 
 OPSET = 21
@@ -194,7 +196,13 @@ def weight_bits(graph: Graph, compressed: Compressed) -> dict[str, Width]:
 
 
 def onnx_model(
-    graph: Graph, compressed: Compressed, module: fx.GraphModule, *, is_cut: bool = False, form: Form = USUAL
+    graph: Graph,
+    compressed: Compressed,
+    module: fx.GraphModule,
+    *,
+    is_cut: bool = False,
+    form: Form = USUAL,
+    dynamic: Collection[str] = (),
 ) -> ModelProto:
     """The compressed network with its weights at their packed bits, or in int8 where the runtime is ``portable``.
 
@@ -202,11 +210,16 @@ def onnx_model(
 
     With rounded activations the integers stay behind DequantizeLinear, so that runtimes run integer kernels. With float
     activations they are decoded to float weights when the file is loaded: left to itself, ONNX Runtime would round the
-    activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions. Where 4-bit
-    blocks with float activations are faster in ONNX Runtime, they stay integers.
+    activations of matrix products to 8 bits (MatMulNBits at accuracy level 4), and be slower on convolutions. Where
+    4-bit blocks with float activations are faster in ONNX Runtime, they stay integers.
 
     Args:
         module: The network of ``assemble_stored``, whose floats ``form`` stores without a loss.
+        dynamic: Levels of the weights whose products round their activations as they come where that is faster, of a
+            network whose activations are floats otherwise.
+
+    Raises:
+        UsageError: The graph has another form of a product in ``dynamic``; names the weight.
     """
     runtime, dtype = find_runtime(form.runtime), DTYPES[form.float_storage]
     model = to_onnx(module, graph.example_inputs)
@@ -222,29 +235,58 @@ def onnx_model(
     widths = bits if runtime.packs else dict.fromkeys(bits, 8)
     if has_integer_activations:
         model = pack_weights(model, widths)
-    elif runtime.has_own_ops:
-        products = [product for product in find_products(model, bits) if is_faster_in_blocks(product)]
-        in_blocks = {product.weight for product in products}
-        model = pack_weights(model, {name: width for name, width in widths.items() if name in in_blocks})
-        rest = {name: width for name, width in widths.items() if name not in in_blocks}
-        model = as_blocks(pack_weights(model, rest, dequantize="fold"), products)
     else:
-        model = decode_through_int32(pack_weights(model, widths, dequantize="fold"), bits)
+        model = _with_float_activations(model, widths, dynamic, runtime)
     if dtype != torch.float32:
         model = store_halves(model, dtype)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def form_notes(model: ModelProto) -> list[str]:
+def _with_float_activations(
+    model: ModelProto, widths: Mapping[str, int], dynamic: Collection[str], runtime: Runtime
+) -> ModelProto:
+    """Weights decoded to floats, but where their products are faster on integers."""
+    products = find_products(model, widths)
+    rounded = [product for product in products if product.weight in dynamic and is_faster_as_integers(product)]
+    if lost := sorted(set(dynamic) - {product.weight for product in products}):
+        layer = lost[0].removesuffix("_levels")
+        raise UsageError(
+            f"--activations dynamic: the product with {layer} is written in another way than a linear layer's",
+            hint=f"pass --exclude {layer}, or --activations float",
+        )
+    is_fast = [product for product in products if runtime.has_own_ops and is_faster_in_blocks(product)]
+    blocks = [product for product in is_fast if product.weight not in dynamic]
+    integers = {product.weight for product in (*rounded, *blocks)}
+    decoded = {name: width for name, width in widths.items() if name not in integers}
+    model = pack_weights(model, {name: width for name, width in widths.items() if name in integers})
+    model = pack_weights(model, decoded, dequantize="fold")
+    if not runtime.has_own_ops:
+        model = decode_through_int32(model, decoded)
+    return as_blocks(as_dynamic(model, rounded), blocks)
+
+
+def form_notes(model: ModelProto, dynamic: Collection[str] = ()) -> list[str]:
     """What a report says of the forms that were chosen in a file, and why."""
-    in_blocks = sum(node.op_type == "MatMulNBits" for node in model.graph.node)
-    if not in_blocks:
-        return []
-    return [
-        f"{in_blocks} matrix products of one row read 4-bit weights (MatMulNBits, activations and sums in float32): "
-        "faster than floats at batch 1, slower in larger batches, where --runtime openvino decodes them to floats"
-    ]
+    counts = Counter(node.op_type for node in model.graph.node)
+    notes, rounded = [], 0
+    if in_blocks := counts["MatMulNBits"]:
+        notes.append(
+            f"{in_blocks} matrix products of one row read 4-bit weights (MatMulNBits, sums and activations in floats): "
+            "faster than floats at batch 1, slower in larger batches, where --runtime openvino decodes them to floats"
+        )
+    if dynamic:
+        rounded = counts["MatMulInteger"]
+        notes.append(
+            f"{rounded} of {len(dynamic)} matrix products round their activations to 8 bits as they come, over the "
+            "whole batch, on which what an example gives depends a little"
+        )
+    if rounded < len(dynamic):
+        notes.append(
+            f"{len(dynamic) - rounded} of them are left in floats, which are no slower: small products, and those of "
+            "8-bit weights with many rows, for which --budget 7bit is faster"
+        )
+    return notes
 
 
 def _sparse_initializers(model: ModelProto, element_size: int) -> list[str]:

@@ -21,6 +21,7 @@ from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.trace import Graph
 from .plan import BY_CHANNEL, Plan, Replace
 from .sensitivity import Sensitivity
+from .settings import DYNAMIC
 from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
@@ -31,6 +32,16 @@ SPARSITY_SLACK = 1e-4  # rounding to whole weights
 LATENCY_SLACK = 1.1
 MAX_POINTS = 200  # of a frontier in the report
 COST_UNITS = {**UNITS, "bits": "bits"}
+
+
+def is_dynamic(plan: Plan) -> bool:
+    """Whether activations are rounded as they come."""
+    return plan.options.get("activations") == DYNAMIC
+
+
+def has_integers(plan: Plan | None) -> bool:
+    """Whether activations are rounded: what runtimes do with a value halfway between two steps differs."""
+    return plan is not None and (bool(plan.quantized("activation")) or is_dynamic(plan))
 
 
 def parity_checks(parity: list[Parity], integer: bool) -> list[Check]:

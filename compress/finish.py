@@ -128,7 +128,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     if settings["eval"].value is not None:
         data, task = read_evaluation(job)
     examples = data.first(8).inputs if data is not None else _examples(job)
-    integer = plan is not None and bool(plan.quantized("activation"))
+    integer = figures.has_integers(plan)
     parity = measure_parity(built.module, session, examples)
     checks = figures.parity_checks(parity, integer)
     metric = None

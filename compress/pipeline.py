@@ -356,7 +356,7 @@ def verify_run(run: Path, settings: Settings, *, progress: Progress) -> dict[str
         )
     elif gates.max_drop is not None or gates.min_metric is not None:
         raise UsageError("--max-drop and --min-metric need evaluation data", hint="pass --eval")
-    integer = bool(read_plan(run / PLAN).quantized("activation")) if (run / PLAN).is_file() else False
+    integer = figures.has_integers(read_plan(run / PLAN) if (run / PLAN).is_file() else None)
     parity = measure_parity(program.module(check_guards=False), session, inputs)
     checks += [
         *limit_check("max_bytes", (run / record["delivered"]).stat().st_size, gates.max_bytes, "bytes"),

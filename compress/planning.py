@@ -47,7 +47,7 @@ from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
 from .quantize.calibrate import activation_decisions, calibrated
 from .registry import METHODS, Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
-from .settings import Settings
+from .settings import DYNAMIC, Settings
 from .task import Task
 from .train.journal import journal_of_pass
 from .train.recipe import Training
@@ -177,14 +177,22 @@ def _decide(
         sensitivities,
         job.calibration,
         absolute_budget(budget or goal.budget, goal.dense),
-        method_options(job, goal.method.options),
+        _planner_options(job, goal.method),
         context,
     )
     return _completed(job, goal.budget, plan, tensors, context)
 
 
+def _planner_options(job: Job, method: Method) -> dict[str, Any]:
+    """A method's settings; activations that are rounded as they come are floats to it, as they have no range."""
+    options = method_options(job, method.options)
+    return options | {"activations": "float"} if options.get("activations") == DYNAMIC else options
+
+
 def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, Tensor], context: Context) -> Decided:
     plan, tensors = corrected(job, plan, tensors, context)
+    if job.value("activations") == DYNAMIC and "activations" in plan.options:
+        plan = replace(plan, options={**plan.options, "activations": DYNAMIC})
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
     plan, sidecar = sealed(replace(plan, budget=budget or plan.budget, seed=seed, inputs=inputs), tensors)
@@ -397,7 +405,7 @@ def _one_example(job: Job) -> tuple[Tensor, ...]:
 
 def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
     """What each layer takes at each width in the runtime, measured on this machine or read from the cache."""
-    activations = str(method_options(job, method.options).get("activations", "float"))
+    activations = str(_planner_options(job, method).get("activations", "float"))
     data = None if job.calibration is None else job.calibration.data.first(32)
     ranges = calibrated(job.graph, data, activations, context)
 
@@ -486,7 +494,7 @@ def _search_candidates(
 ) -> tuple[Decided, Built, int, bool]:
     """Go on to ever smaller models until one fails; the first is returned where none passes."""
     context = planning_context(job, goal.dense, 0)
-    options = method_options(job, goal.method.options)
+    options = _planner_options(job, goal.method)
     best, tried, passed = None, 0, False
     for plan, tensors in module.candidates(job.source, job.graph, sensitivities, job.calibration, options, context):
         decided = _completed(job, goal.budget, plan, tensors, context)

@@ -20,6 +20,7 @@ from .errors import UsageError
 from .registry import RUNTIMES
 
 CONFIG = "hcompress.toml"
+DYNAMIC = "dynamic"  # activations that are rounded as they come
 TYPES = {
     "str": "a text",
     "int": "a whole number",
@@ -195,7 +196,13 @@ SETTINGS = (
         "tie", "run.tie", "words", "Weights that a glob matches get one width.", (), in_preset=True, metavar="GLOB,..."
     ),
     Setting(
-        "activations", "run.activations", "str", "Bits of activations.", None, ("8", "6", "4", "float"), in_preset=True
+        "activations",
+        "run.activations",
+        "str",
+        "Bits of activations; dynamic: 8 with ranges of each batch.",
+        None,
+        ("8", "6", "4", DYNAMIC, "float"),
+        in_preset=True,
     ),
     Setting(
         "reconstruction",

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from zoo import Network, named
 
+from compress import export
 from compress.apply import Compressed, apply_plan, assemble
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
-from compress.errors import InputError, NumericsError
+from compress.errors import InputError, NumericsError, UsageError
 from compress.export import (
     USUAL,
     Form,
@@ -34,7 +35,9 @@ from compress.export import (
 from compress.float_storage import DTYPES, assemble_stored
 from compress.formats import onnx_blocks, pt2
 from compress.formats.checkpoint import read_checkpoint
+from compress.formats.onnx_dynamic import dynamic_weights
 from compress.formats.packed import QuantizedTensor, decode
+from compress.graph.dynamic import integer_linears, round_inputs
 from compress.graph.trace import Graph, trace_graph, trace_module
 from compress.model import Source
 from compress.quantize import uniform
@@ -198,6 +201,57 @@ def test_every_runtimes_file_computes_what_the_plain_one_does(
     inputs = network.inputs(5)
     for expected, found in zip(onnx_outputs(plain, inputs), onnx_outputs(written, inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "portable"])
+@pytest.mark.parametrize(("name", "bits"), [("mlp", 4), ("mlp", 8), ("Gpt", 7), ("Attention", 3), ("TwoInputs", 5)])
+def test_dynamic_activations_run_alike_in_onnx_runtime(
+    name: str, bits: int, runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "is_faster_as_integers", lambda product: True)
+    network = named(name)
+    graph, compressed, module = build(network.make(), network.inputs(16), "float", bits)
+    before = [leaf.clone() for leaf in tree_leaves(module(*network.inputs(3)))]
+    layers = integer_linears(module)
+    model = onnx_model(graph, compressed, module, form=Form(runtime), dynamic=layers)
+    round_inputs(module, layers)
+    assert layers == dynamic_weights(model)
+    assert layers and [node.op_type for node in model.graph.node].count("MatMulInteger") == len(layers)
+    assert {node.domain for node in model.graph.node} == {""}
+    session = open_session(serialize(model), 1)
+    assert all(parity_holds(p, True) for p in measure_parity(module, session, network.inputs(8)))
+    after = tree_leaves(module(*network.inputs(3)))
+    assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    write_program(module, graph.example_inputs, tmp_path / "model.pt2")
+    found = pt2.read(tmp_path / "model.pt2").module(check_guards=False)
+    for one, other in zip(after, tree_leaves(found(*network.inputs(3))), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inputs_of_zeros_are_rounded_to_zeros() -> None:
+    module = nn.Sequential(nn.Linear(8, 4)).eval().requires_grad_(False)
+    _, _, assembled = build(module, (torch.randn(4, 8),), "float", 4)
+    expected = assembled(torch.zeros(2, 8))
+    round_inputs(assembled, integer_linears(assembled))
+    assert torch.equal(assembled(torch.zeros(2, 8)), expected)
+
+
+def test_a_dynamic_product_that_is_written_in_another_way_is_named() -> None:
+    graph, compressed, module = build(*((n := named("mlp")).make(), n.inputs(8)), "float", 4)
+    with pytest.raises(UsageError, match=r"the product with other\.weight is written in another way") as caught:
+        onnx_model(graph, compressed, module, dynamic=["other.weight_levels"])
+    assert caught.value.hint == "pass --exclude other.weight, or --activations float"
+
+
+def test_small_products_keep_their_activations() -> None:
+    network = named("mlp")
+    graph, compressed, module = build(network.make(), network.inputs(8), "float", 4)
+    layers = integer_linears(module)
+    model = onnx_model(graph, compressed, module, dynamic=layers)
+    assert dynamic_weights(model) == set()
+    notes = form_notes(model, layers)
+    assert notes[0].startswith(f"0 of {len(layers)} matrix products round their activations")
+    assert notes[1].startswith(f"{len(layers)} of them are left in floats, which are no slower")
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import pipeline
+from compress import export, pipeline
 from compress.data import load_object
 from compress.errors import BudgetError, UsageError
 from compress.formats.checkpoint import read_checkpoint
+from compress.plan import read_plan
 from compress.settings import Value, resolve
 
 FOLDER = Path(str(resources.files("compress.demo")))
@@ -127,6 +128,33 @@ def test_a_run_of_halves_is_a_checkpoint_and_a_network_of_floats(checkpoint: Pat
     assert torch.equal(loaded.state_dict()["7.weight"][kept], weight.half().float()[kept])
     again = run("quantize", tmp_path / "run", tmp_path / "again", method="uniform", budget="8bit", model=factory)
     assert again["average_bits"] == 8
+
+
+@pytest.mark.parametrize("method", ["uniform", "hawq"])
+def test_dynamic_activations_are_in_the_plan_and_in_the_files(
+    checkpoint: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "is_faster_as_integers", lambda product: True)
+    given = {"method": method, "budget": "5bit", "activations": "dynamic", "passes": 2}
+    record = run("quantize", checkpoint, tmp_path / "run", **given)
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    assert plan.options["activations"] == "dynamic" and not plan.quantized("activation")
+    assert any(note.startswith("1 of 1 matrix products round their activations to 8 bits") for note in record["notes"])
+    again = settings(checkpoint, tmp_path / "again")
+    pipeline.apply_plan(checkpoint, tmp_path / "run", again, force=False, command=[], progress=quiet)
+    for name in ("model.onnx", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert pipeline.verify_run(tmp_path / "run", again, progress=quiet)["checks"]
+    given["activations"] = "float"
+    run("quantize", checkpoint, tmp_path / "float", **given)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "float")]
+    assert weights[0] == weights[1]
+
+
+def test_dynamic_activations_without_a_linear_layer_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    given = {"method": "uniform", "budget": "20bit", "activations": "dynamic", "exclude": "7.weight"}
+    with pytest.raises(UsageError, match="rounds the inputs of linear layers, and none has a quantized weight"):
+        run("quantize", checkpoint, tmp_path / "run", **given)
 
 
 def test_a_form_that_is_unknown_is_named() -> None:
