@@ -244,7 +244,7 @@ def onnx_model(
 
 
 def _with_float_activations(
-    model: ModelProto, widths: Mapping[str, int], dynamic: Collection[str], runtime: Runtime
+    model: ModelProto, widths: Mapping[str, Width], dynamic: Collection[str], runtime: Runtime
 ) -> ModelProto:
     """Weights decoded to floats, but where their products are faster on integers."""
     products = find_products(model, widths)
