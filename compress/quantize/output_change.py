@@ -43,6 +43,7 @@ from .channel_widths import Rows, mixtures, rounded_rows
 from .points import Costs, costs_of, first_plan, groups_of, of_choices, widths_of
 from .points import at_point as at_point
 
+NAME = "output-change"
 TARGETS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 7)
 MEASURED = (2, 4)  # whole widths at which each weight's loss is measured
 EXAMPLES = 128
@@ -81,8 +82,10 @@ def plan(
     activations = str(options["activations"])
     widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
     ranges = calibrated(graph, calibration.data, activations, context)
-    rows = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
-    losses = _measured(graph, rows, calibration, context)
+    if NAME not in context.memo:
+        found = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
+        context.memo[NAME] = (found, _measured(graph, found, calibration, context))
+    rows, losses = context.memo[NAME]
     costs = costs_of(source, graph, layers, goal, activations, context)
     items = []
     for group in groups_of(graph, layers, tie):
@@ -91,9 +94,9 @@ def plan(
             names = ", ".join(layer.tensor for layer in group)
             raise UsageError(f"--keep leaves no width to {names}, which --tie binds", hint="keep them at one width")
         choices = [_choice(group, width, float(width), costs, losses) for width in shared]
-        found = rows[group[0].tensor]
-        if options["channel_widths"] == "mixed" and len(group) == 1 and len(shared) > 1 and found.may_mix():
-            mixed = {bits: width for bits, width in mixtures(found, TARGETS).items() if is_mixed(width)}
+        first = rows[group[0].tensor]
+        if options["channel_widths"] == "mixed" and len(group) == 1 and len(shared) > 1 and first.may_mix():
+            mixed = {bits: width for bits, width in mixtures(first, TARGETS).items() if is_mixed(width)}
             choices += [_choice(group, width, bits, costs, losses) for bits, width in mixed.items()]
         items.append(Item(tuple(layer.tensor for layer in group), tuple(sorted(choices, key=lambda c: c.cost))))
     recorded = {
@@ -105,7 +108,7 @@ def plan(
         "reconstruction": options["reconstruction"],
         "tie": list(tie),
     }
-    return first_plan("output-change", items, costs, ranges, source, graph, calibration, budget, recorded, context)
+    return first_plan(NAME, items, costs, ranges, source, graph, calibration, budget, recorded, context)
 
 
 def _rows(
