@@ -31,7 +31,7 @@ from .pruned import Cut, check_cut, prune
 from .registry import find_runtime
 from .sensitivity import Sensitivity
 from .settings import Settings
-from .widths import CHANNEL_BYTES, Width, is_mixed, letters_of, of_letter
+from .widths import CHANNEL_BYTES, Width, is_mixed
 
 ONNX, PLAN, SIDECAR = "model.onnx", "plan.json", "plan.safetensors"
 
@@ -91,9 +91,7 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
 
     def stored(name: str, storage: Storage) -> int:
         if is_mixed(storage.bits) and packs:
-            each, letters = elements[name] // channels[name], letters_of(storage.bits)
-            packed = sum(packed_size(letters.count(k) * each, of_letter(k)) for k in set(letters) - {"0"})
-            return packed + (4 + CHANNEL_BYTES) * channels[name]
+            return packed_size(elements[name], storage.bits) + (4 + CHANNEL_BYTES) * channels[name]
         whole = size(elements[name], storage.bits)
         scales = 0 if storage.bits == 32 else 4 * channels[name]
         if not packs or (not is_safetensors and storage.bits != 32):

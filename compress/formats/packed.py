@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,7 +237,7 @@ def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype
         raise _broken(f"{escape(name)} has bits for {len(letters_of(bits))} channels, not those of its axis")
     if survivors is None:
         alive = None
-        stream.require(_packed_size(bits, num_elements), name)
+        stream.require(planes.packed_size(num_elements, bits), name)
     else:
         alive = _mask(name, num_elements, survivors, stream).reshape(shape)
     levels = np.zeros(shape, dtype=np.int16)
@@ -272,16 +271,6 @@ def _places(bits: Width, axis: int | None) -> list[tuple[Width, tuple[Any, ...]]
         )
         for letter in used
     ]
-
-
-def _packed_size(bits: Width, num_elements: int) -> int:
-    """Bytes of a tensor without a mask."""
-    if not is_mixed(bits):
-        return planes.packed_size(num_elements, bits)
-    letters = letters_of(bits)
-    each = num_elements // len(letters)
-    used = Counter(of_letter(letter) for letter in letters if letter != "0")
-    return sum(planes.packed_size(count * each, width) for width, count in used.items())
 
 
 def _offset(width: Width) -> int:

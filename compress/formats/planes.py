@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..widths import Width, levels_of
+from ..widths import Width, is_mixed, letters_of, levels_of, of_letter
 
 Bytes = NDArray[np.uint8]
 
@@ -67,7 +67,14 @@ def unpack(data: Bytes | bytes, bits: Width, num_levels: int) -> Bytes:
 
 
 def packed_size(num_levels: int, bits: Width) -> int:
-    """Bytes of ``num_levels`` values of ``bits`` bits, every plane padded to whole bytes."""
+    """Bytes of ``num_levels`` values of ``bits`` bits, every plane padded to whole bytes.
+
+    Where channels have widths of their own, the values of one width are packed together.
+    """
+    if is_mixed(bits):
+        letters = letters_of(bits)
+        each, used = num_levels // len(letters), set(letters) - {"0"}
+        return sum(packed_size(letters.count(letter) * each, of_letter(letter)) for letter in used)
     if isinstance(bits, str):
         return -(-num_levels // len(_powers(bits)))
     return sum(plane_size(num_levels, width) for width in fields(bits))

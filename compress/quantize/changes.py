@@ -7,7 +7,8 @@ forward pass from the layer on for each variant, and the batch's activations hel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..data import Data
 from ..graph.channel_rules import shape_of
 from ..graph.rewrite import on_device, unlift
 from ..graph.trace import Graph
+from ..reconstruct.side_by_side import attribute_of, call
 from ..task import Task, divergence, has_logits
 from ..train.distill import first_tensor
 
@@ -61,7 +63,7 @@ def loss_changes(
         with torch.no_grad():
             for node in nodes:
                 if node not in known:
-                    known[node] = _value(module, node, known.__getitem__)
+                    known[node] = _value(module, node, known)
             reference = first_tensor(known[nodes[-1]])
             done = 0
             for name, weights in variants.items():
@@ -100,7 +102,7 @@ def _depends_on(start: fx.Node | None, nodes: Sequence[fx.Node]) -> list[fx.Node
 
 
 def _run(
-    module: fx.GraphModule, nodes: Sequence[fx.Node], known: Mapping[fx.Node, Any], values: dict[fx.Node, Any]
+    module: fx.GraphModule, nodes: Sequence[fx.Node], known: dict[fx.Node, Any], values: dict[fx.Node, Any]
 ) -> Any:
     """The value of the last of ``nodes``; their own are dropped once they have been read.
 
@@ -108,20 +110,17 @@ def _run(
         known: Values from before.
         values: Values that take their place.
     """
+    layered = ChainMap(values, known)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     for node in nodes:
-        values[node] = _value(module, node, lambda source: values[source] if source in values else known[source])
+        values[node] = _value(module, node, layered)
         for source in node.all_input_nodes:
             if last[source] is node:
                 values.pop(source, None)
     return values[nodes[-1]]
 
 
-def _value(module: fx.GraphModule, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value.detach() if isinstance(value, Tensor) else value
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
-    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+        return attribute_of(module, node)
+    return fx.node.map_arg(node.args[0], lambda source: values[source]) if node.op == "output" else call(node, values)

@@ -20,7 +20,6 @@ from ..budget import Budget
 from ..context import Context
 from ..curvature.moments import input_moments
 from ..curvature.network import open_network
-from ..errors import UsageError
 from ..frontier import FLOAT_BITS, Choice, Item
 from ..graph.trace import Graph, Layer
 from ..model import Source
@@ -71,11 +70,7 @@ def plan(
     traces = sensitivities["hessian-trace"].entries
     costs = costs_of(source, graph, layers, goal, activations, context)
     items = []
-    for group in groups_of(graph, layers, tie):
-        shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
-        if not shared:
-            names = ", ".join(layer.tensor for layer in group)
-            raise UsageError(f"--keep leaves no width to {names}, which --tie binds", hint="keep them at one width")
+    for group, shared in groups_of(graph, layers, tie, widths):
         choices = []
         for bits in shared:
             losses = [

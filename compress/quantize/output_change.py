@@ -28,7 +28,6 @@ from ..context import Context
 from ..curvature.moments import input_moments
 from ..curvature.network import open_network
 from ..curvature.row_traces import row_traces
-from ..errors import UsageError
 from ..frontier import FLOAT_BITS, Choice, FrontierRecord, Item
 from ..graph.trace import Graph, Layer
 from ..model import Source
@@ -88,11 +87,7 @@ def plan(
     rows, losses = context.memo[NAME]
     costs = costs_of(source, graph, layers, goal, activations, context)
     items = []
-    for group in groups_of(graph, layers, tie):
-        shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
-        if not shared:
-            names = ", ".join(layer.tensor for layer in group)
-            raise UsageError(f"--keep leaves no width to {names}, which --tie binds", hint="keep them at one width")
+    for group, shared in groups_of(graph, layers, tie, widths):
         choices = [_choice(group, width, float(width), costs, losses) for width in shared]
         first = rows[group[0].tensor]
         if options["channel_widths"] == "mixed" and len(group) == 1 and len(shared) > 1 and first.may_mix():

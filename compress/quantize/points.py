@@ -5,7 +5,7 @@ Shared by the methods that give each weight a width of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,8 +183,16 @@ def widths_of(
     return widths
 
 
-def groups_of(graph: Graph, layers: Sequence[Layer], tie: Sequence[str]) -> list[tuple[Layer, ...]]:
-    """Layers that get one width: those that a glob of ``tie`` matches, and the others one by one."""
+def groups_of(
+    graph: Graph, layers: Sequence[Layer], tie: Sequence[str], widths: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[tuple[Layer, ...], list[int]]]:
+    """Layers that get one width, and the widths that all of them may get, ascending.
+
+    They are those that a glob of ``tie`` matches, and the others one by one.
+
+    Raises:
+        UsageError: Layers that are bound have no width in common.
+    """
     groups: dict[str, list[Layer]] = {}
     leader = {layer.tensor: layer.tensor for layer in layers}
     for glob in tie:
@@ -195,4 +203,11 @@ def groups_of(graph: Graph, layers: Sequence[Layer], tie: Sequence[str]) -> list
                 leader[tensor] = leader[names[0]]
     for layer in layers:
         groups.setdefault(leader[layer.tensor], []).append(layer)
-    return [tuple(group) for group in groups.values()]
+    for group in groups.values():
+        shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
+        if not shared:
+            listed = ", ".join(layer.tensor for layer in group)
+            raise UsageError(
+                f"--keep leaves no width to {listed}, which --tie binds", hint="keep them at one width"
+            )
+        yield tuple(group), shared

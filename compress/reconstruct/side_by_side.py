@@ -87,12 +87,12 @@ def walk(
             if node.op == "placeholder":
                 pair.before[node] = pair.after[node] = next(given)
             elif node.op == "get_attr":
-                pair.before[node] = _attribute(pair.dense, node)
-                pair.after[node] = _attribute(pair.module, node)
+                pair.before[node] = attribute_of(pair.dense, node)
+                pair.after[node] = attribute_of(pair.module, node)
             elif node.op == "call_function":
-                pair.before[node] = _call(node, pair.before)
+                pair.before[node] = call(node, pair.before)
                 visit(node)
-                pair.after[node] = _call(node, pair.after)
+                pair.after[node] = call(node, pair.after)
             if rounds and node in rounds:
                 pair.after[node] = rounds[node](pair.after[node])
             for source in node.all_input_nodes:
@@ -101,14 +101,16 @@ def walk(
     progress(what, len(nodes), len(nodes))
 
 
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+def attribute_of(module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a get_attr node reads."""
     value: Any = module
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What an op gives, its arguments among ``values``."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
