@@ -207,7 +207,5 @@ def groups_of(
         shared = sorted(set.intersection(*(set(widths[layer.tensor]) for layer in group)))
         if not shared:
             listed = ", ".join(layer.tensor for layer in group)
-            raise UsageError(
-                f"--keep leaves no width to {listed}, which --tie binds", hint="keep them at one width"
-            )
+            raise UsageError(f"--keep leaves no width to {listed}, which --tie binds", hint="keep them at one width")
         yield tuple(group), shared
