@@ -65,9 +65,12 @@ class Data:
         """``count`` examples drawn without replacement; all of them, in order, where there are no more."""
         if count >= len(self):
             return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self.at(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
+
+    def at(self, places: Tensor) -> Data:
+        """The examples of these numbers, in their order."""
         return Data(
-            tuple(x[chosen] for x in self.inputs), None if self.targets is None else self.targets[chosen], self.name
+            tuple(x[places] for x in self.inputs), None if self.targets is None else self.targets[places], self.name
         )
 
     def batches(self, size: int) -> Iterable[Data]:

@@ -204,11 +204,16 @@ def has_logits(task: Task) -> bool:
 
 def divergence(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> float:
     """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values."""
+    return float(divergences(reference, outputs, are_logits=are_logits).mean())
+
+
+def divergences(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> Tensor:
+    """The same of each prediction, or of each value, float64."""
     if are_logits and reference.dim() >= 2 and reference.shape[-1] >= 2:
         log_p = torch.log_softmax(reference.double(), -1)
         log_q = torch.log_softmax(outputs.double(), -1)
-        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return float((reference.double() - outputs.double()).square().mean())
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (reference.double() - outputs.double()).square()
 
 
 @dataclass(frozen=True, slots=True)

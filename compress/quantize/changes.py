@@ -17,15 +17,16 @@ from torch import Tensor, fx
 from ..context import Context
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.rewrite import on_device, unlift
+from ..graph.rewrite import on_device, put_tensor, tensor_at, unlift
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
-from ..task import Task, divergence, has_logits
+from ..task import Task, divergences, has_logits
 from ..train.distill import first_tensor
 
 MOST_ELEMENTS = 2**27  # of all activations of a batch
 BATCH = 16
-PREDICTIONS = 4096  # of outputs with many for an example: further batches are left out
+SELDOM = 0.1  # of the mean share: how often an example is drawn at least
+PREDICTIONS = 4096  # of outputs with many for an example: fewer examples are drawn
 
 
 def loss_changes(
@@ -35,18 +36,25 @@ def loss_changes(
     task: Task,
     context: Context,
     *,
+    counts: Tensor | None = None,
     temperature: float = 1.0,
 ) -> dict[str, list[float]]:
     """How far the outputs are from the dense network's, on average, with each variant of each weight alone.
 
     Args:
         variants: Of the weight's shape, by state-dict key.
-        data: What is beyond ``PREDICTIONS`` is left out.
+        counts: ``[n]``: how many examples each of ``data`` stands for; one each where that isn't given.
         temperature: That logits are divided by. What is found is put in units of the loss: times what all of it
             together would be at 1.
     """
     are_logits = has_logits(task)
-    plain, count, predictions = 0.0, 0, 0
+    plain, count, done = 0.0, 0.0, 0
+    counts = torch.ones(len(data)) if counts is None else counts
+
+    def moved_by(reference: Tensor, outputs: Tensor, stands: Tensor) -> float:
+        moved = divergences(reference, outputs, are_logits=are_logits).reshape(len(stands), -1)
+        return float(stands.to(moved) @ moved.mean(1))
+
     module = on_device(unlift(graph.program, graph.tied), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
@@ -56,8 +64,7 @@ def loss_changes(
     found = {name: [0.0] * len(values) for name, values in variants.items()}
     total = sum(map(len, variants.values()))
     for batch in data.batches(_batch_size(graph)):
-        if predictions >= PREDICTIONS and count:
-            break
+        stands = counts[done : done + len(batch)]
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
         known = {node: value.to(context.device) for node, value in known.items()}
         with torch.no_grad():
@@ -65,22 +72,64 @@ def loss_changes(
                 if node not in known:
                     known[node] = _value(module, node, known)
             reference = first_tensor(known[nodes[-1]])
-            done = 0
+            tried = 0
             for name, weights in variants.items():
                 for place, weight in enumerate(weights):
-                    context.progress("output changes", count * total + done * len(batch), len(data) * total)
+                    context.progress("output changes", done * total + tried * len(batch), len(data) * total)
                     outputs = _run(module, after[name], known, {stored[name]: weight.to(context.device)})
                     moved = first_tensor(outputs)
-                    plain += len(batch) * divergence(reference, moved, are_logits=are_logits)
-                    cooled = (reference / temperature, moved / temperature) if are_logits else (reference, moved)
-                    found[name][place] += len(batch) * divergence(*cooled, are_logits=are_logits)
-                    done += 1
-        count += len(batch)
-        predictions += reference[..., 0].numel()
+                    plain += moved_by(reference, moved, stands)
+                    heat = temperature if are_logits else 1.0
+                    found[name][place] += moved_by(reference / heat, moved / heat, stands)
+                    tried += 1
+        count += float(stands.sum())
+        done += len(batch)
     context.progress("output changes", len(data) * total, len(data) * total)
     whole = sum(map(sum, found.values()))
-    unit = plain / whole / max(1, count) if whole else 0.0
+    unit = plain / whole / count if whole else 0.0
     return {name: [loss * unit for loss in losses] for name, losses in found.items()}
+
+
+def telling_examples(
+    graph: Graph,
+    weights: Mapping[str, Tensor],
+    data: Data,
+    count: int,
+    task: Task,
+    context: Context,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Data, Tensor]:
+    """So few examples that the means over them are near to those over all, and how many each one stands for.
+
+    They are drawn at even steps through all examples, each as often as the root of how far its outputs move; what is
+    drawn often stands for few (importance sampling).
+
+    Args:
+        weights: By state-dict key: what moves the outputs, all at once.
+        count: At most so many, and no more than make ``PREDICTIONS``; all where there are no more.
+    """
+    are_logits = has_logits(task)
+    heat = temperature if are_logits else 1.0
+    module, moving = (on_device(unlift(graph.program, graph.tied), context.device) for _ in range(2))
+    for name, weight in weights.items():
+        put_tensor(moving, name, weight.to(tensor_at(moving, name)))
+    parts = []
+    with torch.no_grad():
+        for batch in data.batches(_batch_size(graph)):
+            inputs = tuple(x.to(context.device) for x in batch.inputs)
+            reference, outputs = (first_tensor(network(*inputs)) / heat for network in (module, moving))
+            parts.append(divergences(reference, outputs, are_logits=are_logits).reshape(len(batch), -1).cpu())
+    moved = torch.cat(parts)
+    count = min(count, max(1, PREDICTIONS // moved.shape[1]))
+    if len(data) <= count:
+        return data, torch.ones(len(data))
+    share = moved.mean(1).sqrt()
+    share = share + (SELDOM * share.mean() or 1.0)
+    share = share / share.sum()
+    places = torch.searchsorted(share.cumsum(0), (torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    chosen, times = torch.unique(places.clamp_max(len(data) - 1), return_counts=True)
+    return data.at(chosen), (times / (count * share[chosen])).float()
 
 
 def _batch_size(graph: Graph) -> int:

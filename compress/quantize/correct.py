@@ -29,6 +29,7 @@ from ..apply import (
     values_sha256,
 )
 from ..context import Context
+from ..data import Data
 from ..graph.rewrite import bias_keys, on_device
 from ..graph.trace import Graph
 from ..model import Source
@@ -37,6 +38,8 @@ from ..reconstruct.rounding import Storage, round_layers
 from ..reconstruct.side_by_side import fitting_examples
 from ..task import Calibration, divergence, has_logits
 from ..train.distill import first_tensor
+
+BATCH = 32  # examples whose activations stay in a processor's cache
 
 
 class _Means(fx.Interpreter):
@@ -106,27 +109,38 @@ def corrected(plan: Plan, source: Source, graph: Graph, calibration: Calibration
     inputs = tuple(x.to(context.device) for x in data.inputs)
     are_logits = has_logits(calibration.task)
     keys = _bias_keys(plan, graph)
-    dense = _Means(on_device(float_module(graph), context.device), _channels(graph, keys), {})
-    with torch.no_grad():
-        wanted = first_tensor(dense.run(*inputs)).cpu()
+    wanted = _outputs(float_module(graph), data, context)
 
     def tried(found: Plan, sidecar: dict[str, Tensor]) -> Corrected:
-        network = assemble(graph, apply_plan(source.module, graph.tied, found, sidecar))
-        with torch.no_grad():
-            outputs = first_tensor(on_device(network, context.device)(*inputs)).cpu()
+        outputs = _outputs(assemble(graph, apply_plan(source.module, graph.tied, found, sidecar)), data, context)
         return Corrected(found, sidecar, divergence(wanted, outputs, are_logits=are_logits))
+
+    def best() -> Corrected:
+        return min(every, key=lambda one: one.moved)
 
     every = [tried(plan, {})]
     if reconstructs:
         every.append(tried(*_reconstructed(plan, source, graph, inputs, context)))
     if corrects:
         context.progress("correct biases", 0, 1)
-        every += [tried(*_corrected(one, source, graph, keys, dense.means, inputs, context)) for one in list(every)]
+        dense = _Means(on_device(float_module(graph), context.device), _channels(graph, keys), {})
+        with torch.no_grad():
+            dense.run(*inputs)
+        every.append(tried(*_corrected(best(), source, graph, keys, dense.means, inputs, context)))
         context.progress("correct biases", 1, 1)
-    best = min(every, key=lambda one: one.moved)
-    has_data = best.plan.makes_up_for_rounding()
+    made = best()
+    has_data = made.plan.makes_up_for_rounding()
     task_sha256 = calibration.sha256() if has_data else plan.task_sha256
-    return Corrected(replace(best.plan, task_sha256=task_sha256), best.sidecar, best.moved)
+    return replace(made, plan=replace(made.plan, task_sha256=task_sha256))
+
+
+def _outputs(network: fx.GraphModule, data: Data, context: Context) -> Tensor:
+    network = on_device(network, context.device)
+    with torch.no_grad():
+        parts = [
+            first_tensor(network(*(x.to(context.device) for x in batch.inputs))).cpu() for batch in data.batches(BATCH)
+        ]
+    return torch.cat(parts)
 
 
 def _reconstructed(

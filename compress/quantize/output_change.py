@@ -10,7 +10,7 @@ what the exact frontier trades for bits. The network at the point that is chosen
 whole width of the same budget: the nearer one is taken.
 Source: the frontier is that of Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852). Cost: ``curvature.moments``, ``PASSES`` of
 ``curvature.row_traces``, one rounding of each row at nine widths, and for each weight and measured width a partial
-forward pass over ``EXAMPLES`` examples.
+forward pass over ``EXAMPLES`` examples, which are drawn by how far rounding all weights moves them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..task import Calibration
 from ..widths import CHANNEL_BYTES, Width, is_mixed
 from . import correct as correction
 from .calibrate import calibrated
-from .changes import loss_changes
+from .changes import loss_changes, telling_examples
 from .channel_widths import Rows, mixtures, rounded_rows
 from .points import Costs, costs_of, first_plan, groups_of, of_choices, widths_of
 from .points import at_point as at_point
@@ -45,6 +45,7 @@ from .points import at_point as at_point
 NAME = "output-change"
 TARGETS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 7)
 MEASURED = (2, 4)  # whole widths at which each weight's loss is measured
+USUAL = 3  # bits at which examples are told apart by how far their outputs move
 EXAMPLES = 128
 PASSES = 2
 TEMPERATURE = 2.0
@@ -165,8 +166,10 @@ class _Losses:
 
 def _measured(graph: Graph, rows: Mapping[str, Rows], calibration: Calibration, context: Context) -> _Losses:
     variants = {tensor: [found.at(width) for width in MEASURED] for tensor, found in rows.items()}
-    data = calibration.data.first(EXAMPLES)
-    return _Losses(rows, loss_changes(graph, variants, data, calibration.task, context, temperature=TEMPERATURE))
+    task, usual = calibration.task, {tensor: found.at(USUAL) for tensor, found in rows.items()}
+    data, counts = telling_examples(graph, usual, calibration.data, EXAMPLES, task, context, temperature=TEMPERATURE)
+    losses = loss_changes(graph, variants, data, task, context, counts=counts, temperature=TEMPERATURE)
+    return _Losses(rows, losses)
 
 
 def _choice(group: Sequence[Layer], width: Width, bits: float, costs: Costs, losses: _Losses) -> Choice:

@@ -166,8 +166,8 @@ def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tenso
         parts = [
             (rows.transpose(1, 2) @ rows).double(),
             (rows.transpose(1, 2) @ goals).double(),
-            rows.sum(1, dtype=torch.float64),
-            goals.sum(1, dtype=torch.float64),
+            rows.sum(1).double(),
+            goals.sum(1).double(),
         ]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         count += rows.shape[1]

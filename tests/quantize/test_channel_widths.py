@@ -13,7 +13,7 @@ from torch import nn
 from compress.context import Context
 from compress.data import Data
 from compress.graph.trace import trace_graph
-from compress.quantize.changes import loss_changes
+from compress.quantize.changes import loss_changes, telling_examples
 from compress.quantize.channel_widths import Rows, mixtures, rounded_rows
 from compress.task import Classification, divergence
 from compress.widths import WIDTHS, by_channel, counts, is_width, letters_of, mean_bits, shown
@@ -131,6 +131,39 @@ def test_output_changes_are_those_of_whole_runs(kind: type[nn.Module]) -> None:
             for value, loss in zip(values, found[name], strict=True):
                 module.load_state_dict({**state, name: value})
                 assert loss == pytest.approx(divergence(dense, module(x), are_logits=True), rel=1e-4, abs=1e-9)
+
+
+def test_a_few_telling_examples_stand_for_all_of_them() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    x = torch.randn(400, 6) * torch.logspace(-1.5, 0.5, 400)[torch.randperm(400)][:, None]
+    data, task, graph = Data((x,), None, "x"), Classification(), trace_graph(module, (x[:2],))
+    state = module.state_dict()
+    variants = {
+        layer.tensor: [state[layer.tensor] * (1 + 0.1 * torch.randn(state[layer.tensor].shape)) for _ in range(8)]
+        for layer in graph.layers
+    }
+    usual = {name: values[0] for name, values in variants.items()}
+    few, stands = telling_examples(graph, usual, data, 40, task, CONTEXT)
+    assert len(few) == len(stands) <= 40 and float(stands.sum()) == pytest.approx(400, rel=0.25)
+
+    def losses(data: Data, stands: torch.Tensor | None = None) -> torch.Tensor:
+        found = loss_changes(graph, variants, data, task, CONTEXT, counts=stands)
+        return torch.tensor([loss for values in found.values() for loss in values])
+
+    of_all = losses(data)
+    drawn, first = ((losses(*some) / of_all - 1).abs().mean() for some in ((few, stands), (data.first(40),)))
+    assert drawn < 0.3 and drawn < first / 2
+    assert telling_examples(graph, usual, data, 400, task, CONTEXT)[0] is data
+
+
+def test_few_examples_are_drawn_of_sequences() -> None:
+    module = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).eval()
+    x = torch.randint(0, 7, (20, 1000), generator=torch.Generator().manual_seed(0))
+    graph = trace_graph(module, (x[:2],))
+    usual = {layer.tensor: module.state_dict()[layer.tensor] * 0.9 for layer in graph.layers}
+    few, _ = telling_examples(graph, usual, Data((x,), None, "x"), 128, Classification(), CONTEXT)
+    assert len(few) <= 4
 
 
 def test_widths_in_words() -> None:
