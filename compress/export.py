@@ -32,7 +32,7 @@ from .formats import pt2
 from .formats.onnx_blocks import as_blocks, is_faster_in_blocks
 from .formats.onnx_decoded import decode_through_int32
 from .formats.onnx_dynamic import as_dynamic, is_faster_as_integers
-from .formats.onnx_graph import drop_unused
+from .formats.onnx_graph import drop_unused, shorten
 from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights, sparsify
 from .formats.onnx_products import find_products
@@ -239,6 +239,7 @@ def onnx_model(
         model = _with_float_activations(model, widths, dynamic, runtime)
     if dtype != torch.float32:
         model = store_halves(model, dtype)
+    shorten(model)
     onnx.checker.check_model(model, full_check=True)
     return model
 
