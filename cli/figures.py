@@ -37,7 +37,11 @@ def read_report(folder: Path) -> dict[str, Any]:
 def print_report(report: dict[str, Any]) -> None:
     """Before and after, the proofs, the checks and the notes of one run."""
     print_table(("", "dense", "compressed", "change"), comparison_rows(report))
-    for line in (*prediction_lines(report), *proof_lines(report)):
+    for line in prediction_lines(report):
+        print_line(line)
+    if report.get("predictors"):
+        print_predictors(report["predictors"])
+    for line in proof_lines(report):
         print_line(line)
 
 
@@ -105,6 +109,14 @@ def prediction_lines(report: dict[str, Any]) -> list[str]:
 
     lines = [f"frontier: {frontier_text(frontier)}"] if frontier else []
     return lines + ([f"loss: {loss_text(loss)}"] if loss else [])
+
+
+def print_predictors(predictors: dict[str, Any]) -> None:
+    """How well predictors of the loss foretold what random widths cost, a row each."""
+    from ..report import predictor_cells, predictors_text
+
+    print_line(f"predictors: {predictors_text(predictors)}")
+    print_table(("predictor", "Spearman rho", "p90/p10 of predicted/measured", "median"), predictor_cells(predictors))
 
 
 def proof_lines(report: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import click
 
 from .. import registry
 from . import options, preflight
-from .figures import count
+from .figures import count, print_predictors
 from .options import checkpoint_argument, command, force_option, setting_options
 from .output import print_json, print_line, print_table
 from .progress import Progress
@@ -20,6 +20,7 @@ EXAMPLES = """\
 hcompress sensitivity model.pt --model net.py:make --data calibration.npz
 hcompress sensitivity model.pt --model net.py:make --data calibration.npz --rtol 0.02 --out traces
 hcompress sensitivity model.pt --model net.py:make --data calibration.npz --measure fisher --fisher labels
+hcompress sensitivity model.pt --model net.py:make --data calibration.npz --measure output-change --compare 50
 hcompress sensitivity model.pt --model net.py:make --measure weight-error --input-shape 3,32,32 --json"""
 
 
@@ -32,7 +33,7 @@ hcompress sensitivity model.pt --model net.py:make --measure weight-error --inpu
     metavar="NAME",
     help=f"One of {', '.join(measure.name for measure in registry.MEASURES)}.",
 )
-@setting_options("trace", "fisher", "rtol", "passes")
+@setting_options("trace", "fisher", "rtol", "passes", "reconstruction", "compare")
 @setting_options("model", "model_args", "input_shape", "data", "num_calibration", "mean", "std", "layout", "task")
 @setting_options("seed", "threads", "device", "cache", "out")
 @force_option
@@ -79,6 +80,8 @@ def _print(record: dict[str, Any]) -> None:
     origin = ", from the cache" if record["cached"] else ""
     print_line(f"{record['method']}, {record['unit']}; {record['num_examples']} calibration examples{origin}{scale}")
     print_table(("layer", *(("option",) if by_option else ()), "value", "weights", "per weight", ""), rows)
+    if record["predictors"] is not None:
+        print_predictors(record["predictors"])
     for note in record["notes"]:
         print_line(f"note: {note}")
 

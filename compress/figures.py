@@ -25,7 +25,7 @@ from .settings import DYNAMIC
 from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
-from .widths import counts, is_mixed, mean_bits, shown
+from .widths import counts, is_mixed, letters_of, levels_of, mean_bits, shown
 
 REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
@@ -209,6 +209,7 @@ def layer_records(
                 "elements": layer.elements,
                 "macs": layer.macs,
                 "bits": bits,
+                "channel_bits": _channel_bits(stored),
                 "sparsity": sparsity,
                 "decision": decision,
                 "relative_error": error,
@@ -218,6 +219,21 @@ def layer_records(
             }
         )
     return entries
+
+
+def _channel_bits(stored: Tensor | QuantizedTensor) -> list[list[float]]:
+    """Bits and the number of channels that have them, the fewest bits first; none where all have the same."""
+    if not isinstance(stored, QuantizedTensor) or not is_mixed(stored.bits):
+        return []
+    letters = letters_of(stored.bits)
+    found = {levels_of(letter).bits: letters.count(letter) for letter in set(letters)}
+    return [[bits, found[bits]] for bits in sorted(found)]
+
+
+def activation_records(plan: Plan | None) -> list[dict[str, Any]]:
+    """The activations that are rounded to a range, in network order."""
+    found = {} if plan is None else plan.quantized("activation")
+    return [{"name": name, "bits": decision.bits, "range": list(decision.range)} for name, decision in found.items()]
 
 
 def _left(shape: tuple[int, ...], before: tuple[int, ...]) -> str:

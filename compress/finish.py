@@ -31,6 +31,7 @@ from .context import Progress
 from .data import Data, check_forward
 from .errors import DiskError, GateError, InputError, UsageError
 from .formats.checkpoint import read_checkpoint
+from .formats.onnx_sizes import onnx_sizes
 from .formats.packed import QuantizedTensor, decode
 from .frontier import FrontierRecord
 from .job import Job, check_shapes, read_named
@@ -72,6 +73,7 @@ class Target:
     frontier: FrontierRecord | None = None
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     resume: bool = False
+    predictors: Mapping[str, Any] | None = None
 
     def journal(self) -> Path | None:
         """Where the state of a training is kept while it runs: beside the run folder."""
@@ -186,6 +188,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "delivered": delivered,
         "metric": metric,
         "files": dict(built.sizes),
+        "onnx_bytes": onnx_sizes(built.onnx),
         "dense_bytes": len(dense.onnx),
         "average_bits": totals["average_bits"],
         "sparsity": totals["sparsity"],
@@ -196,9 +199,11 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
+        "activations": figures.activation_records(plan),
         "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
         "loss": None if plan is None else _loss(job, built, plan),
+        "predictors": None if target.predictors is None else dict(target.predictors),
         "notes": job.notes,
         "versions": figures.versions(),
         "time_s": time.monotonic() - job.started,

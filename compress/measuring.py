@@ -15,6 +15,7 @@ from .context import Context, Storage
 from .errors import UsageError
 from .graph.trace import Graph
 from .job import Job, device_of, input_specs, method_options
+from .quantize.predictors import compare_predictors
 from .registry import Measure, find_measure, load_module
 from .sensitivity import Sensitivity, sensitivity_from
 from .task import BUILT_IN
@@ -53,6 +54,43 @@ def take(job: Job, name: str, context: Context) -> Taken:
     taken = _recall(job, measure, context) if _is_kept(job, measure) else _measure(job, measure, context)
     job.notes.extend(note for note in context.notes if note not in job.notes)
     return taken
+
+
+def num_configurations(job: Job) -> int:
+    """How many random configurations predictors are to be compared on; 0 for no comparison.
+
+    Raises:
+        UsageError: One, which leaves nothing to rank.
+    """
+    count = int(job.value("compare"))
+    if count == 1:
+        raise UsageError("--compare 1 leaves nothing to rank", hint="pass 2 or more; 50 tell predictors apart")
+    return count
+
+
+def compare(job: Job, count: int) -> dict[str, Any]:
+    """Predictors of what rounding costs, on ``count`` random configurations of widths.
+
+    Raises:
+        UsageError: There are no calibration data.
+    """
+    traces = take(job, "hessian-trace", measure_context(job)).record
+    assert job.calibration is not None
+    try:
+        diagonals = take(job, "hessian-diagonal", measure_context(job)).tensors
+    except UsageError as error:
+        job.notes.append(f"hessian-diagonal is left out of the comparison: {error.message}")
+        diagonals = {}
+    return compare_predictors(
+        job.source,
+        job.graph,
+        job.calibration,
+        count,
+        measure_context(job),
+        traces=traces,
+        diagonals=diagonals,
+        by_outputs=job.value("reconstruction") == "gptq",
+    )
 
 
 def measure_context(job: Job) -> Context:

@@ -162,7 +162,10 @@ def _plan_and_finish(
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
     budget = target.budget or decided.plan.budget
-    target = replace(target, budget=budget, frontier=decided.frontier, sensitivities=sensitivities)
+    predictors = _compared(opened) if target.job == "quantize" else None
+    target = replace(
+        target, budget=budget, frontier=decided.frontier, sensitivities=sensitivities, predictors=predictors
+    )
     try:
         record = finish(opened, built, decided.plan, dense, target)
     except GateError:
@@ -175,6 +178,7 @@ def _plan_and_finish(
 def _check_before_work(job: Job, *, trains: bool) -> None:
     """What else would be found wrong after an hour: globs, training data, and evaluation data, which nothing keeps."""
     job.graph.without(tuple(job.value("exclude") or ()))
+    measuring.num_configurations(job)
     if trains:
         training_data(job)
     if job.value("eval") is not None:
@@ -281,9 +285,13 @@ def measure_sensitivity(
     out = None if settings["out"].value is None else out_folder(settings)
     with nullcontext() if out is None else store.staged(out, force, [checkpoint]) as stage:
         opened = open_job(checkpoint, settings, progress, needs_data=measure.needs_data)
+        measuring.num_configurations(opened)
         taken = measuring.take(opened, name, measuring.measure_context(opened))
+        predictors = _compared(opened)
         if stage is not None and out is not None:
             store.write_file(stage / "sensitivity.json", canonical.dumps(taken.record.to_json()))
+            if predictors is not None:
+                store.write_file(stage / "predictors.json", canonical.dumps(predictors))
             if taken.tensors:
                 store.write_file(stage / "sensitivity.safetensors", sidecar_bytes(taken.tensors))
             plot = measuring.sensitivity_svg(taken.record, checkpoint.absolute().name)
@@ -295,9 +303,16 @@ def measure_sensitivity(
         "elements": {layer.tensor: layer.elements for layer in opened.graph.layers},
         "num_examples": 0 if opened.calibration is None else len(opened.calibration.data),
         "cached": taken.is_cached,
+        "predictors": predictors,
         "notes": opened.notes,
         "time_s": time.monotonic() - opened.started,
     }
+
+
+def _compared(job: Job) -> dict[str, Any] | None:
+    """Predictors of the loss on random widths, where that is asked for."""
+    count = measuring.num_configurations(job)
+    return measuring.compare(job, count) if count else None
 
 
 def inspect_checkpoint(

@@ -168,6 +168,13 @@ MEASURES = (
         options=("passes",),
     ),
     Measure(
+        name="output-change",
+        module="compress.quantize.measured_changes",
+        summary="how far the outputs move with each weight alone at each bit width",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), for the use that is made of it",
+        options=("reconstruction",),
+    ),
+    Measure(
         name="weight-error",
         module="compress.measure.weight_error",
         summary="squared weight change per bit width and sparsity; no data",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +32,18 @@ MAX_POINTS = 200  # Of a frontier, drawn.
 SAME_COST = 0.01  # Two costs are one budget this close, in units of the frontier's span: most of a cost may be fixed.
 LOG_COSTS = 6  # Costs that span a larger factor get a logarithmic axis,
 LOG_LOSSES = 100  # and so do losses.
+FAR = 30.0  # A prediction that is off by a larger factor than all that was measured isn't drawn.
 NEGLIGIBLE = 1e-6  # A loss below this share of the largest is drawn as none.
+BY_CHANNEL = " by channel"  # how the name of an option ends that gives each channel a width of its own
+BYTE_TICKS = (0, 2, 4, 6, 8)  # of an axis of bits
+PART_NAMES = {
+    "weights": "packed weights",
+    "scales": "scales",
+    "floats": "float tensors",
+    "constants": "other constants",
+    "nodes": "nodes",
+    "rest": "names and shapes",
+}
 MAX_WORD = 60  # Characters of a longer word are cut from its middle.
 
 
@@ -106,6 +117,33 @@ def loss_text(loss: dict[str, Any]) -> str:
     return f"{words}{f', {times}' if times else ''} {about}"
 
 
+def predictors_text(predictors: dict[str, Any]) -> str:
+    """What the predictors of the loss were compared on, in a line."""
+    least, most = min(predictors["measured"]), max(predictors["measured"])
+    return (
+        f"{predictors['num_configurations']:,} random configurations of 2 to 8 bits a weight, levels "
+        f"{escape(predictors['levels'])}, that lose {least:.3g} to {loss_amount(most, predictors['unit'])}, "
+        f"measured on {predictors['num_examples']:,} calibration examples"
+    )
+
+
+def predictor_cells(predictors: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Of each predictor its name, rank correlation, spread and median ratio, as text."""
+    return [
+        (
+            escape(entry["name"]),
+            _or_dash(entry["spearman"], "{:.4f}"),
+            _or_dash(entry["spread"], "{:.3g}"),
+            _or_dash(entry["ratio"], "{:.3g}"),
+        )
+        for entry in predictors["predictors"]
+    ]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
 def amount_text(value: float, unit: str) -> str:
     """A cost in its unit: ``3.998 average bits``, ``147.5 KB``, ``1.31 ms``."""
     if unit == "bytes":
@@ -171,11 +209,16 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One layer of a plot: height in percent of the axis, and the text on hover."""
+    """One layer of a plot: height in percent of the axis, and the text on hover.
+
+    Attributes:
+        spread: Least and greatest height of the layer's channels; empty where all are as high as the bar.
+    """
 
     height: float
     decision: str
     title: str
+    spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +232,7 @@ class Plot:
     """A quantity along the network, one bar a layer.
 
     Attributes:
+        about: What the bars are, below the plot.
         constant: The text of every layer, where all are the same and a plot would say nothing; else empty.
         slots: Width of the drawing, in bars.
         line: Height of a second quantity per layer, drawn as a step line; may be empty.
@@ -196,6 +240,7 @@ class Plot:
 
     title: str
     unit: str
+    about: str
     constant: str
     slots: int
     bars: tuple[Bar, ...]
@@ -205,13 +250,31 @@ class Plot:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the bytes of model.onnx.
+
+    Attributes:
+        start: Where it starts in a bar of all of them, in percent.
+        width: Of all of them, in percent.
+    """
+
+    key: str
+    name: str
+    size: int
+    share: float
+    title: str
+    start: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
 class Spot:
     """A point of the frontier's plot that has a name.
 
     Attributes:
         x: In percent of the plot, from the left.
         y: In percent, from the bottom.
-        kind: ``chosen`` or ``rival``.
+        kind: ``chosen``, ``measured`` or ``rival``.
         side: Of its label: ``right``, ``left`` or ``below``, which is to the left and lower.
         title: The text on hover.
     """
@@ -239,6 +302,19 @@ class FrontierPlot:
     y_ticks: tuple[Tick, ...]
     x_title: str
     y_title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Predicted against measured loss, both on one logarithmic scale.
+
+    Attributes:
+        series: Name of each predictor, and its points in percent from the left and the bottom.
+    """
+
+    series: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+    ticks: tuple[Tick, ...]
+    unit: str
 
 
 def _environment(finalize: Callable[[object], Markup]) -> Environment:
@@ -308,8 +384,8 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
     verdict = verdict_of(report)
     layers = _with_shares(report["layers"])
     worst = sorted((layer for layer in layers if layer["relative_error"]), key=lambda layer: -layer["relative_error"])
-    plots = _plots(layers) if layers else ()
-    frontier, loss = report.get("frontier"), report.get("loss")
+    plots = _plots(layers, report.get("activations") or []) if layers else ()
+    frontier, loss, predictors = report.get("frontier"), report.get("loss"), report.get("predictors")
     explained = _explained(layers)
     return {
         "report": report,
@@ -317,6 +393,7 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
         "verdict_text": verdict_text(verdict),
         "headline": headline(report),
         "comparisons": _comparisons(report),
+        "parts": _parts(report.get("onnx_bytes") or {}),
         "layers": layers,
         "decisions": [name for name in ("quantize", "mask", "keep") if any(x["decision"] == name for x in layers)],
         "worst": worst[:NUM_WORST],
@@ -325,8 +402,11 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
         "drawn": [plot for plot in plots if not plot.constant],
         "reproduce": _reproduce(report),
         "frontier_text": frontier_text(frontier) if frontier else "",
-        "frontier_plot": _frontier_plot(frontier) if frontier else None,
+        "frontier_plot": _frontier_plot(frontier, loss) if frontier else None,
         "loss_text": loss_text(loss) if loss else "",
+        "predictors_text": predictors_text(predictors) if predictors else "",
+        "predictor_cells": predictor_cells(predictors) if predictors else [],
+        "scatter": _scatter(predictors) if predictors else None,
         "options": _options(explained),
         "explained": explained,
         "most_sensitive": _most_sensitive(explained)[:NUM_WORST],
@@ -405,12 +485,24 @@ def _with_shares(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _plots(layers: list[dict[str, Any]]) -> tuple[Plot, ...]:
-    most_bits = max(layer["bits"] for layer in layers)
+def _parts(sizes: Mapping[str, int]) -> tuple[Part, ...]:
+    """What model.onnx is made of, in the order of ``PART_NAMES``; what takes nothing is left out."""
+    total, before, found = sum(sizes.values()), 0, []
+    for key, name in PART_NAMES.items():
+        if size := sizes.get(key, 0):
+            share = size / total
+            title = f"{name}: {size:,} bytes, {_percent(share).text}"
+            found.append(Part(key, name, size, share, title, round(100 * before / total, 3), round(100 * share, 3)))
+            before += size
+    return tuple(found)
+
+
+def _plots(layers: list[dict[str, Any]], activations: list[dict[str, Any]]) -> tuple[Plot, ...]:
+    most_bits = max(max((layer["bits"], *_spread(layer))) for layer in layers)
     most_share = _ceiling(max(max(layer["byte_share"], layer["element_share"]) for layer in layers))
     most_error = _ceiling(max(layer["relative_error"] for layer in layers))
     unit, ticks = _bits_axis(most_bits)
-    plots = (
+    plots = [
         _plot(layers, "bits", "Bits", unit, show=_bits, at=lambda bits: _bits_height(bits, most_bits), ticks=ticks),
         _plot(
             layers,
@@ -442,7 +534,25 @@ def _plots(layers: list[dict[str, Any]]) -> tuple[Plot, ...]:
             ticks=(0, most_share / 2, most_share),
             line="element_share",
         ),
-    )
+    ]
+    if activations:
+        rounded = [
+            {"number": number, "tensor": entry["name"], "bits": entry["bits"], "decision": "quantize"}
+            for number, entry in enumerate(activations, start=1)
+        ]
+        plots.insert(
+            1,
+            _plot(
+                rounded,
+                "bits",
+                "Activation bits",
+                "a value",
+                show=_bits,
+                at=_of_a_byte,
+                ticks=BYTE_TICKS,
+                what="activation",
+            ),
+        )
     return tuple(sorted(plots, key=lambda plot: bool(plot.constant)))
 
 
@@ -457,24 +567,32 @@ def _plot(
     at: Callable[[float], float],
     ticks: Sequence[float],
     line: str = "",
+    what: str = "layer",
 ) -> Plot:
     slots = max(len(layers), MIN_SLOTS)
     texts = {show(layer[key]).text for layer in layers}
     step = next(n * 10**k for k in range(9) for n in (1, 2, 5) if len(layers) / (n * 10**k) <= NUM_TICKS)
     numbers = sorted({1, *range(step, len(layers) + 1, step)} - ({step} if 1 < step <= 2 else set()))
+    spreads = [_spread(layer) if key == "bits" else () for layer in layers]
+    is_constant = len(texts) == 1 and not any(spreads)
+    about = f"{what}, in network order" + ("; the line is the share of elements" if line else "")
     return Plot(
         title=title,
         unit=unit,
-        constant=texts.pop() if len(texts) == 1 else "",
+        about=about + ("; whiskers reach from the narrowest channel to the widest" if any(spreads) else ""),
+        constant=f"{texts.pop()} in {f'every {what}' if len(layers) > 1 else f'the only {what}'}"
+        if is_constant
+        else "",
         slots=slots,
         bars=tuple(
             Bar(
                 round(at(layer[key]), 2),
                 layer["decision"],
                 f"{layer['number']}. {escape(layer['tensor'])}: "
-                f"{title.lower()} {show(layer[key]).text} ({layer['decision']})",
+                f"{title.lower()} {show(layer[key]).text}{_channels(layer) if spread else ''} ({layer['decision']})",
+                tuple(round(at(end), 2) for end in spread),
             )
-            for layer in layers
+            for layer, spread in zip(layers, spreads, strict=True)
         ),
         x_ticks=tuple(Tick(100 * (number - 0.5) / slots, str(number)) for number in numbers),
         y_ticks=tuple(Tick(round(at(value), 2), label(value)) for value in ticks),
@@ -482,16 +600,31 @@ def _plot(
     )
 
 
+def _spread(layer: Mapping[str, Any]) -> tuple[float, ...]:
+    """Bits of the narrowest and the widest channel; empty where all have the same."""
+    channels = layer.get("channel_bits") or []
+    return (channels[0][0], channels[-1][0]) if channels else ()
+
+
+def _channels(layer: Mapping[str, Any]) -> str:
+    """How many channels have which bits, in brackets."""
+    return f" [{', '.join(f'{count} of {bits:.3g}' for bits, count in layer['channel_bits'])}]"
+
+
 def _bits_axis(most: float) -> tuple[str, tuple[float, ...]]:
     """Unit and ticks; logarithmic where floats would press all quantized layers to the floor."""
     if most <= 8:
-        return "a weight", (0, 2, 4, 6, 8)
+        return "a weight", BYTE_TICKS
     return "a weight, logarithmic", tuple(2.0**power for power in range(math.floor(math.log2(most)) + 1))
+
+
+def _of_a_byte(bits: float) -> float:
+    return 100 * bits / 8
 
 
 def _bits_height(bits: float, most: float) -> float:
     if most <= 8:
-        return 100 * bits / 8
+        return _of_a_byte(bits)
     return 100 * (math.log2(max(bits, 0.5)) + 1) / (math.log2(most) + 1)
 
 
@@ -515,24 +648,28 @@ def _same_cost(frontier: dict[str, Any]) -> float:
     return SAME_COST * float(max(costs) - min(costs))
 
 
-def _frontier_plot(frontier: dict[str, Any]) -> FrontierPlot:
+def _frontier_plot(frontier: dict[str, Any], loss: dict[str, Any] | None) -> FrontierPlot:
     unit, rivals = frontier["unit"], frontier["rivals"]
     chosen = (frontier["cost"], frontier["loss"])
+    measured = loss["measured"] if loss and loss["unit"] == frontier["loss_unit"] else None
     # The chosen point may have been thinned out, and must lie on the line.
     points = sorted({*((cost, loss) for cost, loss in thinned(frontier["points"], MAX_POINTS)), chosen})
     known = [*points, *((rival["cost"], rival["loss"]) for rival in rivals)]
     x, x_ticks, x_scale = _cost_axis([cost for cost, _ in known], unit)
-    y, y_ticks, y_scale = _loss_axis([loss for _, loss in known])
+    y, y_ticks, y_scale = _loss_axis([loss for _, loss in known] + ([] if measured is None else [measured]))
 
-    def words(cost: float, loss: float) -> str:
-        return f"{amount_text(cost, unit)}, expected loss {loss_amount(loss, frontier['loss_unit'])}"
+    def words(cost: float, loss: float, which: str = "expected") -> str:
+        return f"{amount_text(cost, unit)}, {which} loss {loss_amount(loss, frontier['loss_unit'])}"
 
     def spot(kind: str, name: str, cost: float, loss: float) -> Spot:
         across, up = x(cost), y(loss)
         beside = "right" if across < 88 else "left"
-        # Nothing lies below the frontier, so that the label of its point has room there.
-        side = "below" if kind == "chosen" and across > 25 and up > 12 else beside
-        return Spot(across, up, kind, side, escape(name, limit=40), f"{escape(name)}: {words(cost, loss)}")
+        # Nothing lies below the frontier, so that the labels of its point have room there, one below the other.
+        side = "below" if kind != "rival" and across > 25 and up > 12 else beside
+        if side == "below" and measured is not None and (kind == "chosen") == (measured < chosen[1]):
+            side = "left"
+        which = "measured" if kind == "measured" else "expected"
+        return Spot(across, up, kind, side, escape(name, limit=40), f"{escape(name)}: {words(cost, loss, which)}")
 
     return FrontierPlot(
         title=f"Expected loss against {escape(unit)}, {len(points)} points; {frontier_text(frontier)}",
@@ -540,11 +677,50 @@ def _frontier_plot(frontier: dict[str, Any]) -> FrontierPlot:
         spots=(
             *(spot("rival", rival["name"], rival["cost"], rival["loss"]) for rival in rivals),
             spot("chosen", f"chosen: {cost_label(frontier['cost'], unit)}", *chosen),
+            *(
+                []
+                if measured is None
+                else [spot("measured", f"measured: {loss_amount(measured, '')}", chosen[0], measured)]
+            ),
         ),
         x_ticks=x_ticks,
         y_ticks=y_ticks,
         x_title=f"{unit}{x_scale}",
         y_title=f"{frontier['loss_unit']}{y_scale}",
+    )
+
+
+def _scatter(predictors: dict[str, Any]) -> Scatter | None:
+    """Predicted against measured loss on two equal logarithmic axes; None where a loss isn't above 0.
+
+    Each predictor's values are divided by their median ratio: how far the points are from the line is what a factor
+    can't mend.
+    """
+    measured = predictors["measured"]
+    series = [
+        (entry["name"], [value / entry["ratio"] for value in entry["predicted"]])
+        for entry in predictors["predictors"]
+        if entry["ratio"]
+    ]
+    every = [*measured, *(value for _, values in series for value in values)]
+    # What is far from all that was measured would press the rest together.
+    low, high = min(measured) / FAR, max(measured) * FAR
+    shown = [value for value in every if low <= value <= high]
+    if min(measured) <= 0 or min(shown) >= max(shown):
+        return None
+    start, span = math.log10(min(shown)), math.log10(max(shown) / min(shown))
+
+    def at(value: float) -> float:
+        return round(3 + 94 * (math.log10(value) - start) / span, 2)
+
+    ticks = tuple(Tick(at(value), f"{value:.3g}") for value in _powers(min(shown), max(shown), binary=False))
+    return Scatter(
+        series=tuple(
+            (escape(name), tuple((at(m), at(p)) for m, p in zip(measured, values, strict=True) if low <= p <= high))
+            for name, values in series
+        ),
+        ticks=ticks,
+        unit=predictors["unit"],
     )
 
 
@@ -622,7 +798,13 @@ def _explained(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers whose record says why, with a sensitivity, alternatives or both; the latter also by option."""
     found = []
     for layer in layers:
-        sensitivity, alternatives = layer.get("sensitivity"), layer.get("alternatives") or []
+        sensitivity = layer.get("sensitivity")
+        # Of the mixtures of widths by channel, of which each layer has its own, the chosen one.
+        alternatives = [
+            entry
+            for entry in layer.get("alternatives") or []
+            if entry["chosen"] or not entry["option"].endswith(BY_CHANNEL)
+        ]
         if sensitivity or alternatives:
             by_option = {entry["option"]: entry for entry in alternatives}
             chosen = next((entry for entry in alternatives if entry["chosen"]), None)
@@ -634,8 +816,12 @@ def _explained(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _options(layers: list[dict[str, Any]]) -> list[str]:
-    """Every option of any layer: those that start with a number by it, then the others as they come."""
-    found = dict.fromkeys(entry["option"] for layer in layers for entry in layer["alternatives"])
+    """Every option of any layer: those that start with a number by it, then the others as they come.
+
+    Mixtures of widths by channel are each layer's own, and would be a column each.
+    """
+    every = dict.fromkeys(entry["option"] for layer in layers for entry in layer["alternatives"])
+    found = [option for option in every if not option.endswith(BY_CHANNEL)]
 
     def number(option: str) -> float:
         leading = re.match(r"\d+(\.\d+)?", option)

@@ -257,6 +257,15 @@ SETTINGS = (
     ),
     Setting("passes", "measure.passes", "int", "Most passes or probes of a measure.", 20, in_preset=True, minimum=2),
     Setting(
+        "compare",
+        "measure.compare",
+        "int",
+        "Random widths on which predictors of the loss are compared; 0 for none.",
+        0,
+        in_preset=True,
+        minimum=0,
+    ),
+    Setting(
         "for", "run.for", "str", "File whose bytes a budget means.", "onnx", ("onnx", "safetensors"), in_preset=True
     ),
     Setting(

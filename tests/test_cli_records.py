@@ -136,7 +136,12 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         },
         "measure_sensitivity": {
             **{"schema": "hcompress.sensitivity/1", "method": "fisher", "unit": "loss", "num_examples": 8},
-            **{"cached": True, "notes": [], "elements": {"conv.weight": 10, "fc.weight": 1, "zero": 1}},
+            **{
+                "cached": True,
+                "predictors": None,
+                "notes": [],
+                "elements": {"conv.weight": 10, "fc.weight": 1, "zero": 1},
+            },
             "entries": [
                 {"layer": layer, "option": "", "value": value, "stderr": stderr}
                 for layer, value, stderr in (("zero", 0.0, 0.0), ("fc.weight", 0.5, 0.0), ("conv.weight", 100.0, 1.0))

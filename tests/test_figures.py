@@ -291,3 +291,24 @@ def test_inspect_without_an_architecture_lists_tensors(tmp_path: Path) -> None:
         "name": "weight", "op": "tensor", "shape": [2, 3], "parameters": 6, "macs": None, "dtype": "float16",
     }  # fmt: skip
     assert "pass --model FILE.py:FACTORY" in record["notes"][-1]
+
+
+def test_channels_of_their_own_width_are_counted_by_bits_and_activations_have_theirs(
+    dense: tuple[Source, Graph],
+) -> None:
+    source, graph = dense
+    tensors: Tensors = dict(source.module.state_dict())
+    width = "channels:0tt33337"
+    levels = torch.zeros(8, 4, dtype=torch.int8)
+    tensors["0.weight"] = QuantizedTensor(levels, width, torch.ones(8), 0)
+    decisions = (
+        Quantize("0.weight", "weight", width, "symmetric", 0, "mse"),
+        Quantize("relu", "activation", 6, "asymmetric", None, (0.0, 2.5)),
+    )
+    plan = Plan("output-change", {}, 0, source.sha256, None, None, decisions, {})
+    mixed, whole = figures.layer_records(source.module.state_dict(), graph, tensors, plan)
+    assert mixed["channel_bits"] == [[0.0, 1], [1.6, 2], [3.0, 4], [7.0, 1]]
+    assert mixed["bits"] == pytest.approx((2 * 1.6 + 4 * 3 + 7) / 8)
+    assert whole["channel_bits"] == []
+    assert figures.activation_records(plan) == [{"name": "relu", "bits": 6, "range": [0.0, 2.5]}]
+    assert figures.activation_records(None) == []

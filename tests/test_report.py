@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -111,6 +112,29 @@ def explained_layer(number: int, **changes: Any) -> dict[str, Any]:
     return make_layer(number, sensitivity=measured, alternatives=alternatives(2 ** (1 + number % 3)), **changes)
 
 
+def make_predictors(**changes: Any) -> dict[str, Any]:
+    measured = [0.01 * 1.3**n for n in range(10)]
+    predicted = {
+        "hawq": [50 * m * (1 + n % 3) for n, m in enumerate(measured)],
+        "output-change": [0.9 * m for m in measured],
+    }
+    return {
+        **{"num_configurations": 10, "num_examples": 128, "levels": "the nearest", "unit": "nats"},
+        **{"average_bits": [3.0 + 0.1 * n for n in range(10)], "measured": measured},
+        "predictors": [
+            {"name": "hawq", "spearman": 0.91234, "spread": 2.9, "ratio": 100.0, "predicted": predicted["hawq"]},
+            {
+                "name": "output-change",
+                "spearman": 1.0,
+                "spread": 1.0,
+                "ratio": 0.9,
+                "predicted": predicted["output-change"],
+            },
+        ],
+    } | changes
+
+
+PARTS = {"weights": 200000, "scales": 5708, "floats": 0, "constants": 5832, "nodes": 68000, "rest": 3583}
 LOSS = {"predicted": 0.0021, "measured": 0.0030, "unit": "nats", "what": "KL divergence", "num_examples": 512}
 
 
@@ -183,7 +207,19 @@ CASES = {
         layers=[explained_layer(n) for n in range(1, 21)], frontier=make_frontier(), loss=dict(LOSS)
     ),
     "keys of null": make_report(
-        layers=[make_layer(1, sensitivity=None, alternatives=[])], frontier=None, loss=LOSS | {"predicted": None}
+        layers=[make_layer(1, sensitivity=None, alternatives=[])],
+        **{"frontier": None, "loss": LOSS | {"predicted": None}, "predictors": None, "activations": []},
+    ),
+    "all that there is": make_report(
+        layers=[make_layer(n, channel_bits=[[0.0, 2], [1.6, 4], [5.0, 10]]) for n in range(1, 21)],
+        activations=[{"name": f"relu_{n}", "bits": 4 + 4 * (n % 2), "range": [0.0, 1.0]} for n in range(9)],
+        **{"onnx_bytes": PARTS, "predictors": make_predictors(), "frontier": make_frontier(), "loss": dict(LOSS)},
+    ),
+    "predictors without a loss": make_report(
+        predictors=make_predictors(
+            measured=[0.0] * 10,
+            predictors=[{"name": "hawq", "spearman": None, "spread": None, "ratio": None, "predicted": [0.0] * 10}],
+        )
     ),
     "thousands of points": make_report(frontier=make_frontier(5321)),
     "one point": make_report(frontier=make_frontier(1, rivals=[])),
@@ -634,3 +670,82 @@ def test_thinned_rows_keep_both_ends(length: int) -> None:
     kept = thinned(rows, 20)
     assert len(kept) == min(length, 20) and kept == sorted(set(kept))
     assert kept[:1] + kept[-1:] == rows[:1] + rows[-1:]
+
+
+def test_the_parts_of_the_file_add_up_to_its_bytes() -> None:
+    html = render_html(CASES["all that there is"])
+    rows = Page(html).rows["parts"]
+    assert rows[0] == ["part", "bytes", "share"]
+    assert ["packed weights", "200,000", "70.64 %"] in rows
+    assert "float tensors" not in [row[0] for row in rows], "what takes nothing is left out"
+    assert sum(int(row[1].replace(",", "")) for row in rows[1:]) == sum(PARTS.values())
+    bar = html.split('class="pair parts"')[1].split("</svg>")[0]
+    ends = [(float(x), float(w)) for x, w in re.findall(r'x="([\d.]+)" width="([\d.]+)"', bar)]
+    assert ends[0][0] == 0
+    assert all(a + w == pytest.approx(b, abs=0.01) for (a, w), (b, _) in itertools.pairwise(ends))
+    assert sum(ends[-1]) == pytest.approx(100, abs=0.01)
+    assert "| packed weights | 200,000 | 70.64 % |" in render_markdown(CASES["all that there is"])
+
+
+def test_bits_are_drawn_with_the_spread_of_the_channels() -> None:
+    html = render_html(CASES["all that there is"])
+    assert len(re.findall('<path class="whisker" d="M[0-9.]+ 100.0V37.5"/>', html)) == 20  # from none to 5 bits of 8
+    assert "layer1.conv.weight: bits 3 [2 of 0, 4 of 1.6, 10 of 5] (quantize)" in html
+    assert "whiskers reach from the narrowest channel to the widest" in html
+    assert "whisker" not in render_html(make_report()).split("</style>")[1]
+
+
+def test_bits_of_activations_are_drawn_where_they_differ_and_said_where_they_do_not() -> None:
+    html = render_html(CASES["all that there is"])
+    assert "<title>2. relu_1: activation bits 8 (quantize)</title>" in html
+    assert "activation, in network order" in html
+    same = [{"name": f"relu_{n}", "bits": 8, "range": [0.0, 1.0]} for n in range(3)]
+    assert "<strong>Activation bits</strong>: 8 in every activation" in render_html(make_report(activations=same))
+
+
+def test_the_measured_loss_stands_in_the_frontiers_plot() -> None:
+    plot = render_html(CASES["all that there is"]).split('<section id="frontier">')[1].split("</section>")[0]
+    assert '<span class="at measured' in plot
+    assert ">measured: 0.003</span>" in plot
+    assert "measured: 0.003: 4 average bits, measured loss 0.003 nats</title>" in plot
+    other = make_report(frontier=make_frontier(), loss=LOSS | {"unit": "squared output"})
+    assert "at measured" not in render_html(other), "another unit has no place on the axis"
+
+
+def test_predictors_are_compared_in_a_table_and_a_plot() -> None:
+    html, markdown = (render(CASES["all that there is"]) for render in (render_html, render_markdown))
+    assert Page(html).rows["predictor-table"][1:] == [
+        ["hawq", "0.9123", "2.9", "100"],
+        ["output-change", "1.0000", "1", "0.9"],
+    ]
+    assert "| output-change | 1.0000 | 1 | 0.9 |" in markdown
+    words = "10 random configurations of 2 to 8 bits a weight, levels the nearest, that lose 0.01 to 0.106 nats, "
+    assert words + "measured on 128 calibration examples" in html
+    drawn = re.findall(r'<path class="spot series(\d)" d="([^"]*)"', html)
+    assert [(number, path.count("M")) for number, path in drawn] == [("0", 10), ("1", 10)]
+    (on_the_line,) = (path for number, path in drawn if number == "1")
+    assert all(float(x) + float(y) == pytest.approx(100) for x, y in re.findall(r"M([\d.]+) ([\d.]+)h0", on_the_line))
+    far = make_predictors()
+    far["predictors"][0]["predicted"][0] *= 1e6
+    drawn = re.findall(r'<path class="spot series0" d="([^"]*)"', render_html(make_report(predictors=far)))
+    assert drawn[0].count("M") == 9, "what is far from all that was measured would press the rest together"
+
+
+def test_predictors_of_a_network_without_a_loss_have_no_plot() -> None:
+    html = render_html(CASES["predictors without a loss"])
+    assert Page(html).rows["predictor-table"][1:] == [["hawq", "-", "-", "-"]]
+    assert "spot series" not in html
+
+
+def test_of_mixtures_by_channel_only_the_chosen_one_is_shown() -> None:
+    mixed = [
+        {"option": f"{bits} bits by channel", "cost": 9.0, "unit": "bits", "loss": loss, "chosen": bits == 2.5}
+        for bits, loss in ((1.75, 0.5), (2.5, 0.125))
+    ]
+    whole = [entry | {"chosen": False} for entry in alternatives(4)]
+    report = make_report(layers=[make_layer(1, alternatives=[*whole, *mixed]), make_layer(2, alternatives=whole)])
+    head, first, second = Page(render_html(report)).rows["alternatives"]
+    assert head[3:] == ["2 bits", "4 bits", "8 bits", "16 bits", "cost of the chosen"]
+    assert first[-1] == "2.5 bits by channel: 0.125, 9 bits"
+    assert second[-1] == "-"
+    assert "1.75 bits by channel" not in render_markdown(report)

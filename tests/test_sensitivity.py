@@ -61,6 +61,40 @@ def test_one_seed_gives_one_record() -> None:
     assert not first["cached"] and not second["cached"]
 
 
+def test_predictors_are_compared_on_random_widths_and_kept_with_the_measure(tmp_path: Path) -> None:
+    line = (*DATA, "--measure", "output-change", "--compare", "4", "--passes", "2", "--quiet")
+    result = run(*line, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "out" / "predictors.json").read_text())
+    names = ["hawq", "hessian-diagonal", "output-change", "summed changes", "partly run"]
+    assert [entry["name"] for entry in kept["predictors"]] == names
+    assert len(kept["measured"]) == 4
+    assert "predictors: 4 random configurations of 2 to 8 bits a weight" in result.stdout
+    assert all(f"\n{name} " in result.stdout for name in names)
+    check_files(tmp_path / "out", read_manifest(tmp_path / "out"))
+
+
+def test_one_configuration_leaves_nothing_to_rank() -> None:
+    result = run(*DATA, "--measure", "weight-error", "--compare", "1", "--quiet")
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.message == "--compare 1 leaves nothing to rank"
+    assert result.exception.hint == "pass 2 or more; 50 tell predictors apart"
+
+
+@pytest.mark.slow
+def test_a_quantized_run_reports_the_comparison_that_it_is_asked_for(tmp_path: Path) -> None:
+    evaluation = ("--eval", str(DEMO / "evaluation.npz"), "--method", "hawq", "--budget", "4bit", "--passes", "2")
+    line = ["quantize", *NETWORK, *DATA, *evaluation, "--compare", "3", "--out", str(tmp_path / "out"), "--quiet"]
+    result = CliRunner().invoke(cli, line, obj=line)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["predictors"]["num_configurations"] == 3
+    assert "predictors: 3 random configurations" in result.stdout
+    assert '<table id="predictor-table">' in (tmp_path / "out" / "report.html").read_text()
+    assert sum(record["onnx_bytes"].values()) == record["files"]["model.onnx"]
+    assert record["activations"], "the demo is convolutional"
+
+
 @pytest.mark.parametrize("name", ["hessian-trace", "fisher"])
 def test_a_measure_that_was_taken_before_is_read_from_the_cache(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,39 +56,67 @@ def loss_changes(
         moved = divergences(reference, outputs, are_logits=are_logits).reshape(len(stands), -1)
         return float(stands.to(moved) @ moved.mean(1))
 
+    found = {name: [0.0] * len(values) for name, values in variants.items()}
+    total = sum(map(len, variants.values()))
+    for one in passes(graph, data, context):
+        stands = counts[done : done + one.size]
+        tried = 0
+        for name, weights in variants.items():
+            for place, weight in enumerate(weights):
+                context.progress("output changes", done * total + tried * one.size, len(data) * total)
+                moved = one.outputs({name: weight})
+                plain += moved_by(one.reference, moved, stands)
+                heat = temperature if are_logits else 1.0
+                found[name][place] += moved_by(one.reference / heat, moved / heat, stands)
+                tried += 1
+        count += float(stands.sum())
+        done += one.size
+    context.progress("output changes", len(data) * total, len(data) * total)
+    whole = sum(map(sum, found.values()))
+    unit = plain / whole / count if whole else 0.0
+    return {name: [loss * unit for loss in losses] for name, losses in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A batch that went through the dense network.
+
+    Attributes:
+        size: Examples.
+        reference: The network's outputs; of several, the first tensor.
+        outputs: The same with other weights, given by state-dict key: what doesn't depend on them isn't run again.
+    """
+
+    size: int
+    reference: Tensor
+    outputs: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
+    """Each batch in turn; its activations are dropped with it."""
     module = on_device(unlift(graph.program, graph.tied), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
     is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes)
-    # An operator that writes into its input would write into what was kept: then all of the network runs again.
-    after = {name: _depends_on(None if is_in_place else stored[name], nodes) for name in variants}
-    found = {name: [0.0] * len(values) for name, values in variants.items()}
-    total = sum(map(len, variants.values()))
+    after: dict[frozenset[str], list[fx.Node]] = {}
     for batch in data.batches(_batch_size(graph)):
-        stands = counts[done : done + len(batch)]
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
         known = {node: value.to(context.device) for node, value in known.items()}
         with torch.no_grad():
             for node in nodes:
                 if node not in known:
                     known[node] = _value(module, node, known)
-            reference = first_tensor(known[nodes[-1]])
-            tried = 0
-            for name, weights in variants.items():
-                for place, weight in enumerate(weights):
-                    context.progress("output changes", done * total + tried * len(batch), len(data) * total)
-                    outputs = _run(module, after[name], known, {stored[name]: weight.to(context.device)})
-                    moved = first_tensor(outputs)
-                    plain += moved_by(reference, moved, stands)
-                    heat = temperature if are_logits else 1.0
-                    found[name][place] += moved_by(reference / heat, moved / heat, stands)
-                    tried += 1
-        count += float(stands.sum())
-        done += len(batch)
-    context.progress("output changes", len(data) * total, len(data) * total)
-    whole = sum(map(sum, found.values()))
-    unit = plain / whole / count if whole else 0.0
-    return {name: [loss * unit for loss in losses] for name, losses in found.items()}
+
+        def outputs(weights: Mapping[str, Tensor], known: dict[fx.Node, Any] = known) -> Tensor:
+            names = frozenset(weights)
+            if names not in after:
+                # An operator that writes into its input would write into what was kept: then all of it runs again.
+                after[names] = _depends_on(None if is_in_place else {stored[name] for name in names}, nodes)
+            given = {stored[name]: weight.to(context.device) for name, weight in weights.items()}
+            with torch.no_grad():
+                return first_tensor(_run(module, after[names], known, given))
+
+        yield Pass(len(batch), first_tensor(known[nodes[-1]]), outputs)
 
 
 def telling_examples(
@@ -139,15 +168,15 @@ def _batch_size(graph: Graph) -> int:
     return max(1, min(BATCH, MOST_ELEMENTS * batch // max(1, elements)))
 
 
-def _depends_on(start: fx.Node | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that read a tensor, directly or not, in order; None for the network's inputs and its weights."""
-    if start is None:
+def _depends_on(starts: set[fx.Node] | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that read one of some tensors, directly or not, in order; None for the inputs and all weights."""
+    if starts is None:
         return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
-    reached = {start}
+    reached = set(starts)
     for node in nodes:
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-    return [node for node in nodes if node in reached and node is not start]
+    return [node for node in nodes if node in reached and node not in starts]
 
 
 def _run(

@@ -20,7 +20,7 @@ from ..graph.trace import Layer
 from ..numerics.output_rounding import RATIOS, round_to_outputs
 from ..numerics.rounding import broadcast_scale, round_weight
 from ..plan import grid_bits, weight_scheme
-from ..widths import WIDTHS, Width, by_channel, is_width, letters_of
+from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
 
 FEW_RATIOS = RATIOS[1:14:3]  # scales that are tried: one in three, and none that clips more than half
 STEPS = 60  # of the search for the price of a bit
@@ -81,29 +81,10 @@ def rounded_rows(
     letters = "".join(WIDTHS) if mixes else "2345678"
     if with_integers and mixes:
         letters = letters.replace("8", "")  # has the levels of 7 bits
-    pruned = weight == 0
-    rounded = {}
-    for letter in letters:
-        width = int(letter) if letter.isdecimal() else letter
-        if letter == "0":
-            rounded[letter] = torch.zeros_like(weight)
-            continue
-        grid = grid_bits(width, weight_scheme(width, with_integers=with_integers))
-        if by_outputs and moment is not None and layer.axis in (0, None):
-            groups = moment if moment.dim() == 3 else moment[None]
-            levels, scale = round_to_outputs(
-                weight.reshape(len(groups), -1, groups.shape[-1]),
-                groups,
-                grid,
-                is_shared=layer.axis is None,
-                zeros=pruned.reshape(len(groups), -1, groups.shape[-1]) if bool(pruned.any()) else None,
-                ratios=FEW_RATIOS,
-                sweeps=1,
-            )
-            rounded[letter] = (scale[..., None] * levels).reshape(weight.shape)
-        else:
-            levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse")
-            rounded[letter] = levels * broadcast_scale(scale, layer.axis, weight.dim())
+    rounded = {
+        letter: rounded_at(layer, weight, moment, letter, with_integers=with_integers, by_outputs=by_outputs)
+        for letter in letters
+    }
     errors = torch.stack([_output_errors(weight - value, moment) for value in rounded.values()], 1)
     power = 1.0 if moment is None else float(moment.diagonal(dim1=-2, dim2=-1).sum(-1).mean()) or 1.0
     costs = traces[:, None] * errors / power
@@ -117,6 +98,31 @@ def _output_errors(change: Tensor, moment: Tensor | None) -> Tensor:
     groups = moment if moment.dim() == 3 else moment[None]
     rows = change.double().reshape(len(groups), -1, groups.shape[-1])
     return ((rows @ groups.double()) * rows).sum(2).reshape(-1).clamp_min(0)
+
+
+def rounded_at(
+    layer: Layer, weight: Tensor, moment: Tensor | None, letter: str, *, with_integers: bool, by_outputs: bool
+) -> Tensor:
+    """A weight at one width for all of its rows; the arguments are those of ``rounded_rows``."""
+    if letter == "0":
+        return torch.zeros_like(weight)
+    width = of_letter(letter)
+    grid = grid_bits(width, weight_scheme(width, with_integers=with_integers))
+    if not by_outputs or moment is None or layer.axis not in (0, None):
+        levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse")
+        return levels * broadcast_scale(scale, layer.axis, weight.dim())
+    groups = moment if moment.dim() == 3 else moment[None]
+    shape, pruned = (len(groups), -1, groups.shape[-1]), weight == 0
+    levels, scale = round_to_outputs(
+        weight.reshape(shape),
+        groups,
+        grid,
+        is_shared=layer.axis is None,
+        zeros=pruned.reshape(shape) if bool(pruned.any()) else None,
+        ratios=FEW_RATIOS,
+        sweeps=1,
+    )
+    return (scale[..., None] * levels).reshape(weight.shape)
 
 
 def mixtures(rows: Rows, targets: Sequence[float]) -> dict[float, Width]:
