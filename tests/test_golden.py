@@ -29,6 +29,7 @@ CHECKPOINT = DATA / "cifar10" / "resnet20-12fca82f.th"
 MODEL = ("--model", f"{DATA}/resnet_cifar.py:resnet20")
 # The runs themselves evaluate 1,000 images; the figures below are of all 10,000, computed here.
 IMAGES = (*MODEL, "--data", f'{DATA}/cifar.py:tensors("calib")', "--eval", "small.py:first(1000)")
+NEAREST = ("--method", "uniform", "--reconstruction", "none", "--bias-correction", "off", "--num-calibration", "128")
 SMALL = f"""
 import sys
 sys.path.insert(0, {str(DATA)!r})
@@ -59,11 +60,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hcompress(
         "prune", CHECKPOINT, *IMAGES, "--method", "magnitude", "--sparsity", "0.5", "--out", "pruned", folder=folder
     )
+    hcompress("quantize", CHECKPOINT, *IMAGES, *NEAREST, "--budget", "8bit", "--out", "int8", folder=folder)
     hcompress(
-        "quantize", CHECKPOINT, *IMAGES, "--method", "uniform", "--budget", "8bit", "--out", "int8", folder=folder
-    )
-    hcompress(
-        "quantize", CHECKPOINT, *IMAGES, "--method", "uniform", "--budget", "4bit", "--activations", "float",
+        "quantize", CHECKPOINT, *IMAGES, *NEAREST, "--budget", "4bit", "--activations", "float",
         "--out", "int4", folder=folder,
     )  # fmt: skip
     return folder
@@ -139,7 +138,7 @@ def test_apply_repeats_a_run_from_its_plan(runs: Path) -> None:
 
 
 def test_a_run_is_a_checkpoint_like_any_other(runs: Path) -> None:
-    hcompress("quantize", "pruned", *IMAGES, "--method", "uniform", "--budget", "8bit", "--out", "both", folder=runs)
+    hcompress("quantize", "pruned", *IMAGES, *NEAREST, "--budget", "8bit", "--out", "both", folder=runs)
     both = report(runs / "both")
     assert both["sparsity"] >= 0.5  # type: ignore[operator]
     assert (runs / "both" / "model.safetensors").stat().st_size < 200_000
@@ -151,6 +150,13 @@ def test_verify_show_and_diff(runs: Path) -> None:
     assert all(check["ok"] for check in json.loads(verified)["checks"])
     assert json.loads(hcompress("show", "int8", "--json", folder=runs))["method"] == "uniform"
     assert "magnitude" in hcompress("diff", "pruned", "int8", folder=runs)
+
+
+@pytest.mark.slow
+def test_four_bit_levels_by_what_they_do_to_the_outputs(runs: Path) -> None:
+    by_outputs = ("--method", "uniform", "--budget", "4bit", "--activations", "float")
+    hcompress("quantize", CHECKPOINT, *IMAGES, *by_outputs, "--out", "levels", folder=runs)
+    assert accuracy(runs / "levels" / "model.onnx") >= 91.5
 
 
 @pytest.mark.slow
