@@ -196,6 +196,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
+        "activations": figures.activation_records(built.graph, plan, target.frontier, target.sensitivities),
         "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
         "loss": None if plan is None else _loss(job, built, plan),

@@ -1,14 +1,17 @@
-"""What rounding one weight does to the network's outputs: the loss that it alone costs, from cached forward passes.
+"""What rounding one tensor does to the network's outputs: the loss that it alone costs, from cached forward passes.
 
-The network runs once on a batch; for each variant of a weight only the nodes that depend on it run again. Cost: a
-forward pass from the layer on for each variant, and the batch's activations held at once.
+The network runs once on a batch; for each variant of a weight, and each grid of an activation, only the nodes that
+depend on it run again. Cost: a forward pass from there on for each of them, and the batch's activations held at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, fx
 from ..context import Context
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.rewrite import on_device, put_tensor, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
 from ..task import Task, divergences, has_logits
@@ -29,23 +32,42 @@ SELDOM = 0.1  # of the mean share: how often an example is drawn at least
 PREDICTIONS = 4096  # of outputs with many for an example: fewer examples are drawn
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One tensor that takes another value.
+
+    Attributes:
+        nodes: What runs again.
+        value: Of ``node``, given the one that it would have.
+    """
+
+    node: fx.Node
+    nodes: Sequence[fx.Node]
+    value: Callable[[Tensor], Tensor]
+
+
 def loss_changes(
     graph: Graph,
     variants: Mapping[str, Sequence[Tensor]],
+    grids: Mapping[str, Sequence[Grid]],
     data: Data,
     task: Task,
     context: Context,
     *,
     counts: Tensor | None = None,
     temperature: float = 1.0,
-) -> dict[str, list[float]]:
-    """How far the outputs are from the dense network's, on average, with each variant of each weight alone.
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """How far the outputs are from the dense network's, on average, with each variant of each tensor alone.
 
     Args:
         variants: Of the weight's shape, by state-dict key.
+        grids: That an activation is rounded to, by its name once batch norms are folded.
         counts: ``[n]``: how many examples each of ``data`` stands for; one each where that isn't given.
         temperature: That logits are divided by. What is found is put in units of the loss: times what all of it
             together would be at 1.
+
+    Returns:
+        Of weights, and of activations.
     """
     are_logits = has_logits(task)
     plain, count, done = 0.0, 0.0, 0
@@ -58,11 +80,18 @@ def loss_changes(
     module = on_device(unlift(graph.program, graph.tied), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
+    named = {node.name: node for node in nodes}
     is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes)
+    changes: list[Change] = []
     # An operator that writes into its input would write into what was kept: then all of the network runs again.
-    after = {name: _depends_on(None if is_in_place else stored[name], nodes) for name in variants}
-    found = {name: [0.0] * len(values) for name, values in variants.items()}
-    total = sum(map(len, variants.values()))
+    for name, weights in variants.items():
+        after = _depends_on(None if is_in_place else stored[name], nodes)
+        changes += [Change(stored[name], after, partial(_given, weight.to(context.device))) for weight in weights]
+    for name, every in grids.items():
+        node = after_norms(named[name])
+        after = _depends_on(None, nodes) if is_in_place else [node, *_depends_on(node, nodes)]
+        changes += [Change(node, after, partial(rounded_to, grid=grid)) for grid in every]
+    found = [0.0] * len(changes)
     for batch in data.batches(_batch_size(graph)):
         stands = counts[done : done + len(batch)]
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
@@ -72,22 +101,26 @@ def loss_changes(
                 if node not in known:
                     known[node] = _value(module, node, known)
             reference = first_tensor(known[nodes[-1]])
-            tried = 0
-            for name, weights in variants.items():
-                for place, weight in enumerate(weights):
-                    context.progress("output changes", done * total + tried * len(batch), len(data) * total)
-                    outputs = _run(module, after[name], known, {stored[name]: weight.to(context.device)})
-                    moved = first_tensor(outputs)
-                    plain += moved_by(reference, moved, stands)
-                    heat = temperature if are_logits else 1.0
-                    found[name][place] += moved_by(reference / heat, moved / heat, stands)
-                    tried += 1
+            for place, change in enumerate(changes):
+                context.progress("output changes", done * len(changes) + place * len(batch), len(data) * len(changes))
+                moved = first_tensor(_run(module, change, known))
+                plain += moved_by(reference, moved, stands)
+                heat = temperature if are_logits else 1.0
+                found[place] += moved_by(reference / heat, moved / heat, stands)
         count += float(stands.sum())
         done += len(batch)
-    context.progress("output changes", len(data) * total, len(data) * total)
-    whole = sum(map(sum, found.values()))
+    context.progress("output changes", len(data) * len(changes), len(data) * len(changes))
+    whole = sum(found)
     unit = plain / whole / count if whole else 0.0
-    return {name: [loss * unit for loss in losses] for name, losses in found.items()}
+    left = iter([loss * unit for loss in found])
+    weights_found, activations_found = (
+        {name: list(itertools.islice(left, len(own))) for name, own in table.items()} for table in (variants, grids)
+    )
+    return weights_found, activations_found
+
+
+def _given(weight: Tensor, value: Tensor) -> Tensor:
+    return weight
 
 
 def telling_examples(
@@ -150,23 +183,24 @@ def _depends_on(start: fx.Node | None, nodes: Sequence[fx.Node]) -> list[fx.Node
     return [node for node in nodes if node in reached and node is not start]
 
 
-def _run(
-    module: fx.GraphModule, nodes: Sequence[fx.Node], known: dict[fx.Node, Any], values: dict[fx.Node, Any]
-) -> Any:
-    """The value of the last of ``nodes``; their own are dropped once they have been read.
+def _run(module: fx.GraphModule, change: Change, known: dict[fx.Node, Any]) -> Any:
+    """The output of the network with one change; what was computed for it is dropped once it has been read.
 
     Args:
         known: Values from before.
-        values: Values that take their place.
     """
+    values: dict[fx.Node, Any] = {}
+    if change.node not in change.nodes:
+        values[change.node] = change.value(known[change.node])
     layered = ChainMap(values, known)
-    last = {source: node for node in nodes for source in node.all_input_nodes}
-    for node in nodes:
-        values[node] = _value(module, node, layered)
+    last = {source: node for node in change.nodes for source in node.all_input_nodes}
+    for node in change.nodes:
+        value = _value(module, node, layered)
+        values[node] = change.value(value) if node is change.node else value
         for source in node.all_input_nodes:
             if last[source] is node:
                 values.pop(source, None)
-    return values[nodes[-1]]
+    return values[change.nodes[-1]]
 
 
 def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, sampling_step
 from ..formats.packed import QuantizedTensor
-from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, rounded_to, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
 from ..numerics.output_rounding import round_rows
 from ..widths import Width
@@ -106,13 +106,9 @@ def round_layers(
             found.biases[key] = bias.cpu()
 
     names = {node.name: node for node in module.graph.nodes}
-    rounds = {after_norms(names[name]): partial(_on_grid, grid=grid) for name, grid in activations.items()}
+    rounds = {after_norms(names[name]): partial(rounded_to, grid=grid) for name, grid in activations.items()}
     walk(pair, inputs, visit, rounds=rounds, progress=progress, what="round the layers")
     return found
-
-
-def _on_grid(value: Tensor, grid: Grid) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(value, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
 
 
 def _rounded(
