@@ -187,7 +187,8 @@ def activation_records(
 
 def _read_alternatives(frontier: FrontierRecord) -> dict[str, list[dict[str, Any]]]:
     """By activation: what each width of it, and of those that share its width, costs and is expected to lose."""
-    weights, found = frontier.chosen_choices(), {}
+    weights = frontier.chosen_choices()
+    found: dict[str, list[dict[str, Any]]] = {}
     for read, chosen in zip(frontier.reads, frontier.chosen_reads(), strict=True):
         each_bit = read.cost + sum(weights[number].cost for number in read.items)
         options = [

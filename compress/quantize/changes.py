@@ -23,8 +23,7 @@ from ..graph.channel_rules import shape_of
 from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
-from ..task import Task, divergences, has_logits
-from ..train.distill import first_tensor
+from ..task import Task, divergences, floating, has_logits
 
 MOST_ELEMENTS = 2**27  # of all activations of a batch
 BATCH = 16
@@ -70,10 +69,11 @@ def loss_changes(
         Of weights, and of activations.
     """
     are_logits = has_logits(task)
+    heat = temperature if are_logits else 1.0
     plain, count, done = 0.0, 0.0, 0
     counts = torch.ones(len(data)) if counts is None else counts
 
-    def moved_by(reference: Tensor, outputs: Tensor, stands: Tensor) -> float:
+    def moved_by(reference: list[Tensor], outputs: list[Tensor], stands: Tensor) -> float:
         moved = divergences(reference, outputs, are_logits=are_logits).reshape(len(stands), -1)
         return float(stands.to(moved) @ moved.mean(1))
 
@@ -100,13 +100,12 @@ def loss_changes(
             for node in nodes:
                 if node not in known:
                     known[node] = _value(module, node, known)
-            reference = first_tensor(known[nodes[-1]])
+            reference = floating(known[nodes[-1]])
             for place, change in enumerate(changes):
                 context.progress("output changes", done * len(changes) + place * len(batch), len(data) * len(changes))
-                moved = first_tensor(_run(module, change, known))
+                moved = floating(_run(module, change, known))
                 plain += moved_by(reference, moved, stands)
-                heat = temperature if are_logits else 1.0
-                found[place] += moved_by(reference / heat, moved / heat, stands)
+                found[place] += moved_by(_cooled(reference, heat), _cooled(moved, heat), stands)
         count += float(stands.sum())
         done += len(batch)
     context.progress("output changes", len(data) * len(changes), len(data) * len(changes))
@@ -121,6 +120,10 @@ def loss_changes(
 
 def _given(weight: Tensor, value: Tensor) -> Tensor:
     return weight
+
+
+def _cooled(values: list[Tensor], heat: float) -> list[Tensor]:
+    return [value / heat for value in values]
 
 
 def telling_examples(
@@ -151,7 +154,7 @@ def telling_examples(
     with torch.no_grad():
         for batch in data.batches(_batch_size(graph)):
             inputs = tuple(x.to(context.device) for x in batch.inputs)
-            reference, outputs = (first_tensor(network(*inputs)) / heat for network in (module, moving))
+            reference, outputs = (_cooled(floating(network(*inputs)), heat) for network in (module, moving))
             parts.append(divergences(reference, outputs, are_logits=are_logits).reshape(len(batch), -1).cpu())
     moved = torch.cat(parts)
     count = min(count, max(1, PREDICTIONS // moved.shape[1]))
