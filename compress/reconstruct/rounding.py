@@ -131,13 +131,13 @@ def _rounded(
     gram, cross, mean_x, mean_y = moments
     groups, k = mean_x.shape
     eye = torch.eye(k, dtype=torch.float64, device=gram.device)
-    power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    if has_offset:
-        gram = gram - mean_x[:, :, None] * mean_x[:, None]
-        cross = cross - mean_x[:, :, None] * mean_y[:, None]
-    gram = gram + ROUNDING * power * eye
+    if not has_offset:
+        gram = gram + mean_x[:, :, None] * mean_x[:, None]
+        cross = cross + mean_x[:, :, None] * mean_y[:, None]
+    spread = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    noise = ROUNDING * (spread + (mean_x.square().mean(1)[:, None, None] if has_offset else 0.0))
     start = weight.reshape(groups, -1, k).double()
-    ridge = FIT_DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
+    ridge = FIT_DAMPING * spread + noise + torch.finfo(torch.float32).tiny
     zeros = start == 0
     if bool(zeros.any()):  # a pruned weight stays pruned, and isn't fitted: every weight would take part
         fitted, masked = start, zeros
@@ -146,6 +146,7 @@ def _rounded(
             torch.linalg.solve(gram + ridge * eye, cross + ridge * start.transpose(1, 2)).transpose(1, 2),
             None,
         )
+    gram = gram + noise * eye
     levels, scales = round_rows(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
     flat = scales.reshape(-1)
     scale = flat[0] if layer.axis is None else flat
@@ -155,22 +156,29 @@ def _rounded(
 
 
 def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """``E[x x^T]``, ``E[x y^T]``, ``E[x]`` and ``E[y]`` of each group, float64, over a sample of the positions."""
+    """Covariances of ``x`` and of ``x`` with ``y``, ``E[x]`` and ``E[y]`` of each group, float64, over some positions.
+
+    Values are taken from where the first of them lie: in float32 squares of a large mean would hide a small variance.
+    """
     sums: list[Tensor] | None = None
     count = 0
     for rows, goals in _positions(node, x, weight, y):
+        if sums is None:
+            origins = rows.mean(1, keepdim=True), goals.mean(1, keepdim=True)
+        rows, goals = rows - origins[0], goals - origins[1]
         parts = [
             (rows.transpose(1, 2) @ rows).double(),
             (rows.transpose(1, 2) @ goals).double(),
-            rows.sum(1).double(),
-            goals.sum(1).double(),
+            rows.sum(1, dtype=torch.float64),
+            goals.sum(1, dtype=torch.float64),
         ]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         count += rows.shape[1]
     if sums is None:
         return None
     gram, cross, mean_x, mean_y = (total / count for total in sums)
-    return gram, cross, mean_x, mean_y
+    gram, cross = gram - mean_x[:, :, None] * mean_x[:, None], cross - mean_x[:, :, None] * mean_y[:, None]
+    return gram, cross, mean_x + origins[0][:, 0], mean_y + origins[1][:, 0]
 
 
 def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
