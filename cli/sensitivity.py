@@ -9,7 +9,7 @@ import click
 
 from .. import registry
 from . import options, preflight
-from .figures import count, print_predictors
+from .figures import NOTHING, count, print_predictors
 from .options import checkpoint_argument, command, force_option, setting_options
 from .output import print_json, print_line, print_table
 from .progress import Progress
@@ -70,8 +70,7 @@ def _print(record: dict[str, Any]) -> None:
             entry["layer"],
             *((entry["option"],) if entry["option"] else ()),
             f"{entry['value']:.4g} +- {entry['stderr']:.2g}" if entry["stderr"] else f"{entry['value']:.4g}",
-            count(record["elements"][entry["layer"]]),
-            f"{entry['value'] / record['elements'][entry['layer']]:.3g}",
+            *_per_weight(entry, record["elements"].get(entry["layer"])),
             "#" * length,
         )
         for entry, length in zip(entries, lengths, strict=True)
@@ -84,6 +83,11 @@ def _print(record: dict[str, Any]) -> None:
         print_predictors(record["predictors"])
     for note in record["notes"]:
         print_line(f"note: {note}")
+
+
+def _per_weight(entry: dict[str, Any], elements: int | None) -> tuple[str, str]:
+    """Weights of a layer, and its value for each; an activation has none."""
+    return (NOTHING, NOTHING) if elements is None else (count(elements), f"{entry['value'] / elements:.3g}")
 
 
 def _bars(values: list[float]) -> tuple[list[int], str]:

@@ -120,6 +120,7 @@ def why_lines(layer: dict[str, Any], report: dict[str, Any]) -> list[str]:
     if layer["relative_error"] is not None:
         lines.append(f"Its relative error is {layer['relative_error']:.3g}: {_rank(layer['relative_error'], errors)}.")
     lines += [*_sensitivity_lines(layer, layers), *_alternative_lines(layer, report.get("frontier"))]
+    lines += _activation_lines(layer, report)
     groups: dict[str, list[str]] = defaultdict(list)
     for other in layers:
         if other is not layer:
@@ -165,6 +166,28 @@ def _alternative_lines(layer: dict[str, Any], frontier: dict[str, Any] | None) -
             cost, loss = amount_text(entry["cost"], entry["unit"]), loss_amount(entry["loss"], unit)
             times = "" if chosen is None else times_text(entry["loss"], chosen["loss"])
             lines.append(f"{entry['option']} would cost {cost} and lose {loss}{f', {times}' if times else ''}.")
+    return lines
+
+
+def _activation_lines(layer: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """At how many bits the layer reads, what that is expected to lose, and what other widths would."""
+    from ..report import amount_text, loss_amount, sensitivity_text
+
+    unit = report["frontier"]["loss_unit"] if report.get("frontier") else ""
+    lines = []
+    for entry in report.get("activations") or ():
+        if layer["tensor"] not in entry["read_by"]:
+            continue
+        chosen = next((other for other in entry["alternatives"] if other["chosen"]), None)
+        expected = "" if chosen is None else f", which is expected to lose {loss_amount(chosen['loss'], unit)}"
+        lines.append(f"It reads {escape(entry['tensor'])} at {entry['bits']} bits{expected}.")
+        if entry["sensitivity"]:
+            own = entry["sensitivity"]
+            lines.append(f"That activation's trace is {sensitivity_text(own)} {own['unit']} ({own['measure']}).")
+        for other in entry["alternatives"]:
+            if other is not chosen:
+                cost, loss = amount_text(other["cost"], other["unit"]), loss_amount(other["loss"], unit)
+                lines.append(f"At {other['option']} what reads it would cost {cost}, and it would lose {loss}.")
     return lines
 
 

@@ -267,9 +267,13 @@ def activation_grids(decisions: Mapping[str, Quantize]) -> dict[str, Grid]:
     for name, decision in decisions.items():
         low, high = decision.range  # type: ignore[str-unpack]  # read_plan checks it
         assert isinstance(decision.bits, int)
-        scale, zero_point = activation_grid(float(low), float(high), decision.bits)
-        grids[name] = Grid(scale, zero_point, decision.bits)
+        grids[name] = grid_of(float(low), float(high), decision.bits)
     return grids
+
+
+def grid_of(low: float, high: float, bits: int) -> Grid:
+    """The grid of an activation's range."""
+    return Grid(*activation_grid(low, high, bits), bits)
 
 
 def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:

@@ -286,5 +286,6 @@ def _dynamic_layers(module: fx.GraphModule) -> set[str]:
 
 
 def write_sensitivities(stage: Path, sensitivities: Mapping[str, Sensitivity]) -> None:
-    for record in sensitivities.values():
-        store.write_file(stage / "sensitivity.json", canonical.dumps(record.to_json()))
+    """The first record as sensitivity.json, further ones under their measure's name."""
+    for number, (name, record) in enumerate(sensitivities.items()):
+        store.write_file(stage / f"{name if number else 'sensitivity'}.json", canonical.dumps(record.to_json()))

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import __version__, canonical
-from .apply import Tensors
+from .apply import Tensors, float_module
 from .budget import Budget, format_bytes
 from .data import Data
 from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
-from .graph.trace import Graph
+from .graph.rewrite import layer_reads, operand
+from .graph.trace import WEIGHT_ARGUMENT, Graph
 from .plan import BY_CHANNEL, Plan, Replace
 from .sensitivity import Sensitivity
 from .settings import DYNAMIC
@@ -141,11 +142,12 @@ def _alternatives(frontier: FrontierRecord | None) -> dict[str, list[dict[str, A
     unit = COST_UNITS[frontier.quantity]
     scale = 1.0 if frontier.quantity == "bits" else frontier.scale
     found: dict[str, list[dict[str, Any]]] = {}
-    for item, chosen in zip(frontier.items, frontier.chosen, strict=True):
+    numbers = frontier.chosen[: len(frontier.items)]
+    for item, chosen, factor in zip(frontier.items, numbers, frontier.factors(), strict=True):
         options = [
             {
                 "option": "float" if choice.bits == FLOAT_BITS else shown(choice.bits),
-                "cost": scale * choice.cost,
+                "cost": scale * factor * choice.cost,
                 "unit": unit,
                 "loss": choice.loss,
                 "chosen": number == chosen,
@@ -153,6 +155,53 @@ def _alternatives(frontier: FrontierRecord | None) -> dict[str, list[dict[str, A
             for number, choice in enumerate(item.choices)
         ]
         found |= dict.fromkeys(item.tensors, options)
+    return found
+
+
+def activation_records(
+    graph: Graph,
+    plan: Plan | None,
+    frontier: FrontierRecord | None = None,
+    sensitivities: Mapping[str, Sensitivity] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """One entry for each activation that is rounded: its bits, what reads it, and the widths that it might have had."""
+    decided = {} if plan is None else plan.quantized("activation")
+    if not decided:
+        return []
+    read_by: dict[str, list[str]] = {}
+    for layer, read in layer_reads(float_module(graph)):
+        read_by.setdefault(read.name, []).append(str(operand(layer, WEIGHT_ARGUMENT).target))
+    measured, alternatives = _sensitivities(sensitivities), {} if frontier is None else _read_alternatives(frontier)
+    return [
+        {
+            "tensor": name,
+            "bits": decision.bits,
+            "range": decision.range,
+            "read_by": read_by.get(name, []),
+            "sensitivity": measured.get(name),
+            "alternatives": alternatives.get(name, []),
+        }
+        for name, decision in decided.items()
+    ]
+
+
+def _read_alternatives(frontier: FrontierRecord) -> dict[str, list[dict[str, Any]]]:
+    """By activation: what each width of it, and of those that share its width, costs and is expected to lose."""
+    weights = frontier.chosen_choices()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for read, chosen in zip(frontier.reads, frontier.chosen_reads(), strict=True):
+        each_bit = read.cost + sum(weights[number].cost for number in read.items)
+        options = [
+            {
+                "option": shown(choice.bits),
+                "cost": frontier.scale * choice.bits * each_bit,
+                "unit": COST_UNITS[frontier.quantity],
+                "loss": choice.loss,
+                "chosen": choice is chosen,
+            }
+            for choice in read.choices
+        ]
+        found |= dict.fromkeys(read.activations, options)
     return found
 
 
@@ -228,12 +277,6 @@ def _channel_bits(stored: Tensor | QuantizedTensor) -> list[list[float]]:
     letters = letters_of(stored.bits)
     found = {levels_of(letter).bits: letters.count(letter) for letter in set(letters)}
     return [[bits, found[bits]] for bits in sorted(found)]
-
-
-def activation_records(plan: Plan | None) -> list[dict[str, Any]]:
-    """The activations that are rounded to a range, in network order."""
-    found = {} if plan is None else plan.quantized("activation")
-    return [{"name": name, "bits": decision.bits, "range": list(decision.range)} for name, decision in found.items()]
 
 
 def _left(shape: tuple[int, ...], before: tuple[int, ...]) -> str:

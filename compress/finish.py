@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from . import canonical, figures, report, store, summary
 from .apply import float_module
@@ -41,7 +40,7 @@ from .model import WEIGHTS
 from .plan import Plan
 from .sensitivity import Sensitivity
 from .settings import Settings
-from .task import Task, check_targets, divergence, has_logits, load_task
+from .task import Task, check_targets, divergence, divergence_words, has_logits, load_task
 from .verdict import Check, Gates, Verdict, limit_check, metric_checks
 from .verify import (
     Session,
@@ -199,7 +198,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "parity": [figures.parity_record(p) for p in parity],
         "checks": canonical.plain(checks),
         "layers": layers,
-        "activations": figures.activation_records(plan),
+        "activations": figures.activation_records(built.graph, plan, target.frontier, target.sensitivities),
         "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
         "loss": None if plan is None else _loss(job, built, plan),
@@ -243,15 +242,15 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
     with torch.no_grad():
         for done, batch in enumerate(data.batches(LOSS_BATCH)):
             job.progress("loss on calibration data", done * LOSS_BATCH, len(data))
-            reference, outputs = (tree_leaves(module(*batch.inputs))[0] for module in (dense, built.module))
+            reference, outputs = (module(*batch.inputs) for module in (dense, built.module))
             total += len(batch) * divergence(reference, outputs, are_logits=are_logits)
     job.progress("loss on calibration data", len(data), len(data))
-    what = "KL divergence from" if are_logits else "mean squared difference from"
+    what, unit = divergence_words(reference, are_logits=are_logits)
     return {
         # Of another checkpoint, what was predicted says nothing about this one.
         "predicted": plan.predicted.get("loss") if plan.source_sha256 == job.source.sha256 else None,
         "measured": total / len(data),
-        "unit": "nats" if are_logits else "squared output",
+        "unit": unit,
         "what": f"{what} the dense network, calibration data",
         "num_examples": len(data),
     }

@@ -1,21 +1,22 @@
 """A frontier as a file: what each choice for each item costs and is expected to lose, and the best points of all.
 
 frontier.json is written beside plan.json. It holds all that a decision needs: another point is picked without measuring
-again. An item is one weight, or several that were tied; its choices are bit widths.
+again. An item is one weight, or several that were tied; its choices are bit widths. Where activations have widths of
+their own, these are choices as well, and multiply the costs of the items that read them.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import canonical
 from .errors import InputError, escape
-from .plan import BY_CHANNEL, RANGES
+from .plan import BY_CHANNEL, RANGES, WIDEST
 from .widths import Width, is_mixed, is_width
 
 NAME = "frontier.json"
@@ -53,6 +54,37 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadChoice:
+    """One width of activations.
+
+    Attributes:
+        loss: Expected increase of the loss.
+        ranges: Least and greatest value of each.
+    """
+
+    bits: int
+    loss: float
+    ranges: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Activations that get one width, and the items that read them: whose costs are for each bit of it.
+
+    Attributes:
+        activations: Their names.
+        items: Numbers of the items.
+        cost: For each bit, of other layers that read them.
+        choices: The narrowest first.
+    """
+
+    activations: tuple[str, ...]
+    items: tuple[int, ...]
+    cost: int
+    choices: tuple[ReadChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FrontierRecord:
     """Every assignment of choices to items that no other beats, ordered by cost.
 
@@ -67,8 +99,9 @@ class FrontierRecord:
         costs: Of the points ``[p]``, strictly ascending; without ``fixed``.
         losses: Expected, ``[p]``, strictly descending.
         index: The point of the plan.
-        chosen: Index of each item's choice at that point.
+        chosen: Index of each item's choice at that point, then of each read's.
         activations: Least and greatest value of each activation that is rounded, by name.
+        reads: Activations whose widths are chosen as well; none where all have the same.
     """
 
     method: str
@@ -83,6 +116,7 @@ class FrontierRecord:
     index: int
     chosen: tuple[int, ...]
     activations: Mapping[str, tuple[float, float]]
+    reads: tuple[Read, ...] = ()
     schema: str = FRONTIER_SCHEMA
 
     def amount(self, cost: int) -> float:
@@ -101,19 +135,65 @@ class FrontierRecord:
 
     def chosen_choices(self) -> tuple[Choice, ...]:
         """The choice of each item at the point."""
-        return tuple(item.choices[number] for item, number in zip(self.items, self.chosen, strict=True))
+        return tuple(item.choices[number] for item, number in zip(self.items, self.chosen, strict=False))
+
+    def chosen_reads(self) -> tuple[ReadChoice, ...]:
+        """The choice of each read at the point."""
+        numbers = self.chosen[len(self.items) :]
+        return tuple(read.choices[number] for read, number in zip(self.reads, numbers, strict=True))
+
+    def factors(self) -> tuple[int, ...]:
+        """What each item's costs are multiplied by at the point: the bits of what it reads, where those are chosen."""
+        read_by = {
+            number: choice.bits
+            for read, choice in zip(self.reads, self.chosen_reads(), strict=True)
+            for number in read.items
+        }
+        return tuple(read_by.get(number, 1) for number in range(len(self.items)))
+
+    def chosen_cost(self) -> int:
+        """Of the choices, in the integer unit."""
+        own = sum(read.cost * choice.bits for read, choice in zip(self.reads, self.chosen_reads(), strict=True))
+        costs = zip(self.factors(), self.chosen_choices(), strict=True)
+        return own + sum(factor * choice.cost for factor, choice in costs)
+
+    def chosen_loss(self) -> float:
+        """Expected of the choices."""
+        losses = [choice.loss for choice in self.chosen_choices()]
+        return sum(losses + [choice.loss for choice in self.chosen_reads()])
+
+    def uniform(self) -> dict[str, FrontierRecord]:
+        """By name, the same width for every item and for every read: ``4 bits``, ``4 bits, activations 6``.
+
+        Of the widths that all of them have; the index is that of the plan.
+        """
+        widths = [[choice.bits for choice in item.choices] for item in self.items]
+        read = [[choice.bits for choice in one.choices] for one in self.reads]
+        shared = sorted(_shared(widths), key=float)
+        found = {}
+        for bits in shared:
+            name = "float" if bits == FLOAT_BITS else f"{bits} bits"
+            for own in sorted(_shared(read)) or [0]:
+                chosen = (*(every.index(bits) for every in widths), *(every.index(own) for every in read))
+                found[f"{name}, activations {own}" if own else name] = replace(self, chosen=chosen)
+        return found
 
     def rivals(self) -> dict[str, tuple[int, float]]:
-        """Cost and loss of the same width for every item, by name: ``4 bits``; the widths that every item has."""
-        widths = [{c.bits: c for c in item.choices if isinstance(c.bits, int)} for item in self.items]
-        shared = set.intersection(*(set(width) for width in widths)) if widths else set()
+        """Cost and loss of ``uniform``; of those with widths of activations, what no other of them beats."""
+        found = {name: (record.chosen_cost(), record.chosen_loss()) for name, record in self.uniform().items()}
+        if not self.reads:
+            return found
         return {
-            "float" if bits == FLOAT_BITS else f"{bits} bits": (
-                sum(width[bits].cost for width in widths),
-                sum(width[bits].loss for width in widths),
-            )
-            for bits in sorted(shared)
+            name: (cost, loss)
+            for name, (cost, loss) in found.items()
+            if not any(c <= cost and x <= loss and (c, x) != (cost, loss) for c, x in found.values())
         }
+
+
+def _shared(widths: Sequence[Sequence[Width]]) -> set[int]:
+    """The whole widths that all have."""
+    found = [{width for width in own if isinstance(width, int)} for own in widths]
+    return set.intersection(*found) if found else set()
 
 
 def read_frontier(path: Path) -> FrontierRecord:
@@ -137,6 +217,7 @@ def read_frontier(path: Path) -> FrontierRecord:
             index=int(record["index"]),
             chosen=tuple(int(choice) for choice in record["chosen"]),
             activations={str(name): (float(low), float(high)) for name, (low, high) in record["activations"].items()},
+            reads=tuple(_read(entry) for entry in record.get("reads", ())),  # older ones have none
         )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise InputError(f"{path}: bad entry ({error})", hint="make the run again") from None
@@ -149,12 +230,21 @@ def _check(path: Path, found: FrontierRecord) -> None:
     lengths = {len(found.costs), len(found.losses)}
     if len(lengths) > 1 or not 0 <= found.index < len(found.costs):
         raise InputError(f"{path}: index {found.index} is no point of the frontier", hint="make the run again")
-    fits = len(found.chosen) == len(found.items) and all(
-        0 <= number < len(item.choices) for number, item in zip(found.chosen, found.items, strict=False)
+    counts = [len(item.choices) for item in found.items] + [len(read.choices) for read in found.reads]
+    fits = len(found.chosen) == len(counts) and all(
+        0 <= number < count for number, count in zip(found.chosen, counts, strict=True)
     )
     if not fits:
         raise InputError(f"{path}: chosen names a choice that isn't there", hint="make the run again")
-    ends = (end for pair in found.activations.values() for end in pair)
+    for read in found.reads:
+        if not _is_read(read, len(found.items)):
+            raise InputError(
+                f"{path}: the choices of activation {escape(read.activations[0])} have bits other than 2 to 8, or no "
+                "range for each, or items that aren't there",
+                hint="make the run again",
+            )
+    ranges = [pair for read in found.reads for choice in read.choices for pair in choice.ranges]
+    ends = (end for pair in (*found.activations.values(), *ranges) for end in pair)
     if not found.scale > 0 or not all(map(math.isfinite, (found.scale, found.dense_amount, *found.losses, *ends))):
         raise InputError(f"{path}: a number isn't finite, or the scale isn't above 0", hint="make the run again")
     for item in found.items:
@@ -166,6 +256,12 @@ def _check(path: Path, found: FrontierRecord) -> None:
                     f"ranges {escape(', '.join(choice.ranges))}",
                     hint="make the run again",
                 )
+
+
+def _is_read(read: Read, num_items: int) -> bool:
+    return all(0 <= number < num_items for number in read.items) and all(
+        2 <= choice.bits <= WIDEST and len(choice.ranges) == len(read.activations) for choice in read.choices
+    )
 
 
 def _is_choice(choice: Choice, num_tensors: int) -> bool:
@@ -181,6 +277,17 @@ def _is_choice(choice: Choice, num_tensors: int) -> bool:
 def _is_range(name: str) -> bool:
     letters = name.removeprefix(BY_CHANNEL)
     return name in RANGES or (letters not in ("", name) and set(letters) <= set(RANGES.values()))
+
+
+def _read(entry: Mapping[str, Any]) -> Read:
+    choices = tuple(
+        ReadChoice(int(c["bits"]), float(c["loss"]), tuple((float(low), float(high)) for low, high in c["ranges"]))
+        for c in entry["choices"]
+    )
+    names = tuple(str(name) for name in entry["activations"])
+    if not names:
+        raise ValueError("a read without activations")
+    return Read(names, tuple(int(number) for number in entry["items"]), int(entry["cost"]), choices)
 
 
 def _width(value: Any) -> Width:

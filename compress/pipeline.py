@@ -106,6 +106,8 @@ def run_method(
         raise UsageError(
             f"method {method.name} has no {budget.quantity} budget", hint=f"it takes {', '.join(method.budgets)}"
         )
+    if plan is None:
+        planning.require_counted_activations(method, budget, settings)
     if pick is not None and plan is None:
         raise UsageError("--pick needs the run whose frontier it means", hint="pass --plan RUN as well")
     if out is None:

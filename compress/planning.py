@@ -47,7 +47,7 @@ from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
 from .quantize.calibrate import activation_decisions, calibrated
 from .registry import METHODS, Method, find_method, load_module
 from .sensitivity import CostTable, Sensitivity
-from .settings import DYNAMIC, Settings
+from .settings import DYNAMIC, MIXED, Settings
 from .task import Task
 from .train.journal import journal_of_pass
 from .train.recipe import Training
@@ -99,6 +99,28 @@ def is_searched(method: Method, budget: Budget | None, settings: Settings) -> bo
     return method.searches and budget is None and pattern in (None, UNSTRUCTURED)
 
 
+def require_counted_activations(method: Method, budget: Budget | None, settings: Settings) -> None:
+    """Widths of activations are chosen where the budget counts their bits.
+
+    Raises:
+        UsageError: It doesn't, or the method has one width for all activations.
+    """
+    if "activations" not in method.options or settings["activations"].value != MIXED:
+        return
+    if "bops" not in method.budgets:
+        others = [m.name for m in METHODS if m.job == method.job and "bops" in m.budgets]
+        raise UsageError(
+            f"method {method.name} has one width for all activations",
+            hint=f"pass --method {' or '.join(others)} with --activations mixed, or --activations 8, 6 or 4",
+        )
+    if budget is None or budget.quantity != "bops":
+        given = "without a budget" if budget is None else f"for the budget {budget}"
+        raise UsageError(
+            f"--activations mixed: {given} the bits of activations cost nothing, so that there is nothing to choose",
+            hint="pass --budget bops=5% or so, which counts them, or --activations 8, 6 or 4",
+        )
+
+
 def search_gates(method: Method, budget: Budget | None, gates: Gates, settings: Settings, task: Task) -> Gates:
     """The gates of a run: with one point of the metric where a search has nothing else to go by.
 
@@ -125,7 +147,8 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     if goal.method.trains:
         training = recovery.training(job, journal=goal.journal, resume=goal.resume)
     context = planning_context(job, goal.dense, 0)
-    sensitivities = {name: measuring.take(job, name, context).record for name in goal.method.measures}
+    measures = (*goal.method.measures, *(goal.method.mixed_measures if job.value("activations") == MIXED else ()))
+    sensitivities = {name: measuring.take(job, name, context).record for name in measures}
     quantity = None if goal.budget is None else goal.budget.quantity
     recovers = not goal.method.trains and recovery.is_asked(job.settings)
     if is_searched(goal.method, goal.budget, job.settings):

@@ -23,6 +23,7 @@ class Method:
         options: Settings that it reads, in the order of its docs.
         budgets: Quantities that it can meet.
         measures: Sensitivities that it needs.
+        mixed_measures: Those that it needs as well where activations have widths of their own.
         needs_data: Whether it decides on calibration data.
         searches: Whether it finds the smallest model that passes the gates where no budget is given: by the points of
             its frontier (``at_point``), or by ever smaller ``candidates``.
@@ -37,6 +38,7 @@ class Method:
     options: tuple[str, ...]
     budgets: tuple[str, ...]
     measures: tuple[str, ...] = ()
+    mixed_measures: tuple[str, ...] = ()
     needs_data: bool = True
     searches: bool = False
     trains: bool = False
@@ -113,6 +115,7 @@ METHODS = (
         options=("activations", "range", "reconstruction", "bias_correction", "exclude", "keep", "tie"),
         budgets=("bits", "bytes", "bops", "latency"),
         measures=("hessian-trace",),
+        mixed_measures=("activation-trace",),
         searches=True,
     ),
     Method(
@@ -152,6 +155,13 @@ MEASURES = (
         summary="curvature trace of every layer: Gauss-Newton, all layers at once, or the exact Hessian",
         source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852)",
         options=("trace", "rtol", "passes"),
+    ),
+    Measure(
+        name="activation-trace",
+        module="compress.measure.activation_trace",
+        summary="curvature trace of every activation that a layer reads, an example's on average",
+        source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), section 3.3",
+        options=("rtol", "passes"),
     ),
     Measure(
         name="fisher",

@@ -21,6 +21,7 @@ from .registry import RUNTIMES
 
 CONFIG = "hcompress.toml"
 DYNAMIC = "dynamic"  # activations that are rounded as they come
+MIXED = "mixed"  # activations with widths of their own
 TYPES = {
     "str": "a text",
     "int": "a whole number",
@@ -199,9 +200,9 @@ SETTINGS = (
         "activations",
         "run.activations",
         "str",
-        "Bits of activations; dynamic: 8 with ranges of each batch.",
+        "Bits of activations; mixed: each its own; dynamic: 8 with ranges of each batch.",
         None,
-        ("8", "6", "4", DYNAMIC, "float"),
+        ("8", "6", "4", MIXED, DYNAMIC, "float"),
         in_preset=True,
     ),
     Setting(

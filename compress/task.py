@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from .data import Data, describe, dtype_name, load_object
 from .errors import HCompressError, UsageError
@@ -202,18 +203,52 @@ def has_logits(task: Task) -> bool:
     return bool(getattr(task, "logits", isinstance(task, Classification | CausalLM)))
 
 
-def divergence(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> float:
-    """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values."""
+def divergence(reference: Any, outputs: Any, *, are_logits: bool) -> float:
+    """How far outputs moved: mean KL divergence for logits ``[..., c]``, mean squared error for other values.
+
+    Where there are several outputs, and the first isn't all that counts as logits, each is compared in units of its own
+    variance over the examples, and the mean is taken: a box and a class score have no unit in common.
+
+    Args:
+        reference: A tensor, or what a network gives: tensors in tuples or dicts, of which the floating ones count.
+    """
     return float(divergences(reference, outputs, are_logits=are_logits).mean())
 
 
-def divergences(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> Tensor:
-    """The same of each prediction, or of each value, float64."""
-    if are_logits and reference.dim() >= 2 and reference.shape[-1] >= 2:
-        log_p = torch.log_softmax(reference.double(), -1)
-        log_q = torch.log_softmax(outputs.double(), -1)
+def divergences(reference: Any, outputs: Any, *, are_logits: bool) -> Tensor:
+    """The same of each prediction, or of each value, float64; of several outputs, of each example."""
+    wanted, found = (floating(value) for value in (reference, outputs))
+    if are_logits and wanted[0].dim() >= 2 and wanted[0].shape[-1] >= 2:
+        log_p = torch.log_softmax(wanted[0].double(), -1)
+        log_q = torch.log_softmax(found[0].double(), -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
-    return (reference.double() - outputs.double()).square()
+    moved = [(a.double() - b.double()).square() for a, b in zip(wanted, found, strict=True)]
+    if are_logits or len(moved) == 1:
+        return moved[0]
+    each = [
+        change.reshape(len(change), -1).mean(1) / _power(value) for change, value in zip(moved, wanted, strict=True)
+    ]
+    return torch.stack(each).mean(0)
+
+
+def _power(value: Tensor) -> float:
+    """The variance of an output over the examples; of one example or of a constant, its mean square, or 1."""
+    wide = value.double()
+    return float((wide - wide.mean(0)).square().mean()) or float(wide.square().mean()) or 1.0
+
+
+def divergence_words(outputs: Any, *, are_logits: bool) -> tuple[str, str]:
+    """What ``divergence`` is, and its unit, in words."""
+    if are_logits:
+        return "KL divergence from", "nats"
+    if len(floating(outputs)) > 1:
+        return "mean squared difference of the outputs, each in units of its variance, from", "variances"
+    return "mean squared difference from", "squared output"
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """The floating tensors that a network gives."""
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ def make(kind="plain"):
     return net
 """
 CASES = [("prune", "obs"), ("quantize", "hawq")]
+WIDTHS = pytest.mark.parametrize("method", ["hawq", "output-change"])
 pytestmark = pytest.mark.usefixtures("quick_exports")
 Run = Callable[..., dict[str, Any]]
 
@@ -73,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"plain": (x, y), "one": (x[:1], y[:1]), "label7": (x, np.where(np.arange(64) == 9, 7, y))}
     huge = x.copy()
     huge[41] = 3e38
+    data |= {"one_class": (x, 0 * y), "same": (np.ones_like(x), y)}
     data |= {"huge": (huge, y), "binary": (x, y % 2), "wide": (x, generator.standard_normal((64, 3), dtype=np.float32))}
     for name, (inputs, targets) in data.items():
         np.savez(folder / f"{name}.npz", x=inputs, y=targets)
@@ -251,3 +253,32 @@ def test_a_network_of_one_weight_reaches_its_sparsity(tmp_path: Path, folder: Pa
         progress=quiet,
     )
     assert report["sparsity"] == 1  # 0.995 of 64 weights is 63.68: rounded up
+
+
+@WIDTHS
+def test_inputs_that_never_change_and_labels_of_one_class_are_calibrated_on(
+    run: Run, folder: Path, method: str
+) -> None:
+    """Every activation is constant, weights are tied and used twice, and a channel is zero."""
+    report = run("quantize", method, "odd", data=str(folder / "same.npz"), activations="mixed", budget="bops=3%")
+    assert all(check["ok"] for check in report["checks"])
+
+
+@pytest.mark.slow
+@WIDTHS
+def test_data_of_one_class_are_enough(run: Run, folder: Path, method: str) -> None:
+    assert run("quantize", method, "odd", data=str(folder / "one_class.npz"))["average_bits"] <= 4
+
+
+@WIDTHS
+def test_a_budget_in_a_unit_that_does_not_apply_names_those_that_do(run: Run, method: str) -> None:
+    for budget in ("macs=50%", "sparsity=0.5", "params=50%"):
+        error = refusal(lambda goal=budget: run("quantize", method, "odd", budget=goal), UsageError, "has no .* budget")  # type: ignore[misc]
+        assert error.hint == "it takes bits, bytes, bops, latency"
+
+
+@pytest.mark.slow
+@WIDTHS
+def test_a_budget_that_only_one_configuration_meets_is_met_by_it(run: Run, method: str) -> None:
+    report = run("quantize", method, "odd", budget="2bit", channel_widths="equal")
+    assert {layer["bits"] for layer in report["layers"]} == {2}

@@ -310,5 +310,7 @@ def test_channels_of_their_own_width_are_counted_by_bits_and_activations_have_th
     assert mixed["channel_bits"] == [[0.0, 1], [1.6, 2], [3.0, 4], [7.0, 1]]
     assert mixed["bits"] == pytest.approx((2 * 1.6 + 4 * 3 + 7) / 8)
     assert whole["channel_bits"] == []
-    assert figures.activation_records(plan) == [{"name": "relu", "bits": 6, "range": [0.0, 2.5]}]
-    assert figures.activation_records(None) == []
+    (activation,) = figures.activation_records(graph, plan)
+    assert activation["tensor"] == "relu" and activation["bits"] == 6 and activation["range"] == (0.0, 2.5)
+    assert activation["read_by"] == ["2.weight"] and activation["alternatives"] == []
+    assert figures.activation_records(graph, None) == []

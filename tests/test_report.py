@@ -212,7 +212,11 @@ CASES = {
     ),
     "all that there is": make_report(
         layers=[make_layer(n, channel_bits=[[0.0, 2], [1.6, 4], [5.0, 10]]) for n in range(1, 21)],
-        activations=[{"name": f"relu_{n}", "bits": 4 + 4 * (n % 2), "range": [0.0, 1.0]} for n in range(9)],
+        activations=[
+            {"tensor": f"relu_{n}", "bits": 4 + 4 * (n % 2), "range": [0.0, 1.0]}
+            | {"read_by": [f"{n}.weight"], "sensitivity": None, "alternatives": []}
+            for n in range(9)
+        ],
         **{"onnx_bytes": PARTS, "predictors": make_predictors(), "frontier": make_frontier(), "loss": dict(LOSS)},
     ),
     "predictors without a loss": make_report(

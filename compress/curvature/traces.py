@@ -12,8 +12,9 @@ all layers, against one Hessian-vector product a layer and probe.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,18 +67,45 @@ def ggn_traces(
         UsageError: The task's loss needs targets and there are none, or it has too many outputs.
         NumericsError: An output or a gradient isn't finite; names the examples and the layer.
     """
-    if not network.layers:
+    names = [layer.tensor for layer in network.layers]
+    norms = partial(_squared_norms, network, task)
+    return traces_by_passes(
+        names, norms, data, rtol=rtol, max_passes=max_passes, generator=generator, progress=progress
+    )
+
+
+# Squared norms ``[n, l]`` of the gradients of some examples, given the data, the examples, a seed and the number of the
+# probe; the output-space traces ``[n]``; how many probes are complete.
+SquaredNorms = Callable[[Data, Tensor, int, int], tuple[Tensor, Tensor | None, int]]
+
+
+def traces_by_passes(
+    names: Sequence[str],
+    squared_norms: SquaredNorms,
+    data: Data,
+    *,
+    rtol: float,
+    max_passes: int,
+    generator: torch.Generator,
+    progress: Progress,
+) -> dict[str, TraceEstimate]:
+    """The mean squared norms over probes and examples, of all examples first and then of those that hold the most.
+
+    Args:
+        names: Of the columns of ``squared_norms``.
+    """
+    if not names:
         return {}
     everything = torch.arange(len(data))
     chosen, heavy = everything, everything
     counts = torch.zeros(len(data), dtype=torch.float64)  # probes of each example
-    sums = torch.zeros(len(data), len(network.layers), dtype=torch.float64)
+    sums = torch.zeros(len(data), len(names), dtype=torch.float64)
     squares = torch.zeros_like(sums)
     seed = draw_seed(generator)
     found: dict[str, TraceEstimate] = {}
     for passes in range(1, max(max_passes, MIN_PASSES) + 1):
         progress("Gauss-Newton traces", passes - 1, max_passes)
-        norms, curvature, complete = _squared_norms(network, task, data, chosen, seed, int(counts[chosen[0]]))
+        norms, curvature, complete = squared_norms(data, chosen, seed, int(counts[chosen[0]]))
         counts[chosen] += 1
         sums[chosen] += norms
         squares[chosen] += norms.square()
@@ -85,7 +113,7 @@ def ggn_traces(
             heavy = everything if curvature is None else heaviest(curvature)
         if passes < MIN_PASSES and passes != complete:
             continue
-        found = _estimates(network, counts, sums, squares, complete=complete, passes=passes)
+        found = _estimates(names, counts, sums, squares, complete=complete, passes=passes)
         is_exact = bool(counts[heavy[0]] == complete)
         is_known = is_exact or (counts[heavy[0]] - 1) * len(heavy) >= MIN_FREEDOM
         if is_known and all(estimate.stderr <= rtol * estimate.mean for estimate in found.values()):
@@ -94,6 +122,12 @@ def ggn_traces(
         chosen = everything[counts < complete] if is_exact else heavy
     progress("Gauss-Newton traces", max_passes, max_passes)
     return found
+
+
+def among(data: Data, chosen: Tensor) -> Data:
+    """Some of the examples, by number."""
+    targets = None if data.targets is None else data.targets[chosen]
+    return Data(tuple(x[chosen] for x in data.inputs), targets, data.name)
 
 
 def heaviest(curvature: Tensor) -> Tensor:
@@ -110,11 +144,9 @@ def heaviest(curvature: Tensor) -> Tensor:
 def _squared_norms(
     network: Network, task: Task, data: Data, chosen: Tensor, seed: int, probe: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Squared per-sample gradient norms ``[n, l]``, the output-space traces ``[n]``, and how many probes complete."""
-    targets = None if data.targets is None else data.targets[chosen]
-    part = Data(tuple(x[chosen] for x in data.inputs), targets, data.name)
+    """``SquaredNorms`` of the layers' weights."""
     norms, curvatures, complete = [], [], 0
-    for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, part), strict=True):
+    for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, among(data, chosen)), strict=True):
         outputs, uses = record(network, batch.inputs)
         complete, curvature = period(task, outputs), output_curvature(task, outputs)
         draw = Draw(seed, numbers.tolist(), probe, data.name)
@@ -127,7 +159,7 @@ def _squared_norms(
 
 
 def _estimates(
-    network: Network, counts: Tensor, sums: Tensor, squares: Tensor, *, complete: int, passes: int
+    names: Sequence[str], counts: Tensor, sums: Tensor, squares: Tensor, *, complete: int, passes: int
 ) -> dict[str, TraceEstimate]:
     """Mean and standard error from each example's number of probes ``[n]`` and sums ``[n, l]``: every one a stratum.
 
@@ -139,8 +171,8 @@ def _estimates(
     left = 1 - times / complete if complete else torch.ones_like(times)
     errors = (variances / times * left).sum(0).sqrt() / n
     return {
-        layer.tensor: TraceEstimate(float(mean), float(error), passes)
-        for layer, mean, error in zip(network.layers, means, errors, strict=True)
+        name: TraceEstimate(float(mean), float(error), passes)
+        for name, mean, error in zip(names, means, errors, strict=True)
     }
 
 

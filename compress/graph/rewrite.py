@@ -387,6 +387,11 @@ def _layers_at(node: fx.Node) -> list[fx.Node]:
     return [*_readers(node), *([writer] if writer.target in WEIGHT_OPS else [])]
 
 
+def layer_reads(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """Every layer with the node whose values it reads: what comes before moves of data."""
+    return [(node, _through_moves(operand(node, 0))) for node in module.graph.nodes if node.target in WEIGHT_OPS]
+
+
 def _readers(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
@@ -431,6 +436,11 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
     for node, grid in fed:
         _integer_bias(module, node, grid)
     _keep_floats(module)
+
+
+def rounded_to(value: Tensor, grid: Grid) -> Tensor:
+    """An activation's values on its grid."""
+    return torch.fake_quantize_per_tensor_affine(value, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
 
 
 def _round(module: fx.GraphModule, node: fx.Node, grid: Grid) -> fx.Node:

@@ -1,15 +1,17 @@
-"""What rounding one weight does to the network's outputs: the loss that it alone costs, from cached forward passes.
+"""What rounding one tensor does to the network's outputs: the loss that it alone costs, from cached forward passes.
 
-The network runs once on a batch; for each variant of a weight only the nodes that depend on it run again. Cost: a
-forward pass from the layer on for each variant, and the batch's activations held at once.
+The network runs once on a batch; for each variant of a weight, and each grid of an activation, only the nodes that
+depend on it run again. Cost: a forward pass from there on for each of them, and the batch's activations held at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +20,10 @@ from torch import Tensor, fx
 from ..context import Context
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.rewrite import on_device, put_tensor, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
-from ..task import Task, divergences, has_logits
-from ..train.distill import first_tensor
+from ..task import Task, divergences, floating, has_logits
 
 MOST_ELEMENTS = 2**27  # of all activations of a batch
 BATCH = 16
@@ -33,48 +34,56 @@ PREDICTIONS = 4096  # of outputs with many for an example: fewer examples are dr
 def loss_changes(
     graph: Graph,
     variants: Mapping[str, Sequence[Tensor]],
+    grids: Mapping[str, Sequence[Grid]],
     data: Data,
     task: Task,
     context: Context,
     *,
     counts: Tensor | None = None,
     temperature: float = 1.0,
-) -> dict[str, list[float]]:
-    """How far the outputs are from the dense network's, on average, with each variant of each weight alone.
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """How far the outputs are from the dense network's, on average, with each variant of each tensor alone.
 
     Args:
         variants: Of the weight's shape, by state-dict key.
+        grids: That an activation is rounded to, by its name once batch norms are folded.
         counts: ``[n]``: how many examples each of ``data`` stands for; one each where that isn't given.
         temperature: That logits are divided by. What is found is put in units of the loss: times what all of it
             together would be at 1.
+
+    Returns:
+        Of weights, and of activations.
     """
     are_logits = has_logits(task)
+    heat = temperature if are_logits else 1.0
     plain, count, done = 0.0, 0.0, 0
     counts = torch.ones(len(data)) if counts is None else counts
 
-    def moved_by(reference: Tensor, outputs: Tensor, stands: Tensor) -> float:
+    def moved_by(reference: list[Tensor], outputs: list[Tensor], stands: Tensor) -> float:
         moved = divergences(reference, outputs, are_logits=are_logits).reshape(len(stands), -1)
         return float(stands.to(moved) @ moved.mean(1))
 
-    found = {name: [0.0] * len(values) for name, values in variants.items()}
-    total = sum(map(len, variants.values()))
+    changes: list[tuple[str, Tensor | Grid]] = [
+        (name, value) for table in (variants, grids) for name, values in table.items() for value in values
+    ]
+    found = [0.0] * len(changes)
     for one in passes(graph, data, context):
         stands = counts[done : done + one.size]
-        tried = 0
-        for name, weights in variants.items():
-            for place, weight in enumerate(weights):
-                context.progress("output changes", done * total + tried * one.size, len(data) * total)
-                moved = one.outputs({name: weight})
-                plain += moved_by(one.reference, moved, stands)
-                heat = temperature if are_logits else 1.0
-                found[name][place] += moved_by(one.reference / heat, moved / heat, stands)
-                tried += 1
+        for place, (name, value) in enumerate(changes):
+            context.progress("output changes", done * len(changes) + place * one.size, len(data) * len(changes))
+            moved = one.outputs({name: value})
+            plain += moved_by(one.reference, moved, stands)
+            found[place] += moved_by(_cooled(one.reference, heat), _cooled(moved, heat), stands)
         count += float(stands.sum())
         done += one.size
-    context.progress("output changes", len(data) * total, len(data) * total)
-    whole = sum(map(sum, found.values()))
+    context.progress("output changes", len(data) * len(changes), len(data) * len(changes))
+    whole = sum(found)
     unit = plain / whole / count if whole else 0.0
-    return {name: [loss * unit for loss in losses] for name, losses in found.items()}
+    left = iter([loss * unit for loss in found])
+    weights_found, activations_found = (
+        {name: list(itertools.islice(left, len(own))) for name, own in table.items()} for table in (variants, grids)
+    )
+    return weights_found, activations_found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +92,14 @@ class Pass:
 
     Attributes:
         size: Examples.
-        reference: The network's outputs; of several, the first tensor.
-        outputs: The same with other weights, given by state-dict key: what doesn't depend on them isn't run again.
+        reference: The network's floating outputs.
+        outputs: The same with other weights, by state-dict key, or with activations on a grid, by the names that they
+            have once batch norms are folded: what doesn't depend on them isn't run again.
     """
 
     size: int
-    reference: Tensor
-    outputs: Callable[[Mapping[str, Tensor]], Tensor]
+    reference: list[Tensor]
+    outputs: Callable[[Mapping[str, Tensor | Grid]], list[Tensor]]
 
 
 def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
@@ -97,8 +107,9 @@ def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
     module = on_device(unlift(graph.program, graph.tied), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
+    named = {node.name: node for node in nodes}
     is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes)
-    after: dict[frozenset[str], list[fx.Node]] = {}
+    after: dict[frozenset[fx.Node], list[fx.Node]] = {}
     for batch in data.batches(_batch_size(graph)):
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))
         known = {node: value.to(context.device) for node, value in known.items()}
@@ -107,16 +118,29 @@ def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
                 if node not in known:
                     known[node] = _value(module, node, known)
 
-        def outputs(weights: Mapping[str, Tensor], known: dict[fx.Node, Any] = known) -> Tensor:
-            names = frozenset(weights)
-            if names not in after:
+        def outputs(changes: Mapping[str, Tensor | Grid], known: dict[fx.Node, Any] = known) -> list[Tensor]:
+            made: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+            for name, value in changes.items():
+                if isinstance(value, Grid):
+                    made[after_norms(named[name])] = partial(rounded_to, grid=value)
+                else:
+                    made[stored[name]] = partial(_given, value.to(context.device))
+            starts = frozenset(made)
+            if starts not in after:
                 # An operator that writes into its input would write into what was kept: then all of it runs again.
-                after[names] = _depends_on(None if is_in_place else {stored[name] for name in names}, nodes)
-            given = {stored[name]: weight.to(context.device) for name, weight in weights.items()}
+                after[starts] = _depends_on(None if is_in_place else starts, nodes)
             with torch.no_grad():
-                return first_tensor(_run(module, after[names], known, given))
+                return floating(_run(module, after[starts], known, made))
 
-        yield Pass(len(batch), first_tensor(known[nodes[-1]]), outputs)
+        yield Pass(len(batch), floating(known[nodes[-1]]), outputs)
+
+
+def _given(weight: Tensor, value: Tensor) -> Tensor:
+    return weight
+
+
+def _cooled(values: list[Tensor], heat: float) -> list[Tensor]:
+    return [value / heat for value in values]
 
 
 def telling_examples(
@@ -147,7 +171,7 @@ def telling_examples(
     with torch.no_grad():
         for batch in data.batches(_batch_size(graph)):
             inputs = tuple(x.to(context.device) for x in batch.inputs)
-            reference, outputs = (first_tensor(network(*inputs)) / heat for network in (module, moving))
+            reference, outputs = (_cooled(floating(network(*inputs)), heat) for network in (module, moving))
             parts.append(divergences(reference, outputs, are_logits=are_logits).reshape(len(batch), -1).cpu())
     moved = torch.cat(parts)
     count = min(count, max(1, PREDICTIONS // moved.shape[1]))
@@ -168,30 +192,35 @@ def _batch_size(graph: Graph) -> int:
     return max(1, min(BATCH, MOST_ELEMENTS * batch // max(1, elements)))
 
 
-def _depends_on(starts: set[fx.Node] | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that read one of some tensors, directly or not, in order; None for the inputs and all weights."""
+def _depends_on(starts: frozenset[fx.Node] | None, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that read one of some values, directly or not, in order; None for the inputs and all weights."""
     if starts is None:
         return [node for node in nodes if node.op not in ("placeholder", "get_attr")]
     reached = set(starts)
     for node in nodes:
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)
-    return [node for node in nodes if node in reached and node not in starts]
+    return [node for node in nodes if node in reached and (node not in starts or reached & set(node.all_input_nodes))]
 
 
 def _run(
-    module: fx.GraphModule, nodes: Sequence[fx.Node], known: dict[fx.Node, Any], values: dict[fx.Node, Any]
+    module: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    known: dict[fx.Node, Any],
+    made: Mapping[fx.Node, Callable[[Tensor], Tensor]],
 ) -> Any:
     """The value of the last of ``nodes``; their own are dropped once they have been read.
 
     Args:
         known: Values from before.
-        values: Values that take their place.
+        made: What becomes of a node's value before anything reads it.
     """
+    values = {node: change(known[node]) for node, change in made.items() if node not in nodes}
     layered = ChainMap(values, known)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     for node in nodes:
-        values[node] = _value(module, node, layered)
+        value = _value(module, node, layered)
+        values[node] = made[node](value) if node in made else value
         for source in node.all_input_nodes:
             if last[source] is node:
                 values.pop(source, None)

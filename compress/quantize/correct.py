@@ -36,8 +36,7 @@ from ..model import Source
 from ..plan import CorrectBias, Decision, Plan, Quantize, grid_bits
 from ..reconstruct.rounding import Storage, round_layers
 from ..reconstruct.side_by_side import fitting_examples
-from ..task import Calibration, divergence, has_logits
-from ..train.distill import first_tensor
+from ..task import Calibration, divergence, floating, has_logits
 
 BATCH = 32  # examples whose activations stay in a processor's cache
 
@@ -134,13 +133,11 @@ def corrected(plan: Plan, source: Source, graph: Graph, calibration: Calibration
     return replace(made, plan=replace(made.plan, task_sha256=task_sha256))
 
 
-def _outputs(network: fx.GraphModule, data: Data, context: Context) -> Tensor:
+def _outputs(network: fx.GraphModule, data: Data, context: Context) -> list[Tensor]:
     network = on_device(network, context.device)
     with torch.no_grad():
-        parts = [
-            first_tensor(network(*(x.to(context.device) for x in batch.inputs))).cpu() for batch in data.batches(BATCH)
-        ]
-    return torch.cat(parts)
+        parts = [floating(network(*(x.to(context.device) for x in batch.inputs))) for batch in data.batches(BATCH)]
+    return [torch.cat([value.cpu() for value in values]) for values in zip(*parts, strict=True)]
 
 
 def _reconstructed(

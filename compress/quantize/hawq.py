@@ -4,33 +4,39 @@ Rounding a weight ``W`` of ``n`` elements by ``dW`` is expected to raise the los
 ``Omega = (tr H / n) |dW|^2`` and ``H`` is the weight's block of the loss's curvature; the sums over all layers are
 what the frontier trades for cost. The range of each channel is the one that moves the layer's outputs least on the
 calibration data, and ``|dW|^2`` is then measured by the same: ``sum dW A dW^T``, ``A`` the second moment of the inputs
-in units of their mean power.
-Source: Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), sections 3.1 and 3.2; Yao et al. 2021, HAWQ-V3 (arXiv:2011.10680),
+in units of their mean power. Where activations have widths of their own, rounding one of ``n`` elements by ``dx``
+costs ``(tr H / n) |dx|^2 / 2`` as well, ``H`` the curvature of an example's loss in it, and multiplies the bit
+operations of what reads it.
+Source: Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), sections 3.1 to 3.3; Yao et al. 2021, HAWQ-V3 (arXiv:2011.10680),
 for bit operations. Cost: the traces, a forward pass for the inputs' second moments, 32 roundings a layer and bit width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..apply import float_module
 from ..budget import Budget
 from ..context import Context
 from ..curvature.moments import input_moments
 from ..curvature.network import open_network
 from ..frontier import FLOAT_BITS, Choice, Item
+from ..graph.channel_rules import shape_of
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.rounding import choose_ranges
 from ..plan import RANGES, Plan, grid_bits, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-from .calibrate import calibrated
+from .calibrate import calibrated, squared_changes
 from .correct import correct as correct
 from .points import at_point as at_point
 from .points import costs_of, first_plan, groups_of, widths_of
+from .reads import Ranges, find_reads, grids_of, read_ranges, read_records
 
 
 def plan(
@@ -45,12 +51,12 @@ def plan(
     """Choose the point of the frontier with the least expected loss within the budget.
 
     Args:
-        sensitivities: ``hessian-trace``.
+        sensitivities: ``hessian-trace``, and ``activation-trace`` where activations are mixed.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
-        options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``range`` (``auto``: chosen for each channel;
-            ``minmax``, ``mse``), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``;
-            both for ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie`` matches get one
-            width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+        options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``range`` (``auto``:
+            chosen for each channel; ``minmax``, ``mse``), ``reconstruction`` (``gptq`` or ``none``) and
+            ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights
+            that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
 
     Returns:
         The plan, without a sidecar; its frontier is appended to ``context.frontiers``.
@@ -65,12 +71,14 @@ def plan(
     goal = budget or Budget("bytes", float("inf"))
     activations, search = str(options["activations"]), str(options["range"])
     widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
+    groups = list(groups_of(graph, layers, tie, widths))
+    reads = find_reads(graph, groups, activations)
     rounded = calibrated(graph, calibration.data, activations, context)
     found = _changes(source, graph, layers, widths, search, calibration, context, with_integers=bool(rounded))
     traces = sensitivities["hessian-trace"].entries
-    costs = costs_of(source, graph, layers, goal, activations, context)
+    costs = costs_of(source, graph, layers, goal, reads, context)
     items = []
-    for group, shared in groups_of(graph, layers, tie, widths):
+    for group, shared in groups:
         choices = []
         for bits in shared:
             losses = [
@@ -79,6 +87,8 @@ def plan(
             ranges = tuple(found[layer.tensor, bits][0] for layer in group) if bits < FLOAT_BITS else ()
             choices.append(Choice(bits, sum(costs.entries[la.tensor, bits] for la in group), sum(losses), ranges))
         items.append(Item(tuple(layer.tensor for layer in group), tuple(choices)))
+    read = read_ranges(graph, reads, rounded, calibration.data, context)
+    chosen = read_records(reads, read, _activation_losses(graph, read, sensitivities, calibration, context))
     recorded = {
         "activations": activations,
         "bias_correction": options["bias_correction"],
@@ -88,7 +98,7 @@ def plan(
         "reconstruction": options["reconstruction"],
         "tie": list(tie),
     }
-    return first_plan("hawq", items, costs, rounded, source, graph, calibration, budget, recorded, context)
+    return first_plan("hawq", items, costs, rounded, chosen, source, graph, calibration, budget, recorded, context)
 
 
 def _changes(
@@ -125,6 +135,27 @@ def _changes(
             found[layer.tensor, bits] = (chosen, moved / _mean_power(moment))
     context.progress("weight ranges", len(layers), len(layers))
     return found
+
+
+def _activation_losses(
+    graph: Graph,
+    ranges: Ranges,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    context: Context,
+) -> dict[str, list[float]]:
+    """Half of each activation's mean curvature, times the squared change that each width makes."""
+    if not ranges:
+        return {}
+    module, traces = float_module(graph), sensitivities["activation-trace"].entries
+    grids = grids_of(ranges)
+    moved = squared_changes(module, grids, calibration.data, context.progress, device=context.device)
+    sizes = {
+        node.name: math.prod(shape_of(node)) // len(graph.example_inputs[0])
+        for node in module.graph.nodes
+        if node.name in grids
+    }
+    return {name: [traces[name, ""].value / sizes[name] * change / 2 for change in moved[name]] for name in grids}
 
 
 def _mean_power(moment: Tensor | None) -> float:

@@ -38,7 +38,7 @@ def measure(
     variants = {tensor: list(values.values()) for tensor, values in rounded.items()}
     task, usual = calibration.task, {tensor: values[USUAL] for tensor, values in rounded.items()}
     data, counts = telling_examples(graph, usual, calibration.data, EXAMPLES, task, context, temperature=TEMPERATURE)
-    found = loss_changes(graph, variants, data, task, context, counts=counts, temperature=TEMPERATURE)
+    found, _ = loss_changes(graph, variants, {}, data, task, context, counts=counts, temperature=TEMPERATURE)
     entries = {
         (tensor, str(bits)): Estimate(loss)
         for tensor, losses in found.items()

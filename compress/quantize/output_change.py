@@ -6,8 +6,9 @@ from, beside the whole widths. What a choice costs the network is measured: how 
 network's when this weight alone is rounded, on calibration data, at ``MEASURED`` widths, and in between in proportion
 to what its rows are expected to cost. Logits are compared at a temperature of ``TEMPERATURE``: of examples that the
 network was trained on it is all too sure, and what is left of the others would decide. The sums over all weights are
-what the exact frontier trades for bits. The network at the point that is chosen is then made, and so is one of the
-whole width of the same budget: the nearer one is taken.
+what the exact frontier trades for bits. Where activations have widths of their own, what each alone costs at each
+width is measured in the same way, and traded as well. The network at the point that is chosen is then made, and so is
+one of the whole width of the same budget: the nearer one is taken.
 Source: the frontier is that of Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852). Cost: ``curvature.moments``, ``PASSES`` of
 ``curvature.row_traces``, one rounding of each row at nine widths, and for each weight and measured width a partial
 forward pass over ``EXAMPLES`` examples, which are drawn by how far rounding all weights moves them.
@@ -41,6 +42,7 @@ from .changes import loss_changes, telling_examples
 from .channel_widths import Rows, mixtures, rounded_rows
 from .points import Costs, costs_of, first_plan, groups_of, of_choices, widths_of
 from .points import at_point as at_point
+from .reads import Ranges, find_reads, grids_of, read_ranges, read_records
 
 NAME = "output-change"
 TARGETS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 7)
@@ -67,10 +69,10 @@ def plan(
     Args:
         sensitivities: None is read.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
-        options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``channel_widths`` (``mixed``, or ``equal``: one
-            width for all channels of a weight), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction``
-            (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights that one of ``tie``
-            matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+        options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``channel_widths``
+            (``mixed``, or ``equal``: one width for all channels of a weight), ``reconstruction`` (``gptq`` or ``none``)
+            and ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the
+            weights that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
 
     Raises:
         BudgetError: No point is within the budget; gives the feasible minimum.
@@ -81,14 +83,17 @@ def plan(
     goal = budget or Budget("bytes", float("inf"))
     activations = str(options["activations"])
     widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
+    groups = list(groups_of(graph, layers, tie, widths))
+    reads = find_reads(graph, groups, activations)
     ranges = calibrated(graph, calibration.data, activations, context)
     if NAME not in context.memo:
         found = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
-        context.memo[NAME] = (found, _measured(graph, found, calibration, context))
-    rows, losses = context.memo[NAME]
-    costs = costs_of(source, graph, layers, goal, activations, context)
+        own = read_ranges(graph, reads, ranges, calibration.data, context)
+        context.memo[NAME] = (found, own, *_measured(graph, found, own, calibration, context))
+    rows, own, losses, lost = context.memo[NAME]
+    costs = costs_of(source, graph, layers, goal, reads, context)
     items = []
-    for group, shared in groups_of(graph, layers, tie, widths):
+    for group, shared in groups:
         choices = [_choice(group, width, float(width), costs, losses) for width in shared]
         first = rows[group[0].tensor]
         if options["channel_widths"] == "mixed" and len(group) == 1 and len(shared) > 1 and first.may_mix():
@@ -104,7 +109,8 @@ def plan(
         "reconstruction": options["reconstruction"],
         "tie": list(tie),
     }
-    return first_plan(NAME, items, costs, ranges, source, graph, calibration, budget, recorded, context)
+    chosen = read_records(reads, own, lost)
+    return first_plan(NAME, items, costs, ranges, chosen, source, graph, calibration, budget, recorded, context)
 
 
 def _rows(
@@ -164,12 +170,17 @@ class _Losses:
         raise AssertionError(x)
 
 
-def _measured(graph: Graph, rows: Mapping[str, Rows], calibration: Calibration, context: Context) -> _Losses:
+def _measured(
+    graph: Graph, rows: Mapping[str, Rows], ranges: Ranges, calibration: Calibration, context: Context
+) -> tuple[_Losses, dict[str, list[float]]]:
+    """What weights cost, and activations at each of their widths."""
     variants = {tensor: [found.at(width) for width in MEASURED] for tensor, found in rows.items()}
     task, usual = calibration.task, {tensor: found.at(USUAL) for tensor, found in rows.items()}
     data, counts = telling_examples(graph, usual, calibration.data, EXAMPLES, task, context, temperature=TEMPERATURE)
-    losses = loss_changes(graph, variants, data, task, context, counts=counts, temperature=TEMPERATURE)
-    return _Losses(rows, losses)
+    weights, activations = loss_changes(
+        graph, variants, grids_of(ranges), data, task, context, counts=counts, temperature=TEMPERATURE
+    )
+    return _Losses(rows, weights), activations
 
 
 def _choice(group: Sequence[Layer], width: Width, bits: float, costs: Costs, losses: _Losses) -> Choice:
@@ -214,21 +225,17 @@ def correct(
 
 
 def _rival(plan: Plan, record: FrontierRecord) -> FrontierRecord | None:
-    """The same frontier at the widest whole width within the plan's budget; None where that is much worse."""
+    """The same frontier at the best of one width for all within the plan's budget; None where that is much worse."""
     assert plan.budget is not None
     limit = plan.budget.absolute(record.dense_amount)
-    chosen = sum(choice.loss for choice in record.chosen_choices())
-    # Where activations are rounded, 8 bits have the levels of 7.
-    for bits in reversed(range(2, 8 if record.activations else 9)):
-        widths = [[choice.bits for choice in item.choices] for item in record.items]
-        if not all(bits in every for every in widths):
-            continue
-        picked = tuple(every.index(bits) for every in widths)
-        choices = [item.choices[place] for item, place in zip(record.items, picked, strict=True)]
-        if record.amount(sum(choice.cost for choice in choices)) > limit * (1 + 1e-9):
-            continue
-        loss = sum(choice.loss for choice in choices)
-        if picked == record.chosen or loss > MUCH_WORSE * chosen:
-            return None
-        return replace(record, chosen=picked)
-    return None
+    # Where activations are rounded, 8 bits have the levels of 7: of equal losses the first is the narrower one.
+    within = [
+        rival
+        for rival in record.uniform().values()
+        if record.amount(rival.chosen_cost()) <= limit * (1 + 1e-9)
+        and all(choice.bits != FLOAT_BITS for choice in rival.chosen_choices())
+    ]
+    best = min(within, key=lambda rival: rival.chosen_loss(), default=None)
+    if best is None or best.chosen == record.chosen or best.chosen_loss() > MUCH_WORSE * record.chosen_loss():
+        return None
+    return best

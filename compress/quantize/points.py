@@ -15,14 +15,15 @@ from torch import Tensor
 from ..budget import Budget, rounded_up
 from ..context import Context, Storage
 from ..errors import BudgetError, InputError, UsageError
-from ..frontier import FLOAT_BITS, FrontierRecord, Item
+from ..frontier import FLOAT_BITS, FrontierRecord, Item, Read
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.pareto import pareto_frontier
+from ..numerics.pareto import Fork, Frontier, Way, pareto_frontier
 from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..task import Calibration, has_logits
 from ..widths import mean_bits
 from .calibrate import activation_decisions
+from .reads import Reads
 
 WIDTHS = range(2, 9)
 NANOSECONDS = 1e-6  # of a millisecond: latencies are counted in whole ones
@@ -44,6 +45,7 @@ def first_plan(
     items: Sequence[Item],
     costs: Costs,
     rounded: Mapping[str, tuple[float, float]],
+    reads: Sequence[Read],
     source: Source,
     graph: Graph,
     calibration: Calibration,
@@ -55,6 +57,7 @@ def first_plan(
 
     Args:
         rounded: Ranges of the activations, by name.
+        reads: Activations whose widths are chosen as well.
         recorded: Options, as the plan holds them.
 
     Raises:
@@ -62,7 +65,7 @@ def first_plan(
             latency, the smallest plan is returned: what its file takes is the feasible minimum.
     """
     goal = budget or Budget("bytes", float("inf"))
-    frontier = pareto_frontier(*_tables(items))
+    frontier = _frontier(items, reads)
     record = FrontierRecord(
         method=method,
         quantity=goal.quantity,
@@ -76,6 +79,7 @@ def first_plan(
         index=0,
         chosen=frontier.choice(0),
         activations=rounded,
+        reads=tuple(reads),
     )
     index = record.within(goal.absolute(record.dense_amount))
     if index is None and goal.quantity not in ("bytes", "latency"):
@@ -91,7 +95,7 @@ def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, cont
     Raises:
         InputError: The record's points aren't those of its items, or the graph lacks one of its tensors.
     """
-    frontier = pareto_frontier(*_tables(record.items))
+    frontier = _frontier(record.items, record.reads)
     if tuple(frontier.costs.tolist()) != record.costs or not 0 <= index < len(frontier):
         raise InputError("frontier.json: the points aren't those of its choices", hint="make the run again")
     return of_choices(given, graph, record.at(index, frontier.choice(index)), context)
@@ -115,22 +119,33 @@ def of_choices(given: Plan, graph: Graph, moved: FrontierRecord, context: Contex
     bits = {decision.tensor: decision.bits for decision in weights if isinstance(decision, Quantize)}
     used = {tensor: mean_bits(bits[tensor]) if tensor in bits else FLOAT_BITS for tensor in elements}
     average = sum(elements[tensor] * used[tensor] for tensor in elements) / sum(elements.values())
-    predicted = {"average_bits": average, "loss": sum(choice.loss for choice in moved.chosen_choices())}
-    rounded = activation_decisions(graph, moved.activations, bits.keys(), str(given.options.get("activations")))
+    predicted = {"average_bits": average, "loss": moved.chosen_loss()}
+    chosen = {
+        name: (choice.bits, ends)
+        for read, choice in zip(moved.reads, moved.chosen_reads(), strict=True)
+        for name, ends in zip(read.activations, choice.ranges, strict=True)
+    }
+    activations = str(given.options.get("activations"))
+    rounded = activation_decisions(graph, moved.activations, bits.keys(), activations, chosen)
     return replace(given, decisions=(*weights, *rounded), predicted=predicted)
 
 
-def _tables(items: Sequence[Item]) -> tuple[list[list[int]], list[list[float]]]:
-    return (
+def _frontier(items: Sequence[Item], reads: Sequence[Read]) -> Frontier:
+    return pareto_frontier(
         [[choice.cost for choice in item.choices] for item in items],
         [[choice.loss for choice in item.choices] for item in items],
+        [Fork(read.items, tuple(Way(c.bits, c.bits * read.cost, c.loss) for c in read.choices)) for read in reads],
     )
 
 
 def costs_of(
-    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget, activations: str, context: Context
+    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget, reads: Reads, context: Context
 ) -> Costs:
-    """What each of ``layers`` costs at each whole width, in the budget's quantity."""
+    """What each of ``layers`` costs at each whole width, in the budget's quantity.
+
+    Args:
+        reads: What layers read, for bit operations.
+    """
     every = (*WIDTHS, FLOAT_BITS)
     chosen = {layer.tensor for layer in layers}
     others = [layer for layer in graph.layers if layer.tensor not in chosen]
@@ -141,10 +156,11 @@ def costs_of(
             entries, sum(layer.elements * FLOAT_BITS for layer in others), 1 / total, float(FLOAT_BITS), "bits"
         )
     if budget.quantity == "bops":
-        read = FLOAT_BITS if activations == "float" else int(activations)
-        entries = {(layer.tensor, bits): layer.macs * bits * read for layer in layers for bits in every}
+        entries = {(layer.tensor, bits): reads.cost(layer.tensor) * bits for layer in layers for bits in every}
         dense = float(sum(layer.macs * FLOAT_BITS**2 for layer in graph.layers))
-        return Costs(entries, sum(layer.macs * FLOAT_BITS * read for layer in others), 1.0, dense, "bops")
+        free = {name for one in reads.shared for name in one.activations}
+        left = [use for use in reads.uses if use.tensor not in chosen and use.activation not in free]
+        return Costs(entries, sum(use.macs * FLOAT_BITS * use.bits for use in left), 1.0, dense, "bops")
     if budget.quantity == "latency":
         table = context.costs["latency"]
         times = {key: round(value / NANOSECONDS) for key, value in table.entries.items()}

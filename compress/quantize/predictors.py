@@ -160,9 +160,10 @@ def _changes(
     return {key: float(torch.cat(losses).mean()) for key, losses in alone.items()}, torch.cat(summed, 1)
 
 
-def _rows(outputs: Tensor) -> Tensor:
-    """``[n, r, c]``: the rows of logits, or of other values, of each example."""
-    return outputs.reshape(len(outputs), -1, outputs.shape[-1] if outputs.dim() > 1 else 1).cpu()
+def _rows(outputs: Sequence[Tensor]) -> Tensor:
+    """``[n, r, c]``: the rows of logits, or of other values, of each example; of several outputs, of the first."""
+    first = outputs[0]
+    return first.reshape(len(first), -1, first.shape[-1] if first.dim() > 1 else 1).cpu()
 
 
 def _divergences(reference: Tensor, outputs: Tensor, *, are_logits: bool) -> Tensor:

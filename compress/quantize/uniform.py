@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..apply import apply_plan, assemble, float_module
 from ..budget import Budget
@@ -135,9 +134,8 @@ def _measure_range(
         for done, batch in enumerate(data.batches(BATCH)):
             context.progress("choose weight ranges", done * BATCH, len(data))
             inputs = [x.to(context.device) for x in batch.inputs]
-            reference = tree_leaves(dense(*inputs))[0]
+            reference = dense(*inputs)
             for search, module in candidates.items():
-                outputs = tree_leaves(module(*inputs))[0]
-                moved[search] += len(batch) * divergence(reference, outputs, are_logits=are_logits)
+                moved[search] += len(batch) * divergence(reference, module(*inputs), are_logits=are_logits)
     context.progress("choose weight ranges", len(data), len(data))
     return min(moved, key=lambda search: moved[search])

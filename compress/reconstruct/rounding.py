@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, sampling_step
 from ..formats.packed import QuantizedTensor
-from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, rounded_to, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
 from ..numerics.output_rounding import round_rows
 from ..widths import Width
@@ -106,13 +106,9 @@ def round_layers(
             found.biases[key] = bias.cpu()
 
     names = {node.name: node for node in module.graph.nodes}
-    rounds = {after_norms(names[name]): partial(_on_grid, grid=grid) for name, grid in activations.items()}
+    rounds = {after_norms(names[name]): partial(rounded_to, grid=grid) for name, grid in activations.items()}
     walk(pair, inputs, visit, rounds=rounds, progress=progress, what="round the layers")
     return found
-
-
-def _on_grid(value: Tensor, grid: Grid) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(value, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)
 
 
 def _rounded(
@@ -135,13 +131,13 @@ def _rounded(
     gram, cross, mean_x, mean_y = moments
     groups, k = mean_x.shape
     eye = torch.eye(k, dtype=torch.float64, device=gram.device)
-    power = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    if has_offset:
-        gram = gram - mean_x[:, :, None] * mean_x[:, None]
-        cross = cross - mean_x[:, :, None] * mean_y[:, None]
-    gram = gram + ROUNDING * power * eye
+    if not has_offset:
+        gram = gram + mean_x[:, :, None] * mean_x[:, None]
+        cross = cross + mean_x[:, :, None] * mean_y[:, None]
+    spread = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    noise = ROUNDING * (spread + (mean_x.square().mean(1)[:, None, None] if has_offset else 0.0))
     start = weight.reshape(groups, -1, k).double()
-    ridge = FIT_DAMPING * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
+    ridge = FIT_DAMPING * spread + noise + torch.finfo(torch.float32).tiny
     zeros = start == 0
     if bool(zeros.any()):  # a pruned weight stays pruned, and isn't fitted: every weight would take part
         fitted, masked = start, zeros
@@ -150,6 +146,7 @@ def _rounded(
             torch.linalg.solve(gram + ridge * eye, cross + ridge * start.transpose(1, 2)).transpose(1, 2),
             None,
         )
+    gram = gram + noise * eye
     levels, scales = round_rows(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
     flat = scales.reshape(-1)
     scale = flat[0] if layer.axis is None else flat
@@ -159,22 +156,29 @@ def _rounded(
 
 
 def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """``E[x x^T]``, ``E[x y^T]``, ``E[x]`` and ``E[y]`` of each group, float64, over a sample of the positions."""
+    """Covariances of ``x`` and of ``x`` with ``y``, ``E[x]`` and ``E[y]`` of each group, float64, over some positions.
+
+    Values are taken from where the first of them lie: in float32 squares of a large mean would hide a small variance.
+    """
     sums: list[Tensor] | None = None
     count = 0
     for rows, goals in _positions(node, x, weight, y):
+        if sums is None:
+            origins = rows.mean(1, keepdim=True), goals.mean(1, keepdim=True)
+        rows, goals = rows - origins[0], goals - origins[1]
         parts = [
             (rows.transpose(1, 2) @ rows).double(),
             (rows.transpose(1, 2) @ goals).double(),
-            rows.sum(1).double(),
-            goals.sum(1).double(),
+            rows.sum(1, dtype=torch.float64),
+            goals.sum(1, dtype=torch.float64),
         ]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         count += rows.shape[1]
     if sums is None:
         return None
     gram, cross, mean_x, mean_y = (total / count for total in sums)
-    return gram, cross, mean_x, mean_y
+    gram, cross = gram - mean_x[:, :, None] * mean_x[:, None], cross - mean_x[:, :, None] * mean_y[:, None]
+    return gram, cross, mean_x + origins[0][:, 0], mean_y + origins[1][:, 0]
 
 
 def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

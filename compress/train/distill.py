@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..data import Data
 from ..errors import UsageError
-from ..task import Task, divergence, has_logits
+from ..task import Task, divergence, floating, has_logits
 
 BATCH = 256  # of examples that are only compared
 
@@ -65,8 +65,10 @@ def divergence_from(
     total = 0.0
     with torch.no_grad():
         for batch in data.batches(BATCH):
-            reference, outputs = (first_tensor(run(dense_or_not, batch, device)) for dense_or_not in (dense, network))
-            total += len(batch) * divergence(reference.cpu(), outputs.cpu(), are_logits=has_logits(task))
+            reference, outputs = (
+                [value.cpu() for value in floating(run(given, batch, device))] for given in (dense, network)
+            )
+            total += len(batch) * divergence(reference, outputs, are_logits=has_logits(task))
     return total / len(data)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compress.errors import NumericsError, OutOfMemoryError
 from compress.numerics import pareto
-from compress.numerics.pareto import Frontier, pareto_frontier
+from compress.numerics.pareto import Fork, Frontier, Way, pareto_frontier
 
 Case = tuple[list[list[int]], list[list[float]]]
 
@@ -91,6 +91,65 @@ def test_every_choice_adds_up_to_its_point() -> None:
         assert [totals_of(case, choice) for choice in choices] == points_of(frontier), seed
         assert frontier.choices().dtype == np.uint8
         assert frontier.choices().tolist() == [list(choice) for choice in choices]
+
+
+def forks_of(case: Case, seed: int) -> list[Fork]:
+    """Forks over some of the items; one may have no items."""
+    rng = np.random.default_rng(seed + 1)
+    order, forks = rng.permutation(len(case[0])).tolist(), []
+    for _ in range(rng.integers(1, 4)):
+        count = int(rng.integers(0, 3))
+        items, order = tuple(order[:count]), order[count:]
+        ways = [
+            Way(int(rng.choice([1, 4, 6, 8])), int(rng.integers(-3, 9)), float(rng.integers(-4, 9)) / 4)
+            for _ in range(rng.integers(1, 4))
+        ]
+        forks.append(Fork(items, tuple(ways)))
+    return forks
+
+
+def forked_totals(case: Case, forks: list[Fork], choice: tuple[int, ...]) -> tuple[int, float]:
+    """Of the items' options and then the forks' ways, added in the frontier's order."""
+    free = [i for i in range(len(case[0])) if not any(i in fork.items for fork in forks)]
+    cost, value = 0, 0.0
+    for i in free:
+        cost, value = cost + case[0][i][choice[i]], value + case[1][i][choice[i]]
+    for number, fork in enumerate(forks):
+        way = fork.ways[choice[len(case[0]) + number]]
+        cost, value = cost + way.cost, value + way.value
+        for i in fork.items:
+            cost, value = cost + way.factor * case[0][i][choice[i]], value + case[1][i][choice[i]]
+    return cost, value
+
+
+@pytest.mark.usefixtures("way")
+def test_with_forks_the_frontier_is_that_of_the_enumeration() -> None:
+    for seed in range(40):
+        case = case_of(seed)
+        case = case[0][:4], case[1][:4]
+        forks = forks_of(case, seed)
+        sizes = [*map(len, case[0]), *(len(fork.ways) for fork in forks)]
+        every = {forked_totals(case, forks, choice) for choice in itertools.product(*map(range, sizes))}
+        points: list[tuple[int, float]] = []
+        for cost, value in sorted(every):
+            if not points or value < points[-1][1]:
+                points.append((cost, value))
+        frontier = pareto_frontier(*case, forks)
+        assert points_of(frontier) == points, seed
+        choices = [frontier.choice(index) for index in range(len(frontier))]
+        assert [forked_totals(case, forks, choice) for choice in choices] == points, seed
+        assert frontier.choices().tolist() == [list(choice) for choice in choices]
+
+
+def test_forks_that_share_an_item_or_have_none_such_are_refused() -> None:
+    way = (Way(4, 0, 0.0),)
+    for items in ((0, 0), (2,)):
+        with pytest.raises(ValueError, match="of forks aren't those"):
+            pareto_frontier([[1], [2]], [[0.0], [0.0]], [Fork(items, way)])
+    with pytest.raises(ValueError, match="a factor below 1"):
+        pareto_frontier([[1]], [[0.0]], [Fork((0,), (Way(0, 0, 0.0),))])
+    with pytest.raises(NumericsError, match="the predicted loss of fork 0 isn't finite"):
+        pareto_frontier([[1]], [[0.0]], [Fork((0,), (Way(1, 0, math.nan),))])
 
 
 @pytest.mark.parametrize("unit", [1, 64])

@@ -124,7 +124,7 @@ def test_output_changes_are_those_of_whole_runs(kind: type[nn.Module]) -> None:
     graph = trace_graph(module, (x[:2],))
     state = {name: value.clone() for name, value in module.state_dict().items()}
     variants = {layer.tensor: [state[layer.tensor] * factor for factor in (0.5, 1.0, 1.1)] for layer in graph.layers}
-    found = loss_changes(graph, variants, Data((x,), None, "x"), Classification(), CONTEXT)
+    found, _ = loss_changes(graph, variants, {}, Data((x,), None, "x"), Classification(), CONTEXT)
     with torch.no_grad():
         dense = module(x)
         for name, values in variants.items():
@@ -148,7 +148,7 @@ def test_a_few_telling_examples_stand_for_all_of_them() -> None:
     assert len(few) == len(stands) <= 40 and float(stands.sum()) == pytest.approx(400, rel=0.25)
 
     def losses(data: Data, stands: torch.Tensor | None = None) -> torch.Tensor:
-        found = loss_changes(graph, variants, data, task, CONTEXT, counts=stands)
+        found, _ = loss_changes(graph, variants, {}, data, task, CONTEXT, counts=stands)
         return torch.tensor([loss for values in found.values() for loss in values])
 
     of_all = losses(data)
