@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
+from compress.cli.main import main
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
 from compress import pipeline
 from compress.data import load_object
-from compress.errors import UsageError
+from compress.errors import InputError, UsageError
 from compress.formats import onnx_blocks
 from compress.formats.checkpoint import read_checkpoint
 from compress.formats.packed import GROUP_SCALES, QuantizedTensor, decode
@@ -61,6 +63,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mlp", "convolutional", "headless"):
         save_file(load_object(f"{folder / 'network.py'}:{name}", "--model")().state_dict(), folder / name)
     return folder
+
+
+@pytest.fixture
+def kept_signal() -> Iterator[None]:
+    """The command line takes the signal that ends a test's process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def settings(folder: Path, name: str, out: Path, **given: Any) -> Mapping[str, Value]:
@@ -221,3 +231,54 @@ def test_groups_that_nothing_could_run_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         run(folder, tmp_path / "run", name, method="uniform", budget="4bit", **given)
+
+
+@pytest.mark.usefixtures("kept_signal")
+def test_a_run_is_written_in_the_layout_of_hugging_face_folders(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, tmp_path / "run", method="uniform", budget="24.4bit", reconstruction="none", exclude="2.weight")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mlp", "quantization_config": {"old": 1}}))
+    given = {"force": False, "command": ["export"], "progress": quiet}
+    record = pipeline.export_layout(tmp_path / "run", tmp_path / "config.json", tmp_path / "out", **given)
+    assert (record["packed"], record["floats"], record["tied"]) == (["5.weight", "7.weight"], [], [])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "mlp" and "old" not in config["quantization_config"]
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert group["targets"] == ["5", "7"] and group["weights"]["strategy"] == "group"
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(state["5.weight_scale"], weights(tmp_path / "run")["5.weight"].scale)
+    assert torch.equal(state["2.weight"], load_file(folder / "mlp")["2.weight"])
+    assert "5.weight" not in state
+    line = ["export", str(tmp_path / "run"), "--format", "compressed-tensors", "--out", str(tmp_path / "again"), "-q"]
+    assert main(line) == 0
+    assert "packed: 2 weights of linear layers" in capsys.readouterr().out
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == state.keys()
+    with pytest.raises(UsageError, match="already exists"):
+        pipeline.export_layout(tmp_path / "run", None, tmp_path / "out", **given)
+    pipeline.export_layout(tmp_path / "run", None, tmp_path / "out", **{**given, "force": True})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).keys() == {"quantization_config"}
+    with pytest.raises(InputError, match=r"config.json: not readable as JSON"):
+        (tmp_path / "config.json").write_text("{")
+        pipeline.export_layout(tmp_path / "run", tmp_path / "config.json", tmp_path / "other", **given)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--config config.json", "--config has no effect on ONNX files"),
+        ("--format compressed-tensors --runtime portable", "--runtime has no effect with --format compressed-tensors"),
+    ],
+)
+@pytest.mark.usefixtures("kept_signal")
+def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert main(["export", "run", *line.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rounded_activations_have_no_place_in_that_layout(folder: Path, tmp_path: Path) -> None:
+    given = {"group_size": None, "activations": "8", "reconstruction": "none"}
+    run(folder, tmp_path / "run", method="uniform", budget="8bit", **given)
+    with pytest.raises(UsageError, match="its activations are rounded"):
+        pipeline.export_layout(tmp_path / "run", None, tmp_path / "out", force=False, command=[], progress=quiet)
