@@ -24,7 +24,9 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 @command("quantize", examples=EXAMPLES)
 @checkpoint_argument
 @setting_options("method", "budget", "activations", "range", "exclude", "keep", "tie", "for", "cache")
-@setting_options("channel_widths", "reconstruction", "bias_correction", "trace", "rtol", "passes", "compare")
+@setting_options(
+    "channel_widths", "group_size", "reconstruction", "bias_correction", "trace", "rtol", "passes", "compare"
+)
 @setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
 @setting_options("distill", "distill_features", "patience")
 @setting_options(

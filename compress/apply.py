@@ -120,6 +120,8 @@ def _stored(sidecar: Mapping[str, Tensor], choice: Quantize, weight: Tensor) -> 
     """Levels and scales of a decision that holds them, checked against it."""
     levels, scales = (sidecar.get(key) for key in levels_keys(choice.tensor))
     shape = [] if choice.axis is None else [weight.shape[choice.axis]]
+    if choice.group_size is not None:
+        shape.append(-(-weight.shape[1] // choice.group_size))
     is_whole = (
         levels is not None
         and scales is not None
@@ -137,7 +139,7 @@ def _stored(sidecar: Mapping[str, Tensor], choice: Quantize, weight: Tensor) -> 
         raise InputError(
             f"plan: {choice.tensor} has levels beyond its {shown(choice.bits)}", hint="make the plan again"
         )
-    return QuantizedTensor(levels, choice.bits, scales, choice.axis)
+    return QuantizedTensor(levels, choice.bits, scales, choice.axis, choice.group_size)
 
 
 def _values(sidecar: Mapping[str, Tensor], decision: MaskWeights | CorrectBias | Replace, count: int) -> Tensor:
@@ -199,6 +201,11 @@ def apply_plan(
             raise InputError(
                 f"plan: {name} has axis {choice.axis}, but {weight.dim()} dimensions", hint="edit the plan"
             )
+        if choice.group_size is not None and weight.dim() != 2:
+            raise InputError(
+                f"plan: {name} has groups, but {weight.dim()} dimensions",
+                hint="only weights of linear layers have groups: set its group_size to null",
+            )
         search, scales = str(choice.range), 1 if choice.axis is None else weight.shape[choice.axis]
         if search.startswith(BY_CHANNEL) and len(search) != len(BY_CHANNEL) + scales:
             raise InputError(
@@ -213,8 +220,9 @@ def apply_plan(
         if choice.values_sha256 is not None:
             tensors[name] = _stored(sidecar, choice, weight)
             continue
-        levels, scale = round_weight(weight, grid_bits(choice.bits, choice.scheme), axis=choice.axis, search=search)
-        tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis)
+        grid = grid_bits(choice.bits, choice.scheme)
+        levels, scale = round_weight(weight, grid, axis=choice.axis, search=search, group_size=choice.group_size)
+        tensors[name] = QuantizedTensor(levels, choice.bits, scale, choice.axis, choice.group_size)
     for name, correction in plan.corrections().items():
         bias = tensors[name]
         assert isinstance(bias, Tensor)
@@ -279,6 +287,9 @@ def grid_of(low: float, high: float, bits: int) -> Grid:
 def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | None) -> Tensor | IntegerWeight:
     """A weight times its batch norm's factor, which goes into the scale of integers."""
     if isinstance(value, QuantizedTensor):
+        if value.group_size is not None:
+            scale = value.scale if factor is None else value.scale * factor[:, None]
+            return IntegerWeight(value.levels, scale, value.axis, value.group_size)
         scale = value.scale if factor is None else value.scale * factor
         return IntegerWeight(value.levels, scale, value.axis if factor is None or value.axis is not None else axis)
     if factor is None:

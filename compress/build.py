@@ -28,6 +28,7 @@ from .job import Job, device_of, input_specs
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .pruned import Cut, check_cut, prune
+from .quantize.points import group_sizes_of
 from .registry import find_runtime
 from .sensitivity import Sensitivity
 from .settings import Settings
@@ -79,6 +80,8 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
     """What planners are handed; sizes follow from the dense file, each weight's storage and a measured overhead."""
     elements = {layer.tensor: layer.elements for layer in job.graph.layers}
     channels = {layer.tensor: 1 if layer.axis is None else layer.shape[layer.axis] for layer in job.graph.layers}
+    sizes = {"group_size": job.value("group_size")}
+    groups = {t: -(-job.graph.layer(t).shape[1] // size) for t, size in group_sizes_of(job.graph.layers, sizes).items()}
     state = job.source.module.state_dict()
     delivered = delivered_name(job.settings)
     is_safetensors, base = delivered == WEIGHTS, dense.sizes[delivered]
@@ -93,7 +96,7 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
         if is_mixed(storage.bits) and packs:
             return packed_size(elements[name], storage.bits) + (4 + CHANNEL_BYTES) * channels[name]
         whole = size(elements[name], storage.bits)
-        scales = 0 if storage.bits == 32 else 4 * channels[name]
+        scales = 0 if storage.bits == 32 else (2 * groups[name] if name in groups else 4) * channels[name]
         if not packs or (not is_safetensors and storage.bits != 32):
             return whole + scales
         return min(whole, size(storage.kept, storage.bits) + packed_size(elements[name], 1)) + scales

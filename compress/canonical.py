@@ -50,17 +50,30 @@ def read_record(path: Path, schema: str) -> dict[str, Any]:
     Raises:
         InputError: The file is missing, not JSON, or of another schema; names the file and the way out.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", hint="pass a run folder that hcompress wrote") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})", hint="write it again with hcompress") from None
-    found = record.get("schema") if isinstance(record, dict) else None
+    record = read_object(
+        path, missing="pass a run folder that hcompress wrote", damaged="write it again with hcompress"
+    )
+    found = record.get("schema")
     if found != schema:
         shown = escape(str(found))
         raise InputError(
             f"{path}: schema is {shown}, expected {schema}",
             hint="use the hcompress version that wrote the file, or make the run again",
         )
-    return dict(record)
+    return record
+
+
+def read_object(path: Path, *, missing: str, damaged: str) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where the text is another value.
+
+    Args:
+        missing: Hint of the error where there is no such file.
+        damaged: Where it isn't JSON.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", hint=missing) from None
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})", hint=damaged) from None
+    return dict(record) if isinstance(record, dict) else {}

@@ -237,6 +237,8 @@ def onnx_model(
         model = pack_weights(model, widths)
     else:
         model = _with_float_activations(model, widths, dynamic, runtime)
+    if any(isinstance(value, QuantizedTensor) and value.group_size for value in compressed.tensors.values()):
+        model = store_halves(model, torch.bfloat16)  # the scales of groups are such values
     if dtype != torch.float32:
         model = store_halves(model, dtype)
     shorten(model, named=(INTEGER_PRODUCT,))

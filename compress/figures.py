@@ -323,6 +323,8 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: f
     search = str(choice.range)
     ranges = "a range for each channel" if search.startswith(BY_CHANNEL) else f"{search} ranges"
     widths = f" by channel ({counts(choice.bits)})" if is_mixed(choice.bits) else ""
+    if choice.group_size is not None:
+        ranges = f"a scale for each {choice.group_size} inputs, {ranges}"
     return f"{plan.method} chose {bits:.4g} bits{widths} with {ranges}: the weights move by {100 * error:.2g} %"
 
 

@@ -95,7 +95,7 @@ def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Targ
     _write_report(stage, record)
     if not verdict.ok:
         _reject(target, out, record, settings)
-    write_manifest(job, stage, target.command)
+    write_manifest(stage, target.command, job.parents(), int(job.value("seed")))
     check_files(stage, read_manifest(stage))
     job.progress("publish", 0, None)
     store.publish(stage, out)
@@ -279,14 +279,14 @@ def _write_report(stage: Path, record: dict[str, Any]) -> None:
     store.write_file(stage / "report.html", report.render_html(record))
 
 
-def write_manifest(job: Job, stage: Path, command: list[str]) -> None:
+def write_manifest(stage: Path, command: list[str], parents: Mapping[str, str], seed: int) -> None:
     """The last file of a run folder."""
     manifest = Manifest(
         files=describe_files(stage),
-        parents={"source": job.source.sha256, **job.source.parents},
+        parents=dict(parents),
         versions=figures.versions(),
         command=command,
-        seed=int(job.value("seed")),
+        seed=seed,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         host={
             "machine": platform.machine(),

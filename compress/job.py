@@ -49,6 +49,10 @@ class Job:
         """A setting's value."""
         return self.settings[name].value
 
+    def parents(self) -> dict[str, str]:
+        """What a manifest says of where a run came from."""
+        return {"source": self.source.sha256, **self.source.parents}
+
 
 def open_job(
     checkpoint: Path,

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -45,9 +46,12 @@ from .finish import (
     read_run,
     write_manifest,
 )
+from .formats import compressed_tensors
 from .formats.checkpoint import read_checkpoint
+from .formats.packed import decode
 from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
-from .model import PROGRAM
+from .manifest import NAME as MANIFEST
+from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .recovery import is_asked, recipe_of, training_data
 from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
@@ -62,6 +66,8 @@ from .verify import (
     open_session,
     runtime_forward,
 )
+
+CONFIG = "config.json"  # of a Hugging Face folder
 
 
 def run_method(
@@ -275,6 +281,48 @@ def export_dense(
         return finish(opened, built, None, dense, target)
 
 
+def export_layout(
+    run: Path, config: Path | None, out: Path, *, force: bool, command: list[str], progress: Progress
+) -> dict[str, Any]:
+    """``hcompress export --format compressed-tensors``: a run's weights in the layout of Hugging Face folders.
+
+    Args:
+        config: The network's config.json, to which the quantization is added; None for a new one with nothing else.
+
+    Raises:
+        UsageError: The run rounds activations, or a weight has no place in the layout.
+    """
+    record, started = read_run(run), time.monotonic()
+    progress("read weights", 0, None)
+    plan = read_plan(run / PLAN) if (run / PLAN).is_file() else None
+    if figures.has_integers(plan):
+        raise UsageError(
+            f"{run}: its activations are rounded, and {compressed_tensors.NAME} is written for weights alone",
+            hint="quantize again with --activations float",
+        )
+    checkpoint = read_checkpoint(run / WEIGHTS)
+    linear = {str(layer["tensor"]) for layer in record["layers"] if layer["op"] == "linear"}
+    layout = compressed_tensors.lay_out(decode(checkpoint.state, checkpoint.metadata), linear)
+    hint = f"pass the {CONFIG} of the network's own folder"
+    given = {} if config is None else canonical.read_object(config, missing=hint, damaged=hint)
+    with store.staged(out, force, [run, *([] if config is None else [config])]) as stage:
+        progress("write", 0, None)
+        store.write_file(stage / WEIGHTS, safetensors.torch.save(layout.tensors, {"format": "pt"}))
+        store.write_file(stage / CONFIG, canonical.dumps({**given, "quantization_config": layout.config}))
+        files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+        write_manifest(stage, command, {"source": canonical.sha256_of_file(run / MANIFEST)}, int(record["seed"]))
+        store.publish(stage, out)
+    return {
+        "schema": "hcompress.export/1",
+        "format": compressed_tensors.NAME,
+        "files": files,
+        "packed": list(layout.packed),
+        "floats": list(layout.floats),
+        "tied": list(layout.tied),
+        "time_s": time.monotonic() - started,
+    }
+
+
 def measure_sensitivity(
     checkpoint: Path, settings: Settings, name: str, *, force: bool, command: list[str], progress: Progress
 ) -> dict[str, Any]:
@@ -298,7 +346,7 @@ def measure_sensitivity(
                 store.write_file(stage / "sensitivity.safetensors", sidecar_bytes(taken.tensors))
             plot = measuring.sensitivity_svg(taken.record, checkpoint.absolute().name)
             store.write_file(stage / "sensitivity.svg", plot)
-            write_manifest(opened, stage, command)
+            write_manifest(stage, command, opened.parents(), int(opened.value("seed")))
             store.publish(stage, out)
     return {
         **taken.record.to_json(),

@@ -14,7 +14,7 @@ from . import canonical
 from .budget import Budget, budget_from_json
 from .errors import InputError, escape
 from .widths import BY_CHANNEL as BY_CHANNEL
-from .widths import WIDTHS, Width, is_mixed, is_width
+from .widths import WIDTHS, Width, is_mixed, is_width, shown
 
 SCHEMA = "hcompress.plan/1"
 # How a weight's range is found, and the letter of each in a range that differs by channel: ``clip0.20`` (A) to
@@ -25,6 +25,7 @@ RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04
 UNSTRUCTURED = "unstructured"
 WIDEST = 8
 SYMMETRIC, REDUCED, ASYMMETRIC = ("symmetric", "symmetric_reduced", "asymmetric")
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Quantize:
             or an activation's ``(low, high)``.
         values_sha256: Hash of the levels and scales that make up for one another's rounding, which lie in the sidecar
             under the key and ``#levels`` and ``#scales``; None where each is the nearest, by the range.
+        group_size: Inputs of a row that share a scale of 16 bits, one of ``GROUP_SIZES``, in order; the last group of a
+            row may be shorter. None for one scale per index of ``axis``.
     """
 
     tensor: str
@@ -72,6 +75,7 @@ class Quantize:
     axis: int | None
     range: str | tuple[float, float]
     values_sha256: str | None = None
+    group_size: int | None = None
     kind: str = field(default="quantize", init=False)
 
 
@@ -229,6 +233,7 @@ def read_plan(path: Path) -> Plan:
     record = canonical.read_record(path, SCHEMA)
     try:
         decisions = tuple(_decision(path, entry) for entry in record["decisions"])
+        _check_groups(path, decisions)
         return Plan(
             method=str(record["method"]),
             options=dict(record["options"]),
@@ -306,6 +311,29 @@ def _check(path: Path, decision: Decision) -> None:
         )
     if not isinstance(decision.range, tuple):
         _check_range(path, name, str(decision.range))
+
+
+def _check_groups(path: Path, decisions: tuple[Decision, ...]) -> None:
+    """Scales of groups go with floats: no integer kernel multiplies with several scales in one sum."""
+    quantized = [decision for decision in decisions if isinstance(decision, Quantize)]
+    grouped = [decision for decision in quantized if decision.group_size is not None]
+    for decision in grouped:
+        name = escape(str(decision.tensor))
+        if decision.group_size not in GROUP_SIZES or (decision.target, decision.axis) != ("weight", 0):
+            raise InputError(
+                f"{path}: {name} has groups of {escape(str(decision.group_size))}",
+                hint=f"a weight with axis 0 may have groups of {', '.join(map(str, GROUP_SIZES))}, or null for none",
+            )
+        if decision.scheme != SYMMETRIC or is_mixed(decision.bits):
+            raise InputError(
+                f"{path}: {name} has groups, and {decision.scheme} levels of {shown(decision.bits)}",
+                hint="a weight with groups has the scheme symmetric and one width",
+            )
+    if grouped and any(decision.target == "activation" for decision in quantized):
+        raise InputError(
+            f"{path}: {escape(str(grouped[0].tensor))} has groups, and activations are rounded",
+            hint="groups go with float activations: set group_size to null, or remove the activations",
+        )
 
 
 def _check_channels(path: Path, name: str, decision: PruneChannels) -> None:

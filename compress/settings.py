@@ -17,6 +17,7 @@ from typing import Any
 
 from .budget import Budget, parse_budget
 from .errors import UsageError
+from .plan import GROUP_SIZES
 from .registry import RUNTIMES
 
 CONFIG = "hcompress.toml"
@@ -230,6 +231,15 @@ SETTINGS = (
         "Whether the channels of a weight may have widths of their own.",
         "mixed",
         ("mixed", "equal"),
+        in_preset=True,
+    ),
+    Setting(
+        "group_size",
+        "run.group_size",
+        "str",
+        "Inputs of a linear layer's output that share a scale; all, where not given.",
+        None,
+        tuple(map(str, GROUP_SIZES)),
         in_preset=True,
     ),
     Setting(

@@ -250,6 +250,10 @@ def packed_examples() -> dict[str, torch.Tensor | QuantizedTensor]:
         tensors[f"mixed{axis}"] = QuantizedTensor(levels, width, scale, axis)
         few = levels * (torch.rand(levels.shape, generator=generator) < 0.2)
         tensors[f"few mixed{axis}"] = QuantizedTensor(few, width, scale, axis)
+    for size in (2, 3):
+        levels = torch.randint(-8, 8, (5, 7), generator=generator, dtype=torch.int8)
+        scale = torch.randn(5, -(-7 // size), generator=generator).bfloat16().float()
+        tensors[f"groups{size}"] = QuantizedTensor(levels, 4, scale, 0, size)
     sparse = torch.randn(40, 7, generator=generator) * (torch.rand(40, 7, generator=generator) < 0.3)
     tensors |= {
         "sparse": sparse,

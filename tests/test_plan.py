@@ -105,6 +105,11 @@ def decision(**changes: Any) -> dict[str, Any]:
         (decision(range=[0, 1]), "w has range (0.0, 1.0)"),
         (decision(target="activation", scheme="asymmetric"), "w has range 'mse'"),
         (decision(range=[0, 1, 2]), "bad value ("),
+        (decision(group_size=48), "w has groups of 48"),
+        (decision(group_size="32"), "w has groups of 32"),
+        (decision(group_size=32, axis=1), "w has groups of 32"),
+        (decision(group_size=32, bits=8, scheme="symmetric_reduced"), "w has groups, and symmetric_reduced levels"),
+        (decision(group_size=32, bits="channels:34"), "w has groups, and symmetric levels of 3.5 bits by channel"),
         (decision(colour="red"), "bad value ("),
         ({"kind": "mask", "tensor": "w"}, "bad value ("),
         (
@@ -118,6 +123,22 @@ def test_a_decision_that_is_wrong_is_named(tmp_path: Path, entry: dict[str, Any]
         read_plan(written(tmp_path, {"decisions": [entry]}))
     assert message in caught.value.message
     assert caught.value.hint
+
+
+def test_groups_with_rounded_activations_are_refused(tmp_path: Path) -> None:
+    rounded = decision(tensor="x", target="activation", scheme="asymmetric", axis=None, range=[0, 1])
+    with pytest.raises(InputError, match="w has groups, and activations are rounded"):
+        read_plan(written(tmp_path, {"decisions": [decision(group_size=32), rounded]}))
+
+
+def test_groups_are_applied_without_data_and_only_to_matrices() -> None:
+    plan = make_plan(Quantize("weight", "weight", 4, "symmetric", 0, "channels:sam", group_size=32))
+    found = apply_plan(linear(0), (), plan, {}).tensors["weight"]
+    assert isinstance(found, QuantizedTensor) and list(found.scale.shape) == [3, 2] and found.group_size == 32
+    levels, scale = round_weight(linear(0).weight.detach(), 4, axis=0, search="channels:sam", group_size=32)
+    assert torch.equal(found.levels, levels) and torch.equal(found.scale, scale)
+    with pytest.raises(InputError, match="plan: weight has groups, but 3 dimensions"):
+        apply_plan(nn.Conv1d(32, 3, 1), (), plan, {})
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def is_faster_in_blocks(product: Product) -> bool:
     return (
         product.num_rows == 1
         and product.levels.size >= MIN_WEIGHTS
-        and product.num_inputs % BLOCKS[-1] == 0
+        and _block(product) is not None
         and _signs(product.levels) is not None
     )
 
@@ -48,10 +48,15 @@ def as_blocks(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.Model
     return changed
 
 
+def _block(product: Product) -> int | None:
+    """The largest block that the weights of one scale are made of; None where the kernel has none."""
+    return next((size for size in BLOCKS if product.levels.shape[1] % size == 0), None)
+
+
 def _lower(product: Product) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.generic]]]:
-    block = next(size for size in BLOCKS if product.num_inputs % size == 0)
-    blocks, signs = product.num_inputs // block, _signs(product.levels)
-    assert signs is not None
+    block, signs = _block(product), _signs(product.levels)
+    assert block is not None and signs is not None
+    blocks = product.num_inputs // block
     name = product.weight
     halves = [product.num_outputs, blocks, block // 2, 2]
     constants: dict[str, NDArray[np.generic]] = {
@@ -61,7 +66,7 @@ def _lower(product: Product) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np
         f"{name}_shifts": np.array([1, 1 << BITS], np.int32),
         f"{name}_last": np.array([-1]),
         f"{name}_row_scale": (product.scale * signs)[:, None].astype(np.float32),
-        f"{name}_blocks": np.array([product.num_outputs, blocks]),
+        f"{name}_blocks": np.array([len(product.levels), blocks // product.num_groups]),
     }
 
     def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
@@ -94,7 +99,7 @@ def _lower(product: Product) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np
 
 
 def _signs(levels: NDArray[np.int8]) -> NDArray[np.int8] | None:
-    """For each row the sign, 1 or -1, with which it fits 4 bits; None where a row fits with neither."""
+    """For each row of levels the sign, 1 or -1, with which it fits 4 bits; None where a row fits with neither."""
     wide = levels.astype(np.int16)
     signs = np.where(wide.max(axis=1, initial=-128) == MIDDLE, -1, 1).astype(np.int8)
     signed = wide * signs[:, None]

@@ -30,7 +30,7 @@ MIN_UNSIGNED_WEIGHTS = 1 << 20
 
 def is_faster_as_integers(product: Product) -> bool:
     """Whether a product is faster in this form than with float weights at batch 1."""
-    if product.num_rows is None:
+    if product.num_rows is None or product.num_groups > 1:
         return False
     if _is_unsigned(product):
         return product.num_rows <= MOST_UNSIGNED_ROWS and product.levels.size >= MIN_UNSIGNED_WEIGHTS

@@ -18,11 +18,13 @@ BATCH_DIM = 0
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``y = x w^T + bias``, with ``w`` int8 levels ``[n, k]`` times a scale for each row.
+    """``y = x w^T + bias``, with ``w`` int8 levels ``[n, k]`` times a scale for each row, or for each group of one.
 
     Attributes:
-        weight: Name of the int8 initializer, or of what a packed stream gives for it.
-        scale: float32 ``[n]``.
+        weight: Name of the int8 initializer, or of what a packed stream gives for it: a row for each scale.
+        levels: ``[n m, k / m]``, where rows have ``m`` groups with a scale each; usually one.
+        scale: float32 ``[n m]``.
+        num_outputs: ``n``.
         bias: Name of a float32 ``[n]``; None where there is none.
         num_rows: Of ``x`` at batch 1; None where the graph doesn't say it.
     """
@@ -33,15 +35,17 @@ class Product:
     bias: str | None
     levels: NDArray[np.int8]
     scale: NDArray[np.float32]
+    num_outputs: int
     num_rows: int | None
 
     @property
-    def num_outputs(self) -> int:
-        return int(self.levels.shape[0])
+    def num_inputs(self) -> int:
+        return int(self.levels.size // self.num_outputs)
 
     @property
-    def num_inputs(self) -> int:
-        return int(self.levels.shape[1])
+    def num_groups(self) -> int:
+        """Scales of a row."""
+        return int(len(self.levels) // self.num_outputs)
 
 
 def find_products(model: onnx.ModelProto, names: Collection[str]) -> list[Product]:
@@ -69,6 +73,11 @@ def find_products(model: onnx.ModelProto, names: Collection[str]) -> list[Produc
                 continue
             chain.append(maker.input[0])
             maker = made_by.get(maker.input[0])
+        num_outputs = None
+        if maker is not None and maker.op_type == "Reshape" and maker.input[1] in constants:  # of groups of inputs
+            chain.append(maker.input[0])
+            num_outputs = int(numpy_helper.to_array(constants[maker.input[1]])[0])
+            maker = made_by.get(maker.input[0])
         if maker is None or maker.op_type != "DequantizeLinear" or maker.input[0] not in names:
             continue
         weight = maker.input[0]
@@ -82,7 +91,8 @@ def find_products(model: onnx.ModelProto, names: Collection[str]) -> list[Produc
             continue
         bias = node.input[2] if len(node.input) == 3 and node.input[2] else None
         rows = _rows(shapes.get(node.input[0]))
-        found.append(Product(weight, node.input[0], node.output[0], bias, levels, scale, rows))
+        num_outputs = len(levels) if num_outputs is None else num_outputs
+        found.append(Product(weight, node.input[0], node.output[0], bias, levels, scale, num_outputs, rows))
     return found
 
 

@@ -4,7 +4,9 @@ Layout. ``__metadata__["hcompress.packed"]`` is an index in JSON: ``{"version": 
 shape, survivors]}, "sparse": {name: [dtype, shape, survivors]}, "wide": [names of int16 levels], "tied": {alias:
 name}}``, where an empty part is left out. The uint8 tensor ``hcompress.stream`` holds the quantized tensors, then the
 sparse ones, in the index's order; the float32 tensor ``hcompress.scales`` the quantized tensors' scales in the same
-order, ``c`` for an axis and one for ``null``. A quantized tensor is its levels plus ``2**(bits - 1)`` in the planes of
+order, ``c`` for an axis and one for ``null``. An entry with a fifth number, a group size, has a scale for each group of
+so many elements of a row instead, the last one of a row for what is left: they are in the bfloat16 tensor
+``hcompress.group_scales``, row by row. A quantized tensor is its levels plus ``2**(bits - 1)`` in the planes of
 ``planes.py``; a sparse one its elements, little endian. Bits by channel are a text (``widths.py``): the levels of all
 channels of one width, less their lowest, follow each other, the widths in the order of ``widths.WIDTHS``; a channel of
 width ``0`` has none. Where ``survivors`` is not ``null``, a bit mask of one plane comes first, and only the elements
@@ -33,6 +35,8 @@ from . import planes
 INDEX_KEY = "hcompress.packed"
 STREAM = "hcompress.stream"
 SCALES = "hcompress.scales"
+GROUP_SCALES = "hcompress.group_scales"
+OWN = (STREAM, SCALES, GROUP_SCALES)
 VERSION = 1
 MAX_DIMS = 64
 MAX_ELEMENTS = 1 << 48  # Of a shape, zeros aside: torch multiplies strides in 64 bits.
@@ -65,19 +69,25 @@ class QuantizedTensor:
     Attributes:
         levels: int8 or int16, the weight's shape, each in ``[-2**(bits - 1), 2**(bits - 1) - 1]``.
         bits: 2 to 8; or ``channels:`` and a letter of ``widths.WIDTHS`` for each index of ``axis``.
-        scale: float32, ``[c]`` for the channels of ``axis``, or ``[]`` where ``axis`` is None; may be negative.
+        scale: float32, ``[c]`` for the channels of ``axis``, or ``[]`` where ``axis`` is None; ``[c, m]`` for the
+            groups of each row, values of bfloat16; may be negative.
         axis: Dimension of ``levels`` that ``scale`` runs along.
+        group_size: Elements of a row, in order, that share a scale, the last of them what is left; of a matrix with
+            axis 0. None for one scale per channel.
     """
 
     levels: Tensor
     bits: Width
     scale: Tensor
     axis: int | None
+    group_size: int | None = None
 
     def dequantize(self) -> Tensor:
         """``levels * scale`` in float32, the weight's shape."""
         if self.axis is None:
             return self.levels.float() * self.scale
+        if self.group_size is not None:
+            return self.levels.float() * self.scale.repeat_interleave(self.group_size, 1)[:, : self.levels.shape[1]]
         along = [1] * self.levels.dim()
         along[self.axis] = -1
         return self.levels.float() * self.scale.reshape(along)
@@ -99,7 +109,7 @@ def encode(tensors: Mapping[str, Tensor | QuantizedTensor], metadata: Mapping[st
     plain: dict[str, Tensor] = {}
     stored: dict[object, str] = {}
     for name, tensor in sorted(tensors.items()):
-        if name in (STREAM, SCALES, "__metadata__"):
+        if name in (*OWN, "__metadata__"):
             raise InputError(
                 f"the tensor name {name} is reserved by the file format", hint="rename it in the checkpoint"
             )
@@ -118,6 +128,8 @@ def encode(tensors: Mapping[str, Tensor | QuantizedTensor], metadata: Mapping[st
         chunks = [*pack.quantized_chunks, *pack.sparse_chunks, np.zeros(0, np.uint8)]
         plain[STREAM] = torch.from_numpy(np.concatenate(chunks))
         plain[SCALES] = torch.cat([*pack.scales, torch.zeros(0, dtype=torch.float32)])
+        if pack.group_scales:
+            plain[GROUP_SCALES] = torch.cat(pack.group_scales)
     return _safetensors(plain, texts)
 
 
@@ -132,18 +144,22 @@ def decode(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
     if INDEX_KEY not in metadata:
         return dict(state)
     index = _read_index(metadata[INDEX_KEY])
-    tensors: dict[str, Tensor | QuantizedTensor] = {k: v for k, v in state.items() if k not in (STREAM, SCALES)}
+    tensors: dict[str, Tensor | QuantizedTensor] = {k: v for k, v in state.items() if k not in OWN}
     stream = _Cursor(_flat(state, STREAM, torch.uint8), STREAM)
     scales = _Cursor(_flat(state, SCALES, torch.float32), SCALES)
+    none = {GROUP_SCALES: torch.zeros(0, dtype=torch.bfloat16)}
+    group_scales = _Cursor(_flat({**none, **state}, GROUP_SCALES, torch.bfloat16), GROUP_SCALES)
     for name, entry in index["quantized"].items():
         _refuse_second(name, tensors)
         wide = name in index["wide"]
-        tensors[name] = _quantized(name, entry, stream, scales, torch.int16 if wide else torch.int8)
+        dtype = torch.int16 if wide else torch.int8
+        tensors[name] = _quantized(name, entry, stream, scales, group_scales, dtype)
     for name, entry in index["sparse"].items():
         _refuse_second(name, tensors)
         tensors[name] = _sparse(name, entry, stream)
     stream.finish()
     scales.finish()
+    group_scales.finish()
     tied: dict[str, Tensor | QuantizedTensor] = {}
     for name, owner in index["tied"].items():
         _refuse_second(name, tensors)
@@ -164,6 +180,7 @@ class _Packing:
     quantized_chunks: list[planes.Bytes] = field(default_factory=list)
     sparse_chunks: list[planes.Bytes] = field(default_factory=list)
     scales: list[Tensor] = field(default_factory=list)
+    group_scales: list[Tensor] = field(default_factory=list)
 
     def add_quantized(self, name: str, tensor: QuantizedTensor) -> None:
         _check(name, tensor)
@@ -177,11 +194,15 @@ class _Packing:
             parts = [(width, part[part != 0]) for width, part in parts]
         for width, part in parts:
             self.quantized_chunks.append(planes.pack((part + _offset(width)).astype(np.uint8), width))
-        self.scales.append(tensor.scale.cpu().reshape(-1))
+        if tensor.group_size is None:
+            self.scales.append(tensor.scale.cpu().reshape(-1))
+        else:
+            self.group_scales.append(tensor.scale.cpu().reshape(-1).to(torch.bfloat16))
         if tensor.levels.dtype == torch.int16:
             self.wide.append(name)
         shape = list(tensor.levels.shape)
-        self.quantized[name] = [tensor.bits, tensor.axis, shape, survivors if is_masked else None]
+        groups = [] if tensor.group_size is None else [tensor.group_size]
+        self.quantized[name] = [tensor.bits, tensor.axis, shape, survivors if is_masked else None, *groups]
 
     def add_sparse(self, name: str, tensor: Tensor) -> bool:
         """Store ``tensor`` under a mask if that is smaller; False if it isn't."""
@@ -224,10 +245,13 @@ class _Cursor:
             raise _broken(f"{len(self.rest)} elements of {self.name} belong to no tensor")
 
 
-def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype: torch.dtype) -> QuantizedTensor:
-    if not isinstance(entry, list) or len(entry) != 4:
+def _quantized(
+    name: str, entry: object, stream: _Cursor, scales: _Cursor, group_scales: _Cursor, dtype: torch.dtype
+) -> QuantizedTensor:
+    if not isinstance(entry, list) or len(entry) not in (4, 5):
         raise _broken(f"{escape(name)} has no entry of bits, axis, shape, survivors")
-    bits, axis, shape, survivors = entry
+    bits, axis, shape, survivors = entry[:4]
+    group_size = entry[4] if len(entry) == 5 else None
     if not is_width(bits):
         raise _broken(f"{escape(name)} has {_shown(bits)} bits; 2 to 8 are possible")
     num_elements = _num_elements(name, shape)
@@ -235,6 +259,8 @@ def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype
         raise _broken(f"{escape(name)} has a scale along dimension {_shown(axis)} of {len(shape)}")
     if is_mixed(bits) and (axis is None or len(letters_of(bits)) != shape[axis]):
         raise _broken(f"{escape(name)} has bits for {len(letters_of(bits))} channels, not those of its axis")
+    if group_size is not None and not (_is_count(group_size) and group_size and axis == 0 and len(shape) == 2):
+        raise _broken(f"{escape(name)} has groups of {_shown(group_size)} in the shape {_shown(shape)}")
     if survivors is None:
         alive = None
         stream.require(planes.packed_size(num_elements, bits), name)
@@ -248,12 +274,17 @@ def _quantized(name: str, entry: object, stream: _Cursor, scales: _Cursor, dtype
         data = stream.take(planes.packed_size(count, width), name).numpy()
         part[chosen] = planes.unpack(data, width, count).astype(np.int16) - _offset(width)
         levels[places] = part
-    scale = scales.take(1 if axis is None else shape[axis], name).clone()
+    if group_size is not None:
+        counts = [shape[0], -(-shape[1] // group_size)]
+        scale = group_scales.take(math.prod(counts), name).float().reshape(counts)
+    else:
+        scale = scales.take(1 if axis is None else shape[axis], name).clone()
     return QuantizedTensor(
         levels=torch.from_numpy(levels).to(dtype).reshape(shape),
         bits=bits,
         scale=scale.reshape(()) if axis is None else scale,
         axis=axis,
+        group_size=group_size,
     )
 
 
@@ -382,6 +413,12 @@ def _check(name: str, tensor: QuantizedTensor) -> None:
     if tensor.axis is not None and not 0 <= tensor.axis < tensor.levels.dim():
         raise ValueError(f"{name}: axis {tensor.axis} of {tensor.levels.dim()} dimensions")
     shape = [] if tensor.axis is None else [tensor.levels.shape[tensor.axis]]
+    if tensor.group_size is not None:
+        if tensor.axis != 0 or tensor.levels.dim() != 2 or tensor.group_size < 1:
+            raise ValueError(f"{name}: groups of {tensor.group_size} are those of a matrix with axis 0")
+        shape = [*shape, -(-tensor.levels.shape[1] // tensor.group_size)]
+        if not torch.equal(tensor.scale.to(torch.bfloat16).to(tensor.scale.dtype), tensor.scale):
+            raise ValueError(f"{name}: scales of groups are stored in bfloat16, which doesn't hold these")
     if tensor.scale.dtype != torch.float32 or list(tensor.scale.shape) != shape:
         raise ValueError(f"{name}: scale is {tensor.scale.dtype} {list(tensor.scale.shape)}, expected float32 {shape}")
 
@@ -389,7 +426,8 @@ def _check(name: str, tensor: QuantizedTensor) -> None:
 def _memory(name: str, tensor: Tensor | QuantizedTensor) -> object:
     """Equal for tensors that are the same elements in the same memory; the name itself for an empty one."""
     if isinstance(tensor, QuantizedTensor):
-        return (_memory(name, tensor.levels), tensor.bits, _memory(name, tensor.scale), tensor.axis)
+        kind = (tensor.bits, tensor.axis, tensor.group_size)
+        return (_memory(name, tensor.levels), _memory(name, tensor.scale), kind)
     if not tensor.numel():
         return name
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

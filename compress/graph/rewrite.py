@@ -17,6 +17,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from ..plan import WIDEST
@@ -52,11 +53,16 @@ ROUNDED = {
 
 @dataclass(frozen=True, slots=True)
 class IntegerWeight:
-    """Levels and scale that stand for a weight: ``levels * scale``, the scale along ``axis``."""
+    """Levels and scale that stand for a weight: ``levels * scale``, the scale along ``axis``.
+
+    Attributes:
+        group_size: Of a matrix ``[c, k]`` with axis 0 and scales ``[c, m]``: elements of a row that share a scale.
+    """
 
     levels: Tensor
     scale: Tensor
     axis: int | None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,12 +297,18 @@ def set_weight(module: fx.GraphModule, target: str, value: Tensor | IntegerWeigh
         put_tensor(module, target, value)
         return
     axis = 0 if value.axis is None else value.axis
-    scale = value.scale.expand(value.levels.shape[axis]) if value.axis is None else value.scale
-    # Runtimes want positive scales; a negative one moves its sign into the levels.
-    sign = torch.where(scale < 0, -1, 1).to(torch.int8)
-    levels = value.levels * sign.reshape([-1 if d == axis else 1 for d in range(value.levels.dim())])
+    if value.group_size is not None:
+        # A row for each group. Their scales keep their signs: no kernel multiplies with these integers.
+        levels = functional.pad(value.levels, (0, -value.levels.shape[1] % value.group_size))
+        levels, scale = levels.reshape(-1, value.group_size), value.scale.flatten()
+    else:
+        scale = value.scale.expand(value.levels.shape[axis]) if value.axis is None else value.scale
+        # Runtimes want positive scales; a negative one moves its sign into the levels.
+        sign = torch.where(scale < 0, -1, 1).to(torch.int8)
+        levels = value.levels * sign.reshape([-1 if d == axis else 1 for d in range(value.levels.dim())])
+        scale = scale.abs()
     names = [f"{target}_{part}" for part in ("levels", "scale", "zero_point")]
-    values = (levels.contiguous(), scale.abs().contiguous(), torch.zeros(len(scale), dtype=torch.int64))
+    values = (levels.contiguous(), scale.contiguous(), torch.zeros(len(scale), dtype=torch.int64))
     for name, tensor in zip(names, values, strict=True):
         put_tensor(module, name, tensor)
     for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target == target]:
@@ -305,6 +317,11 @@ def set_weight(module: fx.GraphModule, target: str, value: Tensor | IntegerWeigh
             integer = module.graph.call_function(
                 decomposed.dequantize_per_channel.default, (*parts, axis, -128, 127, torch.int8)
             )
+            if value.group_size is not None:
+                count, length = value.levels.shape
+                integer = module.graph.call_function(aten.view.default, (integer, [count, -1]))
+                if length % value.group_size:
+                    integer = module.graph.call_function(aten.slice.Tensor, (integer, 1, 0, length))
             integer.meta["val"] = node.meta.get("val")
         node.replace_all_uses_with(integer)
         module.graph.erase_node(node)

@@ -5,13 +5,17 @@ A row ``w`` of a weight that becomes ``s q``, a scale times integers, moves its 
 another, those with the largest moment first, and what is left over is made up for by the columns still to come; then
 single levels are moved as long as the error falls, and the scale is set to its best for the levels. All of it is done
 for several scales of each row at once, and the best one is taken.
+
+Where each group of a row's inputs has a scale of its own, what is tried are shares of the scales whose nearest levels
+fit their groups best, and after each sweep one scale after another is set to its best.
 Source: Frantar et al. 2022, GPTQ (arXiv:2210.17323), for the columns; Behdin et al. 2023, QuantEase
 (arXiv:2309.01885), for the moves of single levels. Cost: ``(2 + 3 SWEEPS) r c k^2`` products for ``r`` scales of ``c``
-rows of ``k`` weights, and ``k^3``.
+rows of ``k`` weights, one more a sweep with groups, and ``k^3``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,17 +24,32 @@ from torch import Tensor
 
 from ..errors import NumericsError
 from ..widths import Width, is_mixed
-from .rounding import SMALLEST_PEAK, level_range, rows_by_width
+from .rounding import SMALLEST_PEAK, in_16_bits, in_groups, level_range, rows_by_width
 
 BLOCK = 64  # columns whose error is carried to the rest at once
 SWEEPS = 3  # over the levels; after each the scales are set anew
 RATIOS = tuple(1.05 - 0.05 * step for step in range(17))  # of the scale that reaches the largest weight
+SHARES = (
+    1.0,
+    0.9,
+    0.8,
+    1.1,
+    0.95,
+    0.85,
+    0.7,
+)  # of the scales that fit their groups best; fewer of them, the first ones
 DAMPING = 0.01  # of the mean of the diagonal
 MOST_WEIGHTS = 2**25  # of all scales together; beyond, fewer of them are tried
 
 
 def round_rows(
-    weight: Tensor, moment: Tensor, width: Width, *, is_shared: bool = False, zeros: Tensor | None = None
+    weight: Tensor,
+    moment: Tensor,
+    width: Width,
+    *,
+    is_shared: bool = False,
+    zeros: Tensor | None = None,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``round_to_outputs`` of rows that may have widths of their own.
 
@@ -38,7 +57,7 @@ def round_rows(
         width: Bits of all rows, or a letter of ``widths.WIDTHS`` for each, in the order of the groups' rows.
     """
     if not is_mixed(width):
-        return round_to_outputs(weight, moment, width, is_shared=is_shared, zeros=zeros)
+        return round_to_outputs(weight, moment, width, is_shared=is_shared, zeros=zeros, group_size=group_size)
     groups, count, _ = weight.shape
     levels = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.ones(groups, count, dtype=torch.float32, device=weight.device)
@@ -64,6 +83,7 @@ def round_to_outputs(
     zeros: Tensor | None = None,
     ratios: Sequence[float] = RATIOS,
     sweeps: int = SWEEPS,
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Levels and scale of each row.
 
@@ -76,39 +96,53 @@ def round_to_outputs(
         zeros: bool, of the weight's shape: whose level is 0 in any case.
         ratios: Scales that are tried, of the one that reaches the largest weight.
         sweeps: Over the levels.
+        group_size: So many inputs of a row share a scale, of which ``ratios`` are tried, rather than the whole row.
 
     Returns:
-        Levels (int8, ``[g, c, k]``), and float32 scales ``[g, c]``. A negative one gives the positive side the extra
-        level.
+        Levels (int8, ``[g, c, k]``), and float32 scales ``[g, c]``; ``[g, c, m]`` where rows have ``m`` groups, in 16
+        bits (``rounding.in_16_bits``). A negative one gives the positive side the extra level.
 
     Raises:
         NumericsError: The weight or the moment isn't finite.
     """
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(moment).all()):
         raise NumericsError("a weight or the moment of its inputs isn't finite", hint="check the checkpoint and data")
-    groups, count, _ = weight.shape
+    groups, count, k = weight.shape
     h = damped(moment.double(), damping)
     h = h / h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    power = h.diagonal(dim1=1, dim2=2).float()
     h = torch.stack([one[places][:, places] for one, places in zip(h, order, strict=True)])
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     h = h.float()
     unit = float(weight.abs().max()) or 1.0  # or the squares of small weights would leave the range of floats
-    w = (weight / unit).float().gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
-    start = _scales(w, bits, ratios, is_shared=is_shared)
-    columns, scales = w.repeat(1, 1, len(start)), start.transpose(0, 1).reshape(groups, -1)
+    if group_size is not None:
+        unit = 2.0 ** math.frexp(unit)[1]  # leaves scales of 16 bits what they are
+    flat = (weight / unit).float()
+    w = flat.gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
+    if group_size is None:
+        start = _scales(w, bits, ratios, is_shared=is_shared)[:, :, None]
+        parts = torch.zeros_like(order)
+    else:
+        start = _group_scales(flat, power, bits, ratios, group_size)
+        parts = order // group_size
+    columns, scales = w.repeat(1, 1, len(start)), start.permute(1, 2, 0, 3).flatten(2)
     grid = _Grid(*level_range(bits), _kept(zeros, order, len(start)))
-    levels = _by_columns(columns, scales, factor, grid)
+    levels = _by_columns(columns, _steps(scales, parts), factor, grid)
     for _ in range(sweeps):
-        levels = _swept(columns, levels, scales, h, grid)
-        if not is_shared:
-            scales = _fitted(columns, levels, scales, h)
-    error = _errors(columns, levels, scales, h).reshape(groups, len(start), count)
+        levels = _swept(columns, levels, _steps(scales, parts), h, grid)
+        if group_size is not None:
+            scales = _fitted_in_turn(columns, levels, scales, h, parts)
+        elif not is_shared:
+            scales = _fitted(columns, levels, scales[:, 0], h)[:, None]
+    error = _errors(columns, levels, _steps(scales, parts), h).reshape(groups, len(start), count)
     total = error.sum((0, 2), keepdim=True).expand_as(error) if is_shared else error
-    place = total.argmin(1) * count + torch.arange(count, device=w.device)
-    chosen = levels.gather(2, place[:, None].expand(-1, levels.shape[1], -1)).transpose(1, 2)
+    place = (total.argmin(1) * count + torch.arange(count, device=w.device))[:, None]
+    chosen = levels.gather(2, place.expand(-1, k, -1)).transpose(1, 2)
     back = order.argsort(dim=1)[:, None].expand_as(chosen)
-    return chosen.gather(2, back).to(torch.int8), scales.gather(1, place) * unit
+    found = scales.gather(2, place.expand(-1, scales.shape[1], -1)).transpose(1, 2) * unit
+    scales = found.contiguous() if group_size is not None else found[..., 0]
+    return chosen.gather(2, back).to(torch.int8), scales
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -118,11 +152,19 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return moment + torch.where(mean > 0, damping * mean, 1.0) * eye
 
 
-# In what follows weights and levels are [g, k, r c]: what is done to a column of all rows is done to neighbours.
+# In what follows weights and levels are [g, k, r c]: what is done to a column of all rows is done to neighbours. Scales
+# are [g, m, r c], m of a row; ``parts``, int64 [g, k], says which of them a column has, and steps are its scale.
 
 
-def _errors(columns: Tensor, levels: Tensor, scales: Tensor, moment: Tensor) -> Tensor:
-    change = columns - scales[:, None] * levels
+def _steps(scales: Tensor, parts: Tensor) -> Tensor:
+    """``[g, k, r c]``: the scale of each weight."""
+    if scales.shape[1] == 1:
+        return scales.expand(-1, parts.shape[1], -1)
+    return scales.gather(1, parts[:, :, None].expand(-1, -1, scales.shape[2]))
+
+
+def _errors(columns: Tensor, levels: Tensor, steps: Tensor, moment: Tensor) -> Tensor:
+    change = columns - steps * levels
     return ((moment @ change) * change).sum(1, dtype=torch.float64)
 
 
@@ -138,6 +180,32 @@ def _scales(columns: Tensor, bits: Width, ratios: Sequence[float], *, is_shared:
     return torch.stack([(sign * ratio * peak / -low)[:, 0].expand(len(columns), columns.shape[2]) for ratio in ratios])
 
 
+def _group_scales(weight: Tensor, power: Tensor, bits: Width, ratios: Sequence[float], group_size: int) -> Tensor:
+    """Those that are tried, ``[r, g, m, c]``: shares of what rounds a group to its nearest levels with the least error.
+
+    Args:
+        weight: ``[g, c, k]``.
+        power: ``[g, k]``, of the inputs: what an error of a weight counts.
+    """
+    low, high = level_range(bits)
+    groups, count, k = weight.shape
+    parts = in_groups(weight.reshape(-1, k), group_size)
+    counts = in_groups(power, group_size).repeat_interleave(count, 0)
+    most, least = parts.amax(2), parts.amin(2)
+    peak = torch.maximum(most, -least)
+    sign = torch.where(most > -least, -1.0, 1.0) if low != -high else torch.ones_like(peak)
+    reach = in_16_bits(torch.where(peak < SMALLEST_PEAK, 1.0, sign * peak / -low))
+    best, error = reach, torch.full_like(reach, math.inf)
+    for ratio in ratios:
+        scale = in_16_bits(ratio * reach)
+        levels = (parts / scale[..., None]).round_().clamp_(low, high)
+        found = (levels.mul_(scale[..., None]).sub_(parts).square_() * counts).sum(2)
+        best, error = torch.where(found < error, scale, best), torch.minimum(found, error)
+    shares = SHARES[: max(1, MOST_WEIGHTS // weight.numel())]
+    best = best.reshape(groups, count, -1).transpose(1, 2)
+    return torch.stack([in_16_bits(share * best) for share in shares])
+
+
 @dataclass(frozen=True, slots=True)
 class _Grid:
     """Levels, and where they may be others than 0: floats ``[g, k, r c]``, or None for everywhere."""
@@ -146,9 +214,9 @@ class _Grid:
     high: int
     kept: Tensor | None
 
-    def nearest(self, values: Tensor, scales: Tensor, k: int) -> Tensor:
+    def nearest(self, values: Tensor, step: Tensor, k: int) -> Tensor:
         """Of column ``k``."""
-        levels = (values / scales).round_().clamp_(self.low, self.high)
+        levels = (values / step).round_().clamp_(self.low, self.high)
         return levels if self.kept is None else levels.mul_(self.kept[:, k])
 
 
@@ -158,7 +226,7 @@ def _kept(zeros: Tensor | None, order: Tensor, count: int) -> Tensor | None:
     return (~zeros).float().gather(2, order[:, None].expand_as(zeros)).transpose(1, 2).repeat(1, 1, count)
 
 
-def _by_columns(columns: Tensor, scales: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
+def _by_columns(columns: Tensor, steps: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
     """Levels column by column, each one's error made up for by those after it.
 
     Args:
@@ -169,24 +237,24 @@ def _by_columns(columns: Tensor, scales: Tensor, factor: Tensor, grid: _Grid) ->
         end = min(start + BLOCK, columns.shape[1])
         errors = torch.empty_like(columns[:, start:end])
         for k in range(start, end):
-            levels[:, k] = grid.nearest(left[:, k], scales, k)
-            errors[:, k - start] = (left[:, k] - scales * levels[:, k]) / factor[:, k, k, None]
+            levels[:, k] = grid.nearest(left[:, k], steps[:, k], k)
+            errors[:, k - start] = (left[:, k] - steps[:, k] * levels[:, k]) / factor[:, k, k, None]
             left[:, k + 1 : end].addcmul_(factor[:, k, k + 1 : end, None], errors[:, k - start, None], value=-1)
         left[:, end:].baddbmm_(factor[:, start:end, end:].transpose(1, 2), errors, alpha=-1)
     return levels
 
 
-def _swept(columns: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, grid: _Grid) -> Tensor:
+def _swept(columns: Tensor, levels: Tensor, steps: Tensor, moment: Tensor, grid: _Grid) -> Tensor:
     """Each level in turn at its best, given all others."""
     levels = levels.clone()
-    slope = moment @ (columns - scales[:, None] * levels)
+    slope = moment @ (columns - steps * levels)
     for start in range(0, columns.shape[1], BLOCK):
         end = min(start + BLOCK, columns.shape[1])
         moves = torch.empty_like(columns[:, start:end])
         for k in range(start, end):
-            wanted = scales * levels[:, k] + slope[:, k] / moment[:, k, k, None]
-            chosen = grid.nearest(wanted, scales, k)
-            moves[:, k - start] = scales * (chosen - levels[:, k])
+            wanted = steps[:, k] * levels[:, k] + slope[:, k] / moment[:, k, k, None]
+            chosen = grid.nearest(wanted, steps[:, k], k)
+            moves[:, k - start] = steps[:, k] * (chosen - levels[:, k])
             slope[:, k:end].addcmul_(moment[:, k, k:end, None], moves[:, k - start, None], value=-1)
             levels[:, k] = chosen
         slope[:, end:].baddbmm_(moment[:, end:, start:end], moves, alpha=-1)
@@ -199,3 +267,21 @@ def _fitted(columns: Tensor, levels: Tensor, scales: Tensor, moment: Tensor) -> 
     power = (product * levels).sum(1)
     best = (product * columns).sum(1) / torch.where(power > 0, power, 1.0)
     return torch.where((power > 0) & (best.abs() > SMALLEST_PEAK), best, scales)
+
+
+def _fitted_in_turn(columns: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, parts: Tensor) -> Tensor:
+    """The best scale of each group of columns for its levels, given those of the other groups; in 16 bits."""
+    scales = scales.clone()
+    change = columns - _steps(scales, parts) * levels
+    for part in range(scales.shape[1]):
+        for group in range(len(scales)):
+            own = (parts[group] == part).nonzero()[:, 0]
+            level, rows = levels[group, own], moment[group, own]
+            power = ((rows[:, own] @ level) * level).sum(0)
+            moved = ((rows @ change[group]) * level).sum(0) / torch.where(power > 0, power, 1.0)
+            before = scales[group, part]
+            best = in_16_bits(before + moved)
+            best = torch.where((power > 0) & (best.abs() > SMALLEST_PEAK), best, before)
+            change[group, own] -= (best - before) * level
+            scales[group, part] = best
+    return scales

@@ -7,6 +7,9 @@ says which side of zero has the extra level. Source: Jacob et al. 2018 (arXiv:17
 
 A scale is found from the channel's weights alone, in one of the ways that ``plan.RANGES`` names: a plan that holds the
 names is applied without data. ``choose_ranges`` picks them by what they do to a layer's outputs.
+
+A row of a linear weight may have a scale for each group of so many inputs, in order; the last group may be shorter.
+Such scales are rounded to bfloat16 before their levels are found, so that they take 16 bits without a loss.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import NumericsError
 from ..plan import CLIPS, RANGES
@@ -56,7 +60,27 @@ def broadcast_scale(scale: Tensor, axis: int | None, dims: int) -> Tensor:
     return scale.reshape([-1 if dim == axis else 1 for dim in range(dims)])
 
 
-def round_weight(weight: Tensor, bits: Width, *, axis: int | None, search: str) -> tuple[Tensor, Tensor]:
+def spread_scale(scale: Tensor, axis: int | None, shape: Sequence[int], group_size: int | None = None) -> Tensor:
+    """``scale`` shaped to multiply a weight of ``shape``; ``[c, m]`` where ``group_size`` inputs share one."""
+    if group_size is None:
+        return broadcast_scale(scale, axis, len(shape))
+    return scale.repeat_interleave(group_size, 1)[:, : shape[1]]
+
+
+def in_16_bits(scale: Tensor) -> Tensor:
+    """The nearest values that bfloat16 holds, as they were: its range is that of float32."""
+    return scale.to(torch.bfloat16).to(scale.dtype)
+
+
+def in_groups(flat: Tensor, group_size: int) -> Tensor:
+    """``[c, m, group_size]``: the groups of each row of ``[c, k]``, the last one filled up with zeros."""
+    filled = functional.pad(flat, (0, -flat.shape[1] % group_size))
+    return filled.reshape(len(flat), -1, group_size)
+
+
+def round_weight(
+    weight: Tensor, bits: Width, *, axis: int | None, search: str, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Round a weight to its symmetric grid.
 
     Args:
@@ -65,16 +89,23 @@ def round_weight(weight: Tensor, bits: Width, *, axis: int | None, search: str) 
         axis: Dimension with one scale an index; None for one scale in all.
         search: ``minmax`` covers the largest magnitude; ``mse`` clips to the ratio with the least squared error;
             ``p99`` covers that percentile of the magnitudes, zeros left out; ``clip0.80`` that share of the largest.
-            ``channels:`` and a letter of ``plan.RANGES`` for each scale gives each channel its own.
+            ``channels:`` and a letter of ``plan.RANGES`` for each channel gives each its own.
+        group_size: Of a weight ``[c, k]`` with axis 0: inputs that share a scale, each found by itself.
 
     Returns:
-        Levels (int8, the weight's shape) and scale (float32, ``[c]`` or ``[]``). A channel of zeros has scale 1.
+        Levels (int8, the weight's shape) and scale (float32, ``[c]`` or ``[]``; ``[c, m]`` of ``m`` groups, which
+        bfloat16 holds). A channel or group of zeros has scale 1.
 
     Raises:
         ValueError: ``search`` is no range, or hasn't one letter for each scale.
     """
     flat = rows(weight.detach().to(torch.float32), axis)
     letters = _letters(search, len(flat))
+    if group_size is not None:
+        groups = in_groups(flat, group_size)
+        many = [letter for letter in letters for _ in range(groups.shape[1])]
+        levels, scale = _round_rows(groups.flatten(0, 1), bits, many, in_half=True)
+        return levels.reshape(len(flat), -1)[:, : flat.shape[1]].contiguous(), scale.reshape(len(flat), -1)
     scale, levels = torch.ones_like(flat[:, 0]), torch.zeros_like(flat, dtype=torch.int8)
     for width, places in rows_by_width(bits, len(flat)):
         levels[places], scale[places] = _round_rows(flat[places], width, [letters[place] for place in places])
@@ -95,32 +126,48 @@ def rows_by_width(width: Width, count: int) -> list[tuple[Width, list[int]]]:
     return [(letter, places) for letter, places in found.items() if places and letter != "0"]
 
 
-def _round_rows(flat: Tensor, width: Width, letters: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Levels and scale of rows of one width, each with a range of its own."""
+def _round_rows(flat: Tensor, width: Width, letters: Sequence[str], *, in_half: bool = False) -> tuple[Tensor, Tensor]:
+    """Levels and scale of rows of one width, each with a range of its own; scales that 16 bits hold if ``in_half``."""
     scale = torch.ones_like(flat[:, 0])
     for name, letter in RANGES.items():
         if letter in letters:
             # Searched over all channels: the scale of one doesn't depend on the ranges of the others.
             chosen = torch.tensor([own == letter for own in letters], device=flat.device)
             scale = torch.where(chosen, _scale(flat, width, name), scale)
+    scale = in_16_bits(scale) if in_half else scale
     return _to_levels(flat, scale, width).to(torch.int8), scale
 
 
 def range_candidates(
-    weight: Tensor, bits: Width, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+    weight: Tensor,
+    bits: Width,
+    *,
+    axis: int | None,
+    among: Sequence[str] = tuple(RANGES),
+    group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight rounded in each of the ways that ``among`` names, all of ``plan.RANGES`` by default.
 
     Returns:
-        Levels (int8, ``[r, c, n]``, the channels as in ``rows``) and scales (float32, ``[r, c]``) of the ``r`` ranges.
+        Levels (int8, ``[r, c, n]``, the channels as in ``rows``) and scales (float32, ``[r, c]``; ``[r, c, m]`` of
+        groups) of the ``r`` ranges.
     """
     flat = rows(weight.detach().to(torch.float32), axis)
+    if group_size is not None:
+        found = [round_weight(flat, bits, axis=0, search=name, group_size=group_size) for name in among]
+        return torch.stack([levels for levels, _ in found]), torch.stack([scale for _, scale in found])
     scales = torch.stack([_scale(flat, bits, name) for name in among])
     return torch.stack([_to_levels(flat, scale, bits).to(torch.int8) for scale in scales]), scales
 
 
 def choose_ranges(
-    weight: Tensor, bits: Width, moment: Tensor | None, *, axis: int | None, among: Sequence[str] = tuple(RANGES)
+    weight: Tensor,
+    bits: Width,
+    moment: Tensor | None,
+    *,
+    axis: int | None,
+    among: Sequence[str] = tuple(RANGES),
+    group_size: int | None = None,
 ) -> tuple[str, float]:
     """The range of each channel that changes the layer's outputs least.
 
@@ -135,6 +182,7 @@ def choose_ranges(
             ``k`` weights counts as so many rows: one scale in all is chosen over all channels of a linear weight.
         axis: Dimension with one scale an index; None for one scale in all.
         among: Ranges to choose from, of ``plan.RANGES``.
+        group_size: As for ``round_weight``: all groups of a channel have the same range.
 
     Returns:
         The range, for ``round_weight`` and a plan, and the sum of ``d A d^T`` over all rows. Of equal errors, the first
@@ -149,7 +197,9 @@ def choose_ranges(
         ('channels:ms', 0.0)
     """
     flat = rows(weight.detach().to(torch.float32), axis)
-    levels, scales = range_candidates(weight, bits, axis=axis, among=among)
+    levels, scales = range_candidates(weight, bits, axis=axis, among=among, group_size=group_size)
+    if group_size is not None:
+        scales = torch.stack([spread_scale(scale, 0, flat.shape, group_size) for scale in scales])
     least, chosen = _output_errors(flat, levels, scales, moment).min(0)
     error = float(least.sum())
     if not math.isfinite(error):
@@ -248,7 +298,7 @@ def _percentile_scale(flat: Tensor, bits: Width, percent: float) -> Tensor:
 
 
 def _output_errors(flat: Tensor, levels: Tensor, scales: Tensor, moment: Tensor | None) -> Tensor:
-    """``d A d^T`` for every range and channel, float64 ``[r, c]``."""
+    """``d A d^T`` for every range and channel, float64 ``[r, c]``; a scale for each channel or for each weight."""
     size = flat.shape[1] if moment is None else moment.shape[-1]
     groups = len(moment) if moment is not None and moment.dim() == 3 else 1
     if flat.shape[1] % size or flat.numel() % (groups * size):
@@ -260,7 +310,8 @@ def _output_errors(flat: Tensor, levels: Tensor, scales: Tensor, moment: Tensor 
     wide = flat.reshape(groups, -1, size)
     errors = []
     for level, scale in zip(levels, scales, strict=True):
-        each = scale[:, None].expand(-1, flat.shape[1] // size).reshape(groups, -1, 1)
+        each = scale if scale.dim() == 2 else scale[:, None].expand(-1, flat.shape[1] // size)
+        each = each.reshape(*wide.shape[:2], -1)
         parts = zip(*(x.split(step, 1) for x in (level.reshape(wide.shape), each, wide)), strict=True)
         error = torch.cat([_squares((a * b - w) / unit, relative) for a, b, w in parts], 1)
         errors.append(error.reshape(len(flat), -1).sum(1))

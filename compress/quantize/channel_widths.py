@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graph.trace import Layer
 from ..numerics.output_rounding import RATIOS, round_to_outputs
-from ..numerics.rounding import broadcast_scale, round_weight
+from ..numerics.rounding import round_weight, spread_scale
 from ..plan import grid_bits, weight_scheme
 from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
 
@@ -67,7 +67,14 @@ class Rows:
 
 
 def rounded_rows(
-    layer: Layer, weight: Tensor, moment: Tensor | None, traces: Tensor, *, with_integers: bool, by_outputs: bool
+    layer: Layer,
+    weight: Tensor,
+    moment: Tensor | None,
+    traces: Tensor,
+    *,
+    with_integers: bool,
+    by_outputs: bool,
+    group_size: int | None = None,
 ) -> Rows:
     """Every row of a weight at every width.
 
@@ -76,13 +83,16 @@ def rounded_rows(
         traces: ``[c]``, of ``row_traces``.
         with_integers: Activations are rounded.
         by_outputs: Levels are chosen by what they do to the outputs, rather than the nearest.
+        group_size: Inputs of a row that share a scale; the weight then has one width.
     """
-    mixes = layer.axis == 0 and moment is not None and len(weight) > 1
+    mixes = layer.axis == 0 and moment is not None and len(weight) > 1 and group_size is None
     letters = "".join(WIDTHS) if mixes else "2345678"
     if with_integers and mixes:
         letters = letters.replace("8", "")  # has the levels of 7 bits
     rounded = {
-        letter: rounded_at(layer, weight, moment, letter, with_integers=with_integers, by_outputs=by_outputs)
+        letter: rounded_at(
+            layer, weight, moment, letter, with_integers=with_integers, by_outputs=by_outputs, group_size=group_size
+        )
         for letter in letters
     }
     errors = torch.stack([_output_errors(weight - value, moment) for value in rounded.values()], 1)
@@ -101,7 +111,14 @@ def _output_errors(change: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def rounded_at(
-    layer: Layer, weight: Tensor, moment: Tensor | None, letter: str, *, with_integers: bool, by_outputs: bool
+    layer: Layer,
+    weight: Tensor,
+    moment: Tensor | None,
+    letter: str,
+    *,
+    with_integers: bool,
+    by_outputs: bool,
+    group_size: int | None = None,
 ) -> Tensor:
     """A weight at one width for all of its rows; the arguments are those of ``rounded_rows``."""
     if letter == "0":
@@ -109,8 +126,8 @@ def rounded_at(
     width = of_letter(letter)
     grid = grid_bits(width, weight_scheme(width, with_integers=with_integers))
     if not by_outputs or moment is None or layer.axis not in (0, None):
-        levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse")
-        return levels * broadcast_scale(scale, layer.axis, weight.dim())
+        levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse", group_size=group_size)
+        return levels * spread_scale(scale, layer.axis, weight.shape, group_size)
     groups = moment if moment.dim() == 3 else moment[None]
     shape, pruned = (len(groups), -1, groups.shape[-1]), weight == 0
     levels, scale = round_to_outputs(
@@ -121,8 +138,10 @@ def rounded_at(
         zeros=pruned.reshape(shape) if bool(pruned.any()) else None,
         ratios=FEW_RATIOS,
         sweeps=1,
+        group_size=group_size,
     )
-    return (scale[..., None] * levels).reshape(weight.shape)
+    step = scale[..., None] if group_size is None else spread_scale(scale[0], 0, weight.shape, group_size)
+    return (step * levels).reshape(weight.shape)
 
 
 def mixtures(rows: Rows, targets: Sequence[float]) -> dict[float, Width]:

@@ -145,7 +145,10 @@ def _reconstructed(
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Levels and biases chosen layer by layer."""
     choices = plan.quantized("weight")
-    grids = {name: Storage(choice.bits, grid_bits(choice.bits, choice.scheme)) for name, choice in choices.items()}
+    grids = {
+        name: Storage(choice.bits, grid_bits(choice.bits, choice.scheme), choice.group_size)
+        for name, choice in choices.items()
+    }
     nearest = apply_plan(source.module, graph.tied, plan, {}).state()
     others = {name: nearest[name] for name in choices}
     activations = activation_grids(plan.quantized("activation"))

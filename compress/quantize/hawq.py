@@ -35,7 +35,7 @@ from ..task import Calibration
 from .calibrate import calibrated, squared_changes
 from .correct import correct as correct
 from .points import at_point as at_point
-from .points import costs_of, first_plan, groups_of, widths_of
+from .points import costs_of, first_plan, group_sizes_of, groups_of, widths_of
 from .reads import Ranges, find_reads, grids_of, read_ranges, read_records
 
 
@@ -54,9 +54,10 @@ def plan(
         sensitivities: ``hessian-trace``, and ``activation-trace`` where activations are mixed.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
         options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``range`` (``auto``:
-            chosen for each channel; ``minmax``, ``mse``), ``reconstruction`` (``gptq`` or ``none``) and
-            ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights
-            that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+            chosen for each channel; ``minmax``, ``mse``), ``group_size`` (of the weights of linear layers, or None),
+            ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``; both for ``correct``),
+            ``exclude`` and ``tie`` (globs: the weights that one of ``tie`` matches get one width), ``keep``
+            (``GLOB=BITS``, or ``GLOB=float``).
 
     Returns:
         The plan, without a sidecar; its frontier is appended to ``context.frontiers``.
@@ -74,7 +75,10 @@ def plan(
     groups = list(groups_of(graph, layers, tie, widths))
     reads = find_reads(graph, groups, activations)
     rounded = calibrated(graph, calibration.data, activations, context)
-    found = _changes(source, graph, layers, widths, search, calibration, context, with_integers=bool(rounded))
+    group_sizes = group_sizes_of(layers, options)
+    found = _changes(
+        source, graph, layers, widths, search, group_sizes, calibration, context, with_integers=bool(rounded)
+    )
     traces = sensitivities["hessian-trace"].entries
     costs = costs_of(source, graph, layers, goal, reads, context)
     items = []
@@ -93,6 +97,7 @@ def plan(
         "activations": activations,
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),
+        "group_size": options.get("group_size"),
         "keep": list(keep),
         "range": search,
         "reconstruction": options["reconstruction"],
@@ -107,6 +112,7 @@ def _changes(
     layers: Sequence[Layer],
     widths: Mapping[str, Sequence[int]],
     search: str,
+    group_sizes: Mapping[str, int],
     calibration: Calibration,
     context: Context,
     *,
@@ -131,7 +137,8 @@ def _changes(
                 continue
             grid = grid_bits(bits, weight_scheme(bits, with_integers=with_integers))
             moment = moments.get(layer.tensor)
-            chosen, moved = choose_ranges(weight, grid, moment, axis=layer.axis, among=among)
+            groups = group_sizes.get(layer.tensor)
+            chosen, moved = choose_ranges(weight, grid, moment, axis=layer.axis, among=among, group_size=groups)
             found[layer.tensor, bits] = (chosen, moved / _mean_power(moment))
     context.progress("weight ranges", len(layers), len(layers))
     return found

@@ -40,7 +40,7 @@ from . import correct as correction
 from .calibrate import calibrated
 from .changes import loss_changes, telling_examples
 from .channel_widths import Rows, mixtures, rounded_rows
-from .points import Costs, costs_of, first_plan, groups_of, of_choices, widths_of
+from .points import Costs, costs_of, first_plan, group_sizes_of, groups_of, of_choices, widths_of
 from .points import at_point as at_point
 from .reads import Ranges, find_reads, grids_of, read_ranges, read_records
 
@@ -70,9 +70,10 @@ def plan(
         sensitivities: None is read.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
         options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``channel_widths``
-            (``mixed``, or ``equal``: one width for all channels of a weight), ``reconstruction`` (``gptq`` or ``none``)
-            and ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the
-            weights that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
+            (``mixed``, or ``equal``: one width for all channels of a weight), ``group_size`` (of the weights of linear
+            layers, which then have one width each; or None), ``reconstruction`` (``gptq`` or ``none``) and
+            ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights
+            that one of ``tie`` matches get one width), ``keep`` (``GLOB=BITS``, or ``GLOB=float``).
 
     Raises:
         BudgetError: No point is within the budget; gives the feasible minimum.
@@ -105,6 +106,7 @@ def plan(
         "bias_correction": options["bias_correction"],
         "channel_widths": options["channel_widths"],
         "exclude": list(exclude),
+        "group_size": options.get("group_size"),
         "keep": list(keep),
         "reconstruction": options["reconstruction"],
         "tie": list(tie),
@@ -127,7 +129,7 @@ def _rows(
     task, data = calibration.task, calibration.data
     moments = input_moments(network, data, progress=context.progress)
     traces = row_traces(network, task, data, passes=PASSES, generator=context.generator, progress=context.progress)
-    state = source.module.state_dict()
+    state, group_sizes = source.module.state_dict(), group_sizes_of(layers, options)
     found = {}
     for done, layer in enumerate(layers):
         context.progress("round at every width", done, len(layers))
@@ -138,6 +140,7 @@ def _rows(
             traces[layer.tensor],
             with_integers=with_integers,
             by_outputs=options["reconstruction"] == "gptq",
+            group_size=group_sizes.get(layer.tensor),
         )
     context.progress("round at every width", len(layers), len(layers))
     return found

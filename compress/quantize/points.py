@@ -104,6 +104,7 @@ def at_point(given: Plan, graph: Graph, record: FrontierRecord, index: int, cont
 def of_choices(given: Plan, graph: Graph, moved: FrontierRecord, context: Context) -> Plan:
     """The plan of the record's choices."""
     axes = {layer.tensor: layer.axis for layer in graph.layers}
+    group_sizes = group_sizes_of(graph.layers, given.options)
     weights: list[Decision] = []
     for item, choice in zip(moved.items, moved.chosen_choices(), strict=True):
         for tensor, search in zip(item.tensors, choice.ranges, strict=choice.bits != FLOAT_BITS):
@@ -113,7 +114,8 @@ def of_choices(given: Plan, graph: Graph, moved: FrontierRecord, context: Contex
                     hint="the frontier is another architecture's",
                 )
             scheme = weight_scheme(choice.bits, with_integers=bool(moved.activations))
-            weights.append(Quantize(tensor, "weight", choice.bits, scheme, axes[tensor], search))
+            groups = group_sizes.get(tensor)
+            weights.append(Quantize(tensor, "weight", choice.bits, scheme, axes[tensor], search, group_size=groups))
     context.frontiers.append(moved)
     elements = {layer.tensor: layer.elements for layer in graph.layers}
     bits = {decision.tensor: decision.bits for decision in weights if isinstance(decision, Quantize)}
@@ -128,6 +130,12 @@ def of_choices(given: Plan, graph: Graph, moved: FrontierRecord, context: Contex
     activations = str(given.options.get("activations"))
     rounded = activation_decisions(graph, moved.activations, bits.keys(), activations, chosen)
     return replace(given, decisions=(*weights, *rounded), predicted=predicted)
+
+
+def group_sizes_of(layers: Sequence[Layer], options: Mapping[str, Any]) -> dict[str, int]:
+    """The weights whose rows have a scale for each group of so many inputs: those of linear layers, where asked for."""
+    size = options.get("group_size")
+    return {} if size is None else {layer.tensor: int(size) for layer in layers if layer.op == "linear"}
 
 
 def _frontier(items: Sequence[Item], reads: Sequence[Read]) -> Frontier:

@@ -24,6 +24,7 @@ from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .calibrate import BATCH, activation_decisions, calibrated
 from .correct import correct as correct
+from .points import group_sizes_of
 
 ALL_BITS = range(8, 1, -1)
 RANGES = ("minmax", "mse")
@@ -43,8 +44,8 @@ def plan(
     Args:
         budget: ``bits`` (the widest that fits), or ``bytes`` of the delivered file; None means 8 bits.
         options: ``activations`` (``8``, ``6``, ``4`` or ``float``), ``range`` (``auto``, ``minmax``, ``mse``),
-            ``exclude`` (globs), ``reconstruction`` (``gptq`` or ``none``) and ``bias_correction`` (``on`` or ``off``),
-            both for ``correct``.
+            ``group_size`` (of the weights of linear layers, or None), ``exclude`` (globs), ``reconstruction`` (``gptq``
+            or ``none``) and ``bias_correction`` (``on`` or ``off``), both for ``correct``.
 
     Raises:
         BudgetError: No bit width meets a budget of bits; gives the feasible minimum. Where none meets a budget of
@@ -59,17 +60,18 @@ def plan(
     ranges = calibrated(graph, data, str(options["activations"]), context)
     activations = activation_decisions(graph, ranges, {layer.tensor for layer in layers}, str(options["activations"]))
     search = str(options.get("range") or "auto")
+    scheme = weight_scheme(bits, with_integers=bool(activations))
+    group_sizes = group_sizes_of(layers, options)
     if search == "auto":
-        decided = {
-            search: _weight_decisions(layers, bits, search, with_integers=bool(activations)) for search in RANGES
-        }
+        decided = {search: _weight_decisions(layers, bits, scheme, search, group_sizes) for search in RANGES}
         search = _measure_range(source, graph, decided, calibration, context)
-    weights = _weight_decisions(layers, bits, search, with_integers=bool(activations))
+    weights = _weight_decisions(layers, bits, scheme, search, group_sizes)
     decisions = (*weights, *activations)
     recorded = {
         "activations": str(options["activations"]),
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),
+        "group_size": options.get("group_size"),
         "range": search,
         "reconstruction": options["reconstruction"],
     }
@@ -85,9 +87,12 @@ def _average_bits(graph: Graph, layers: Sequence[Layer], bits: int) -> float:
     return sum(layer.elements * (bits if layer.tensor in chosen else 32) for layer in graph.layers) / total
 
 
-def _weight_decisions(layers: Sequence[Layer], bits: int, search: str, *, with_integers: bool) -> tuple[Decision, ...]:
-    scheme = weight_scheme(bits, with_integers=with_integers)
-    return tuple(Quantize(layer.tensor, "weight", bits, scheme, layer.axis, search) for layer in layers)
+def _weight_decisions(
+    layers: Sequence[Layer], bits: int, scheme: str, search: str, group_sizes: Mapping[str, int]
+) -> tuple[Decision, ...]:
+    return tuple(
+        Quantize(t.tensor, "weight", bits, scheme, t.axis, search, group_size=group_sizes.get(t.tensor)) for t in layers
+    )
 
 
 def _choose_bits(source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, context: Context) -> int:

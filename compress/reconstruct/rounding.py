@@ -22,6 +22,7 @@ from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, bias_keys, on_device, operand, rounded_to, tensor_at, unlift
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
 from ..numerics.output_rounding import round_rows
+from ..numerics.rounding import spread_scale
 from ..widths import Width
 from .side_by_side import SideBySide, norm_after, walk, wanted_output
 
@@ -37,10 +38,12 @@ class Storage:
     Attributes:
         bits: In the file.
         levels: Bits of the levels in use.
+        group_size: Inputs of a row that share a scale; None where all do.
     """
 
     bits: Width
     levels: Width
+    group_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,13 @@ def _rounded(
             None,
         )
     gram = gram + noise * eye
-    levels, scales = round_rows(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked)
-    flat = scales.reshape(-1)
+    size = grid.group_size
+    levels, scales = round_rows(fitted, gram, grid.levels, is_shared=layer.axis is None, zeros=masked, group_size=size)
+    flat = scales.flatten(0, 1)
     scale = flat[0] if layer.axis is None else flat
-    made = QuantizedTensor(levels.reshape(weight.shape).cpu(), grid.bits, scale.cpu().clone(), layer.axis)
-    given = (scales[..., None].double() * levels.double() @ mean_x[:, :, None])[..., 0]
+    made = QuantizedTensor(levels.reshape(weight.shape).cpu(), grid.bits, scale.cpu().clone(), layer.axis, size)
+    step = scales[..., None] if size is None else spread_scale(scales[0], 0, weight.shape, size)
+    given = (step.double() * levels.double() @ mean_x[:, :, None])[..., 0]
     return made, (mean_y - given).reshape(-1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, put_parameter, reaches_output, tensor_at
-from ..numerics.rounding import broadcast_scale, level_ranges
+from ..numerics.rounding import in_16_bits, level_ranges, spread_scale
 from ..widths import Width
 
 LEAST_SCALE = 1e-3  # of what it was: a scale that crossed zero would turn its row around
@@ -54,9 +54,12 @@ class StepSizes:
         for name, value in self.stored.items():
             weight, scale = (tensor_at(self.module, key).detach().cpu().float() for key in (name, scale_name(name)))
             low, high = level_ranges(self.levels[name], value.axis, weight.dim())
-            levels = torch.round(weight / broadcast_scale(scale, value.axis, weight.dim()))
+            scale = scale if value.group_size is None else in_16_bits(scale)
+            levels = torch.round(weight / spread_scale(scale, value.axis, weight.shape, value.group_size))
             levels = torch.clamp(levels, torch.as_tensor(low), torch.as_tensor(high))
-            found[name] = QuantizedTensor(levels.to(torch.int8), value.bits, scale.clone(), value.axis)
+            found[name] = QuantizedTensor(
+                levels.to(torch.int8), value.bits, scale.clone(), value.axis, value.group_size
+            )
         return found
 
 
@@ -105,21 +108,23 @@ def _round_weight(module: fx.GraphModule, node: fx.Node, value: QuantizedTensor,
         scale = module.graph.get_attr(scale_name(target))
     scale.meta["val"] = value.scale
     with module.graph.inserting_after(scale):
-        rounded = module.graph.call_function(round_to_steps, (node, scale, value.axis, width))
+        rounded = module.graph.call_function(round_to_steps, (node, scale, value.axis, width, value.group_size))
     rounded.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
 
 
-def round_to_steps(weight: Tensor, scale: Tensor, axis: int | None, width: Width) -> Tensor:
+def round_to_steps(
+    weight: Tensor, scale: Tensor, axis: int | None, width: Width, group_size: int | None = None
+) -> Tensor:
     """A weight on its grid, with LSQ's gradients of both.
 
     Args:
-        scale: ``[c]`` along ``axis``, or ``[]``.
+        scale: ``[c]`` along ``axis``, or ``[]``; ``[c, m]`` of groups.
         width: Of the levels: bits, or a letter of ``widths.WIDTHS`` for each scale.
     """
     low, high = (torch.as_tensor(ends).to(weight) for ends in level_ranges(width, axis, weight.dim()))
     count = max(1, weight.numel() // max(1, scale.numel()))
-    step = broadcast_scale(scale, axis, weight.dim())
+    step = spread_scale(scale, axis, weight.shape, group_size)
     factor = 1 / torch.sqrt(count * high.clamp_min(1))
     step = step * factor + (step * (1 - factor)).detach()
     inside = torch.clamp(weight / step, low, high)

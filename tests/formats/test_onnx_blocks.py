@@ -75,6 +75,38 @@ def test_outputs_are_those_of_float_weights(kind: str, sizes: list[str | int], b
         np.testing.assert_allclose(run(packed, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def grouped_network(levels: NDArray[np.int8], scale: NDArray[np.float32], *, is_gemm: bool) -> onnx.ModelProto:
+    """As ``network``, with a scale for each group of inputs ``[n, m]``, negative ones among them."""
+    model = network(levels, "Gemm" if is_gemm else "MatMul", ["batch"])
+    graph = model.graph
+    constants = {"w": levels.reshape(scale.size, -1), "s": scale.reshape(-1), "shape": np.array([N, -1])}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in constants]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *(numpy_helper.from_array(array, name) for name, array in constants.items())])
+    graph.node[0].output[0] = "grouped"
+    graph.node.insert(1, helper.make_node("Reshape", ["grouped", "shape"], ["d"]))
+    return model
+
+
+@pytest.mark.parametrize("is_gemm", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_groups_of_inputs_are_blocks_with_a_scale_each(bits: int, is_gemm: bool) -> None:
+    levels, generator = levels_of(bits), np.random.default_rng(0)
+    scale = (generator.uniform(0.01, 0.1, (N, 3)) * generator.choice([-1, 1], (N, 3))).astype(np.float32)
+    model = grouped_network(levels, scale, is_gemm=is_gemm)
+    (product,) = find_products(model, ["w"])
+    assert (product.num_outputs, product.num_inputs, product.num_groups, product.num_rows) == (N, K, 3, 1)
+    packed = as_blocks(pack_weights(model, {"w": bits}), [product])
+    onnx.checker.check_model(packed, full_check=True)
+    (blocks,) = [node for node in packed.graph.node if node.op_type == "MatMulNBits"]
+    assert {a.name: a.i for a in blocks.attribute}["block_size"] == 16
+    weight = levels.astype(np.float64) * scale.repeat(16, axis=1)
+    for batch in (1, 3, 7):
+        x = generator.standard_normal((batch, K)).astype(np.float32)
+        expected = x @ weight.T + np.linspace(-1, 1, N)
+        np.testing.assert_allclose(run(packed, x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_runtime_folds_what_makes_the_blocks(tmp_path: Path) -> None:
     model = network(levels_of(3), "Gemm", ["batch"])
     packed = as_blocks(pack_weights(model, {"w": 3}), find_products(model, ["w"]))

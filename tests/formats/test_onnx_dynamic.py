@@ -91,5 +91,12 @@ def test_the_rule_is_that_of_the_table(
     largest: int, num_rows: int | None, shape: tuple[int, int], is_faster: bool
 ) -> None:
     levels = np.full(shape, -largest, np.int8)
-    product = Product("w", "x", "y", None, levels, np.ones(shape[0], np.float32), num_rows)
+    product = Product("w", "x", "y", None, levels, np.ones(shape[0], np.float32), shape[0], num_rows)
     assert is_faster_as_integers(product) == is_faster
+
+
+def test_groups_of_inputs_are_no_integer_product() -> None:
+    levels = np.full((2048, 512), 63, np.int8)
+    product = Product("w", "x", "y", None, levels, np.ones(2048, np.float32), 1024, 1)
+    assert (product.num_inputs, product.num_groups) == (1024, 2)
+    assert not is_faster_as_integers(product)

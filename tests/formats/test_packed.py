@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import InputError
-from compress.formats.packed import DTYPES, INDEX_KEY, SCALES, STREAM, QuantizedTensor, decode, encode
+from compress.formats.packed import DTYPES, GROUP_SCALES, INDEX_KEY, SCALES, STREAM, QuantizedTensor, decode, encode
 from compress.numerics.rounding import level_ranges
 from compress.widths import WIDTHS, Width, by_channel
 
@@ -58,6 +58,12 @@ def random_quantized(
     return QuantizedTensor(levels, bits, scale, axis)
 
 
+def random_grouped(shape: list[int], bits: int, group_size: int, seed: int, *, density: float = 1.0) -> QuantizedTensor:
+    found = random_quantized(shape, bits, 0, seed, density=density)
+    scale = torch.randn(shape[0], -(-shape[1] // group_size), generator=torch.Generator().manual_seed(seed))
+    return QuantizedTensor(found.levels, bits, scale.bfloat16().float(), 0, group_size)
+
+
 def assert_same(
     found: Mapping[str, Tensor | QuantizedTensor], expected: Mapping[str, Tensor | QuantizedTensor]
 ) -> None:
@@ -66,7 +72,7 @@ def assert_same(
         other = found[name]
         if isinstance(tensor, QuantizedTensor):
             assert isinstance(other, QuantizedTensor)
-            assert (other.bits, other.axis) == (tensor.bits, tensor.axis)
+            assert (other.bits, other.axis, other.group_size) == (tensor.bits, tensor.axis, tensor.group_size)
             assert_same(
                 {"levels": other.levels, "scale": other.scale}, {"levels": tensor.levels, "scale": tensor.scale}
             )
@@ -88,7 +94,10 @@ def tensor_maps(draw: st.DrawFn) -> Tensors:
     tensors: Tensors = {}
     for name in draw(st.sets(st.text('ab.é"\\', min_size=1, max_size=6), max_size=5)):
         shape, seed, density = draw(SHAPES), draw(st.integers(0, 999)), draw(DENSITIES)
-        if draw(st.booleans()):
+        if draw(st.booleans()) and len(shape) == 2:
+            size = draw(st.sampled_from([1, 2, 3, 32]))
+            tensors[name] = random_grouped(shape, draw(st.integers(2, 8)), size, seed, density=density)
+        elif draw(st.booleans()):
             axis = draw(st.sampled_from([None, *range(len(shape))]))
             dtype = draw(st.sampled_from([torch.int8, torch.int16]))
             bits: Width = draw(st.integers(2, 8))
@@ -137,6 +146,53 @@ def test_widths_by_channel_of_an_untrusted_file_are_checked(bits: str, shape: li
     index = json.dumps({"version": 1, "quantized": {"weight": [bits, 0, shape, None]}})
     with pytest.raises(InputError, match=message):
         decode(streams, {INDEX_KEY: index})
+
+
+def test_groups_take_two_bytes_each() -> None:
+    groups = len(encode({"weight": random_grouped([64, 320], 4, 32, 0)}, {}))
+    channels = len(encode({"weight": random_quantized([64, 320], 4, 0, 0)}, {}))
+    assert 64 * (10 * 2 - 4) <= groups - channels <= 64 * (10 * 2 - 4) + 100
+
+
+def test_a_group_has_its_own_scale_and_the_last_one_may_be_shorter() -> None:
+    levels = torch.tensor([[1, 2, 3], [-4, -5, -6]], dtype=torch.int8)
+    tensor = QuantizedTensor(levels, 4, torch.tensor([[2.0, 0.5], [1.0, -1.0]]), 0, 2)
+    assert torch.equal(tensor.dequantize(), torch.tensor([[2.0, 4.0, 1.5], [-4.0, -5.0, 6.0]]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (QuantizedTensor(torch.zeros(2, 3, dtype=torch.int8), 4, torch.ones(2, 1), 1, 2), "a matrix with axis 0"),
+        (QuantizedTensor(torch.zeros(2, 3, dtype=torch.int8), 4, torch.ones(2, 1), 0, 2), r"expected float32 \[2, 2\]"),
+        (QuantizedTensor(torch.zeros(1, 2, dtype=torch.int8), 4, torch.tensor([[0.1]]), 0, 2), "stored in bfloat16"),
+    ],
+)
+def test_groups_that_the_file_has_no_place_for_are_refused(value: QuantizedTensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode({"weight": value}, {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([4, 0, [4, 9], None, 0], r"a has groups of 0 in the shape \[4, 9\]"),
+        ([4, 0, [4, 9], None, True], "a has groups of True"),
+        ([4, 1, [4, 9], None, 4], "a has groups of 4"),
+        ([4, 0, [36], None, 4], "a has groups of 4"),
+        ([4, 0, [4, 9], None, 3], "a needs 12 more elements of hcompress.group_scales, which has 8 left"),
+        ([4, 0, [4, 9], None, 9], "4 elements of hcompress.group_scales belong to no tensor"),
+        ([4, 0, [4, 9], None], "a needs 4 more elements of hcompress.scales"),
+        ([4, 0, [4, 9], None, 5, 5], "a has no entry of"),
+    ],
+)
+def test_groups_of_an_untrusted_file_are_checked(entry: list[object], message: str) -> None:
+    state, _ = read(encode({"a": random_grouped([4, 9], 4, 5, 0)}, {}))
+    with pytest.raises(InputError, match=f"index of the packed tensors is damaged: .*{message}"):
+        decode(state, {INDEX_KEY: json.dumps({"version": 1, "quantized": {"a": entry}})})
+    misshapen = {**state, GROUP_SCALES: torch.zeros(8)}
+    with pytest.raises(InputError, match=f"no one-dimensional torch.bfloat16 tensor {GROUP_SCALES}"):
+        decode(misshapen, {INDEX_KEY: json.dumps({"version": 1, "quantized": {"a": entry}})})
 
 
 def test_ordinary_tensors_stay_readable_by_anybody() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.errors import NumericsError
 from compress.numerics.output_rounding import damped, round_to_outputs
-from compress.numerics.rounding import choose_ranges, level_range
+from compress.numerics.rounding import choose_ranges, level_range, spread_scale
 
 
 def drawn(groups: int, rows: int, k: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,6 +100,76 @@ def test_dead_inputs_and_rows_of_zeros_are_rounded() -> None:
     assert bool((scales != 0).all())
     levels, _ = round_to_outputs(weight, torch.zeros_like(moment), 8)
     assert int(levels.abs().max()) > 100
+
+
+def group_errors(weight: Tensor, levels: Tensor, scales: Tensor, moment: Tensor, size: int) -> Tensor:
+    """As ``errors``, with scales ``[1, c, m]``."""
+    each = spread_scale(scales[0], 0, weight[0].shape, size)[None]
+    return errors(weight, levels * each, torch.ones(weight.shape[:2]), moment)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    k=st.integers(2, 70),
+    bits=st.integers(2, 8),
+    size=st.sampled_from([1, 3, 32, 64]),
+    seed=st.integers(0, 99),
+)
+def test_groups_have_scales_of_16_bits_and_outputs_nearer_than_by_the_nearest(
+    rows: int, k: int, bits: int, size: int, seed: int
+) -> None:
+    weight, moment = drawn(1, rows, k, seed=seed)
+    levels, scales = round_to_outputs(weight, moment, bits, group_size=size)
+    low, high = level_range(bits)
+    assert low <= int(levels.min()) <= int(levels.max()) <= high
+    assert list(scales.shape) == [1, rows, -(-k // size)] and torch.equal(scales, scales.bfloat16().float())
+    nearest = (weight / spread_scale(scales[0], 0, weight[0].shape, size)).round().clamp(low, high)
+    h = damped(moment.double(), 0.01)
+    found, other = (float(group_errors(weight, x, scales, h, size).sum()) for x in (levels, nearest))
+    assert found <= other * (1 + 1e-4) + 1e-9
+
+
+def test_few_levels_of_groups_come_near_to_the_best_of_all() -> None:
+    weight, moment = drawn(1, 20, 6)
+    levels, scales = round_to_outputs(weight, moment, 2, group_size=3)
+    h = damped(moment.double(), 0.01)
+    found = group_errors(weight, levels, scales, h, 3)[0]
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=6)), dtype=torch.float64)
+    best = torch.stack([group_errors(weight, q.expand(1, 20, 6), scales, h, 3)[0] for q in every]).amin(0)
+    assert bool((found >= best - 1e-9).all())
+    assert float(found.sum()) <= 1.1 * float(best.sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_move_outputs_less_than_rows_and_than_the_nearest_of_groups(bits: int) -> None:
+    weight, moment = drawn(1, 32, 96)
+    weight *= torch.tensor([0.1, 1.0, 0.3]).repeat_interleave(32)
+    rows = errors(weight, *round_to_outputs(weight, moment, bits), moment)
+    _, nearest = choose_ranges(weight[0], bits, moment[0].double(), axis=0, group_size=32)
+    found = group_errors(weight, *round_to_outputs(weight, moment, bits, group_size=32), moment, 32)
+    assert float(found.sum()) < 0.8 * min(float(rows.sum()), nearest)
+
+
+def test_no_scale_of_a_group_is_better_for_its_levels() -> None:
+    weight, moment = drawn(1, 8, 64)
+    levels, scales = round_to_outputs(weight, moment, 3, group_size=32)
+    h = damped(moment.double(), 0.01)
+    least = group_errors(weight, levels, scales, h, 32)
+    for part in range(2):
+        for factor in (0.98, 1.02):
+            other = scales.clone()
+            other[..., part] *= factor
+            assert bool((group_errors(weight, levels, other, h, 32) > 0.999 * least).all())
+
+
+def test_groups_of_zeros_are_rounded_and_pruned_weights_stay() -> None:
+    weight, moment = drawn(1, 4, 70)
+    weight[0, 1] = weight[0, :, 32:64] = 0
+    zeros = weight == 0
+    levels, scales = round_to_outputs(weight, moment, 3, zeros=zeros, group_size=32)
+    assert not bool(levels[zeros].any()) and bool(levels[0, 0].any())
+    assert bool(torch.isfinite(scales).all()) and bool((scales != 0).all())
 
 
 def test_what_is_not_finite_is_refused() -> None:

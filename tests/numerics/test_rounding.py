@@ -22,6 +22,7 @@ from compress.numerics.rounding import (
     range_candidates,
     round_weight,
     rows,
+    spread_scale,
 )
 from compress.plan import BY_CHANNEL, RANGES
 
@@ -237,6 +238,51 @@ def test_candidates_are_the_weight_in_every_range() -> None:
     for index, search in enumerate(RANGES):
         expected = round_weight(weight, 3, axis=1, search=search)
         assert torch.equal(levels[index], rows(expected[0], 1)) and torch.equal(scales[index], expected[1])
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 4),
+    k=st.integers(1, 80),
+    bits=st.integers(2, 8),
+    size=st.sampled_from([1, 32, 64]),
+    search=st.sampled_from(["minmax", "mse", "p99", "clip0.60", "letters"]),
+    seed=st.integers(0, 99),
+)
+def test_a_group_is_rounded_like_a_channel_with_a_scale_of_16_bits(
+    rows: int, k: int, bits: int, size: int, search: str, seed: int
+) -> None:
+    weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed))
+    names = [("minmax", "mse", "p98")[row % 3] if search == "letters" else search for row in range(rows)]
+    ranges = BY_CHANNEL + "".join(RANGES[name] for name in names)
+    levels, scale = round_weight(weight, bits, axis=0, search=ranges, group_size=size)
+    assert list(scale.shape) == [rows, -(-k // size)]
+    low, high = level_range(bits)
+    for row, name in enumerate(names):
+        for group, part in enumerate(weight[row].split(size)):
+            own = round_weight(part[None], bits, axis=0, search=name)[1].bfloat16().float()
+            assert float(scale[row, group]) == float(own)
+            nearest = (part / own).round().clamp(low, high)
+            assert torch.equal(levels[row].split(size)[group], nearest.to(torch.int8))
+
+
+@given(seed=st.integers(0, 30), bits=st.integers(2, 4), size=st.sampled_from([3, 5, 8]))
+def test_the_groups_of_a_channel_get_the_range_with_the_least_output_error(seed: int, bits: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, inputs = torch.randn(3, 13, generator=generator), torch.randn(60, 13, generator=generator)
+    moment = (inputs.T @ inputs / 60).double()
+    among = ("minmax", "mse", "clip0.60")
+    chosen, error = choose_ranges(weight, bits, moment, axis=0, among=among, group_size=size)
+    errors = []
+    for name in among:
+        levels, scale = round_weight(weight, bits, axis=0, search=name, group_size=size)
+        change = levels * spread_scale(scale, 0, weight.shape, size) - weight
+        errors.append(((change.double() @ moment) * change.double()).sum(1))
+    least = torch.stack(errors).amin(0)
+    assert error == pytest.approx(float(least.sum()), rel=1e-4)
+    levels, scale = round_weight(weight, bits, axis=0, search=chosen, group_size=size)
+    change = (levels * spread_scale(scale, 0, weight.shape, size) - weight).double()
+    assert float(((change @ moment) * change).sum()) == pytest.approx(error, rel=1e-4)
 
 
 @pytest.mark.parametrize("axis", [0, 1, None])

@@ -14,7 +14,7 @@ from zoo import named
 from compress.formats.packed import QuantizedTensor
 from compress.graph.rewrite import Grid, tensor_at
 from compress.graph.trace import trace_graph
-from compress.numerics.rounding import broadcast_scale, level_range, round_weight
+from compress.numerics.rounding import level_range, round_weight
 from compress.pruned import trainable_copy
 from compress.train.mode import training_mode
 from compress.train.step_sizes import learn_step_sizes, round_to_steps, scale_name
@@ -52,8 +52,11 @@ def test_gradients_are_those_of_the_paper(seed: int, bits: int) -> None:
     torch.testing.assert_close(scale.grad, expected[1])
 
 
-@pytest.mark.parametrize("name", ["padded_residual", "Gpt", "SharedConvolution", "depthwise"])
-def test_a_network_stays_on_its_grids_while_it_learns(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "group_size"),
+    [("padded_residual", None), ("Gpt", None), ("SharedConvolution", None), ("depthwise", None), ("Gpt", 5)],
+)
+def test_a_network_stays_on_its_grids_while_it_learns(name: str, group_size: int | None) -> None:
     network = named(name)
     module = network.make()
     graph = trace_graph(module, network.inputs(2))
@@ -62,8 +65,9 @@ def test_a_network_stays_on_its_grids_while_it_learns(name: str) -> None:
     for layer in graph.layers:
         weight = state[layer.tensor].clone()
         zeros[layer.tensor] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3
-        levels, scale = round_weight(weight.masked_fill(zeros[layer.tensor], 0), 3, axis=layer.axis, search="mse")
-        weights[layer.tensor] = QuantizedTensor(levels, 3, scale, layer.axis)
+        weight = weight.masked_fill(zeros[layer.tensor], 0)
+        levels, scale = round_weight(weight, 3, axis=layer.axis, search="mse", group_size=group_size)
+        weights[layer.tensor] = QuantizedTensor(levels, 3, scale, layer.axis, group_size)
         state[layer.tensor] = weights[layer.tensor].dequantize()
     rounded, plain = (trainable_copy(graph, state) for _ in range(2))
     steps = learn_step_sizes(rounded, weights, dict.fromkeys(weights, 3), {}, zeros)
@@ -88,9 +92,13 @@ def test_a_network_stays_on_its_grids_while_it_learns(name: str) -> None:
         assert not bool(value.levels[zeros[tensor]].any())
         assert -4 <= int(value.levels.min()) <= int(value.levels.max()) <= 3
         weight, scale = tensor_at(rounded, tensor), tensor_at(rounded, scale_name(tensor))
-        seen = round_to_steps(weight, scale, value.axis, 3)
-        expected = value.levels * broadcast_scale(value.scale, value.axis, weight.dim())
-        torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-7)
+        seen = round_to_steps(weight, scale, value.axis, 3, group_size)
+        if group_size is None:
+            torch.testing.assert_close(seen, value.dequantize(), rtol=1e-5, atol=1e-7)
+        else:  # scales of groups are stored in 16 bits, and levels are the nearest to those
+            moved = value.dequantize() - weight
+            assert torch.equal(value.scale, value.scale.bfloat16().float())
+            assert float(moved.norm()) <= 1.01 * float((seen - weight).norm())
 
 
 def outputs(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
