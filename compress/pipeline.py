@@ -46,7 +46,7 @@ from .finish import (
     write_manifest,
 )
 from .formats.checkpoint import read_checkpoint
-from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
+from .job import Job, check_shapes, gates_of, memory_of, open_job, out_folder, read_named
 from .model import PROGRAM
 from .plan import Plan, read_plan
 from .recovery import is_asked, recipe_of, training_data
@@ -95,6 +95,7 @@ def run_method(
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
+    memory_of(settings)
     recipe_of(settings, 1, usual_optimizer="sgd", default=1)  # what is wrong with it is said before any work
     if settings["eval"].value is None and (
         not dry_run or (plan is None and planning.is_searched(method, budget, settings))
