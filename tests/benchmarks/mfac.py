@@ -185,7 +185,7 @@ def window_rows(rounds: int) -> list[tuple[str, ...]]:
         "the same with d, m = 128": ([(128, d) for d in (20_000, 40_000, 80_000, 160_000)], 1, _change),
         "the same with m, d = 16: the m x m part": ([(m, 16) for m in (512, 1024, 2048)], 0, _change),
         "gradient removed from anywhere, with m, d = 40,000": (sizes_m, 0, _remove),
-        "element, with m, d = 200": ([(m, 200) for m in (256, 512, 1024, 2048)], 0, _element),
+        "element, with m, d = 4 m": ([(m, 4 * m) for m in (128, 256, 512, 1024)], 0, _element),
         "element, with d, m = 256": ([(256, d) for d in (2000, 8000, 32_000)], 1, _element),
     }
     rows = []
