@@ -8,10 +8,18 @@ if TYPE_CHECKING:
     from .model import load as load
     from .prune.cric import Cric as Cric
     from .prune.hesso import Hesso as Hesso
+    from .train.adahessian import AdaHessian as AdaHessian
+    from .train.mfac_optimizer import MFAC as MFAC
 
 __version__ = "0.1.0"
-__all__ = ["Cric", "Hesso", "__version__", "load"]
-LAZY = {"load": "model", "Hesso": "prune.hesso", "Cric": "prune.cric"}
+__all__ = ["MFAC", "AdaHessian", "Cric", "Hesso", "__version__", "load"]
+LAZY = {
+    "load": "model",
+    "Hesso": "prune.hesso",
+    "Cric": "prune.cric",
+    "AdaHessian": "train.adahessian",
+    "MFAC": "train.mfac_optimizer",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,7 @@ from .errors import UsageError
 
 QUANTITIES = ("bytes", "bits", "sparsity", "macs", "params", "bops", "latency")
 UNITS = {
-    "bytes": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1024.0, "mib": 1024.0**2},
+    "bytes": {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1024.0, "mib": 1024.0**2, "gib": 1024.0**3},
     "bits": {"bit": 1.0, "bits": 1.0},
     "macs": {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9},
     "params": {"": 1.0, "k": 1e3, "m": 1e6},

@@ -24,7 +24,7 @@ from .formats.onnx_dynamic import dynamic_weights
 from .formats.planes import packed_size
 from .graph.dynamic import integer_linears, round_inputs
 from .graph.trace import Graph
-from .job import Job, device_of, input_specs
+from .job import Job, device_of, input_specs, memory_of
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .pruned import Cut, check_cut, prune
@@ -106,7 +106,15 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
         return base + (overhead if choices else 0) - now + sum(stored(n, storage) for n, storage in choices.items())
 
     generator = torch.Generator().manual_seed(int(job.value("seed")))
-    return Context(generator, device_of(job.settings), job.progress, model_bytes, [], overhead=overhead)
+    return Context(
+        generator,
+        device_of(job.settings),
+        job.progress,
+        model_bytes,
+        [],
+        overhead=overhead,
+        memory=memory_of(job.settings),
+    )
 
 
 def _packs(job: Job) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class Context:
         latency: Measures a network, exported as the delivered file is: milliseconds at batch 1.
         memo: What a method may keep from one plan to the next of a run, such as saliencies.
         overhead: Bytes that a written file of this run was found to have beyond what was predicted of it.
+        memory: Bytes that the gradients of a method may take; more of them lie in a file.
         frontiers: The frontier that the plan is a point of; a method that has one appends it.
     """
 
@@ -50,6 +52,7 @@ class Context:
     costs: Mapping[str, CostTable] = field(default_factory=dict)
     frontiers: list[FrontierRecord] = field(default_factory=list)
     overhead: int = 0
+    memory: int = sys.maxsize
     training: Any = None
     latency: Callable[[fx.GraphModule], float] | None = None
     memo: dict[str, Any] = field(default_factory=dict)

@@ -228,6 +228,19 @@ def gates_of(settings: Settings) -> Gates:
     )
 
 
+def memory_of(settings: Settings) -> int:
+    """Bytes that gradients may take.
+
+    Raises:
+        UsageError: Not a size.
+    """
+    text = str(settings["memory"].value)
+    budget = parse_budget(text)
+    if budget.quantity != "bytes" or budget.of != "absolute":
+        raise UsageError(f"--memory {text!r} is not a size", hint="512MB or 4GB")
+    return int(budget.limit)
+
+
 def method_options(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
     options = {name: job.value(name) for name in names}
     if "activations" in options and options["activations"] is None:

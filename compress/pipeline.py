@@ -49,7 +49,7 @@ from .finish import (
 from .formats import compressed_tensors
 from .formats.checkpoint import read_checkpoint
 from .formats.packed import decode
-from .job import Job, check_shapes, gates_of, open_job, out_folder, read_named
+from .job import Job, check_shapes, gates_of, memory_of, open_job, out_folder, read_named
 from .manifest import NAME as MANIFEST
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
@@ -101,6 +101,7 @@ def run_method(
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
+    memory_of(settings)
     recipe_of(settings, 1, usual_optimizer="sgd", default=1)  # what is wrong with it is said before any work
     if settings["eval"].value is None and (
         not dry_run or (plan is None and planning.is_searched(method, budget, settings))

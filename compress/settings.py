@@ -125,7 +125,7 @@ SETTINGS = (
         "str",
         "Optimizer of the training: sgd of networks with convolutions, adamw of others, where not given.",
         None,
-        ("sgd", "adam", "adamw", "adahessian"),
+        ("sgd", "adam", "adamw", "adahessian", "mfac"),
         in_preset=True,
     ),
     Setting(
@@ -304,6 +304,14 @@ SETTINGS = (
     Setting("seed", "run.seed", "int", "Seed of everything random.", 0, in_preset=True, minimum=0),
     Setting("threads", "run.threads", "int", "Threads of torch and of the runtime.", None, minimum=1),
     Setting("device", "run.device", "str", "Where gradients and calibration run.", "cpu"),
+    Setting(
+        "memory",
+        "run.memory",
+        "str",
+        "Memory that gradients may take; more of them lie in a temporary file.",
+        "4GB",
+        metavar="SIZE",
+    ),
     Setting("cache", "run.cache", "str", "Whether measures on data are kept and read again.", "on", ("on", "off")),
     Setting("out", "output.out", "path", "Run folder to write.", metavar="DIR"),
     Setting("summary", "output.summary", "path", "Append a Markdown job summary to this file.", metavar="FILE"),

@@ -9,6 +9,7 @@ backward pass, as much again for the rows, and n times d numbers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..context import Progress
 from ..data import Data
 from ..errors import UsageError
 from ..graph.trace import TRANSPOSED, argument, aten, batch_statistics
+from ..numerics.mfac import Gradients, new_gradients
 from ..task import Task
 from .loss_factor import Draw, cotangents
 from .network import PASS_BATCH, Network, Use, batches, differentiable, outputs_of, record, require_finite
@@ -37,7 +39,8 @@ def sample_gradients(
     draws: int = 1,
     first: int = 0,
     step: int = 1,
-) -> Tensor:
+    memory: int = sys.maxsize,
+) -> Gradients:
     """``G`` ``[m, d]`` in the weights' dtype, m = examples times draws; column order as ``Network.flat``.
 
     Args:
@@ -46,24 +49,27 @@ def sample_gradients(
         draws: Successive rows of each example, from one forward pass.
         first: Number of the first example, for seeds and messages.
         step: Of the examples, one in so many is taken.
+        memory: Bytes that G may take; a larger one lies in a file.
 
     Raises:
         UsageError: The mode needs labels and there are none.
         NumericsError: An output or a row isn't finite; names the examples and the layer.
+        DiskError: There is no room for the file.
     """
     columns = _columns(network, keep)
     width = network.num_weights if keep is None else int(keep.sum())
     numbers, data = range(first, first + len(data), step), data.every(step)
-    rows = torch.empty(len(data), draws, width, dtype=network.dtype)
+    rows = new_gradients(len(data) * draws, width, network.dtype, memory=memory)
     seed = draw_seed(generator)
     found = gradient_rows(network, task, data, mode=mode, seed=seed, numbers=numbers, draws=range(draws))
     for part, draw, tensor, values in found:
         progress("per-sample gradients", part.start, len(data))
         column, chosen = columns[tensor]
         values = values.cpu() if chosen is None else values.cpu()[:, chosen]
-        rows[part, draw, column : column + values.shape[1]] = values
+        of_draw = slice(part.start * draws + draw, part.stop * draws, draws)
+        rows[of_draw, column : column + values.shape[1]] = values
     progress("per-sample gradients", len(data), len(data))
-    return rows.flatten(0, 1)
+    return rows
 
 
 def draw_seed(generator: torch.Generator) -> int:

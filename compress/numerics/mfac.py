@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
+from .gradient_file import FiledGradients, file_gradients
 
 DTYPES = (torch.float32, torch.float64)
 PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
@@ -36,6 +37,7 @@ ROWS = 128  # rows of a triangular product computed at once; what is beyond the 
 SMALL_GAP = 1e-2  # least 1 - q of the diagonal's formula that is used; m / 0.99 columns of a block can have less
 NUM_REFINEMENTS = 2  # the second matters for float32 gradients, and below damping 1e-6 ||F||
 
+Gradients = Tensor | FiledGradients
 Solve = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -48,7 +50,7 @@ class _System:
     columns of what is solved for.
     """
 
-    gradients: Tensor
+    gradients: Gradients
     columns: Tensor
     u: float | Tensor
     solve_small: Solve
@@ -69,7 +71,7 @@ class InverseFisher:
     ``damping`` is the one in force: larger than asked for, by a power of ten, where Cholesky failed.
     """
 
-    gradients: Tensor
+    gradients: Gradients
     damping: float
     blocks: tuple[_Blocks, ...]
 
@@ -118,9 +120,10 @@ class InverseFisher:
 
     def diagonal(self) -> Tensor:
         """``diag(F^-1)``, ``[d]``, in the gradients' dtype; from ``1 / F_ii`` to ``1 / damping``."""
-        result = torch.empty_like(self.gradients[0])
+        m, d = self.gradients.shape
+        result = torch.empty(d, dtype=self.gradients.dtype, device=self.gradients.device)
         for system, factor in self._systems():
-            result[system.columns] = (len(self.gradients) * _diagonal(system, factor)).to(result.dtype)
+            result[system.columns] = (m * _diagonal(system, factor)).to(result.dtype)
         return result
 
     def element(self, i: int, j: int) -> float:
@@ -157,7 +160,25 @@ class InverseFisher:
         return _inverse_system(self.gradients, group.columns[part], factor, u), factor
 
 
-def gram_matrix(gradients: Tensor) -> Tensor:
+def strip_width(m: int, n: int = 1) -> int:
+    """Columns of m gradients that are worked on at once, where each of n blocks has more than ``m``."""
+    return max(m, PIECE // (m * n))
+
+
+def new_gradients(m: int, d: int, dtype: torch.dtype, *, memory: int) -> Gradients:
+    """Zeros ``[m, d]`` to be written to: in memory, or in a file where they take more than ``memory`` bytes.
+
+    Both give the same bits: what is worked on at once are the same columns.
+
+    Raises:
+        DiskError: There is no room for the file.
+    """
+    if m * d * dtype.itemsize <= memory:
+        return torch.zeros(m, d, dtype=dtype)
+    return file_gradients(m, d, dtype, width=strip_width(m))
+
+
+def gram_matrix(gradients: Gradients) -> Tensor:
     """``G G^T``, lower triangle, ``[m, m]``, float64: computed once for ``inverse_fisher`` and ``joint_update``.
 
     Raises:
@@ -169,7 +190,7 @@ def gram_matrix(gradients: Tensor) -> Tensor:
 
 
 def inverse_fisher(
-    gradients: Tensor,
+    gradients: Gradients,
     damping: float,
     *,
     blocks: int | Sequence[int] | None = None,
@@ -194,8 +215,8 @@ def inverse_fisher(
     """
     gradients = gradients.detach()
     _check_gradients(gradients)
-    _check_damping(damping)
-    everything = torch.ones_like(gradients[0], dtype=torch.bool)
+    check_damping(damping)
+    everything = torch.ones(gradients.shape[1], dtype=torch.bool, device=gradients.device)
     groups = [columns for columns, _ in _groups(_block_sizes(blocks, gradients.shape[1]), everything)]
     while True:
         asked, result = damping, []
@@ -220,7 +241,7 @@ class _JointBlocks:
 class JointUpdate:
     """The exact update for the removal of many weights at once, at any damping; made by ``joint_update``."""
 
-    gradients: Tensor
+    gradients: Gradients
     weights: Tensor
     keep: Tensor
     blocks: tuple[_JointBlocks, ...]
@@ -244,7 +265,7 @@ class JointUpdate:
             NumericsError: A damping is not a positive finite number.
         """
         for damping in dampings:
-            _check_damping(damping)
+            check_damping(damping)
         m, k = len(self.gradients), len(dampings)
         u = m * torch.tensor(dampings, dtype=torch.float64, device=self.gradients.device)
         delta = torch.where(self.keep, 0, -self.weights).repeat(k, 1)
@@ -258,7 +279,7 @@ class JointUpdate:
 
 
 def joint_update(
-    gradients: Tensor,
+    gradients: Gradients,
     weights: Tensor,
     keep: Tensor,
     *,
@@ -294,7 +315,7 @@ def joint_update(
     _check_finite("weights", weights, d)
     if keep.dtype != torch.bool or keep.shape != (d,):
         raise ValueError(f"keep must be [{d}] in bool, not {list(keep.shape)} in {keep.dtype}")
-    wanted = gradients.new_zeros(m) if residuals is None else -residuals.detach()
+    wanted = weights.new_zeros(m) if residuals is None else -residuals.detach()
     _check_finite("residuals", wanted, m)
     result = []
     for kept, pruned in _groups(_block_sizes(blocks, d), keep):
@@ -311,6 +332,26 @@ def joint_update(
         right, values, vectors = zip(*parts, strict=True)
         result.append(_JointBlocks(kept, torch.cat(right, 1), torch.cat(values), torch.cat(vectors)))
     return JointUpdate(gradients, weights, keep, tuple(result))
+
+
+def solve_beyond_span(gradients: Gradients, u: float, solve_small: Solve, x: Tensor) -> Tensor:
+    """``(u I + G^T G)^-1 x`` from solves with ``u I + G G^T``; plain in float32, refined in float64.
+
+    Args:
+        solve_small: Takes and gives ``[..., m, k]``, float64.
+        x: ``[d]`` or ``[d, k]``.
+
+    Raises:
+        NumericsError: ``x`` is not finite.
+    """
+    d = gradients.shape[1]
+    _check_finite("x", x, d, dims=(1, 2))
+    right = x.detach().to(torch.promote_types(x.dtype, gradients.dtype)).reshape(1, d, -1)
+    system = _System(gradients, torch.arange(d, device=gradients.device)[None], u, solve_small)
+    found = (
+        _plain_dual(system, right) if right.dtype == torch.float32 else _solve_dual(system, right, right.new_zeros(()))
+    )
+    return found.reshape(x.shape)
 
 
 def saliency(weights: Tensor, diagonal: Tensor) -> Tensor:
@@ -357,15 +398,22 @@ def _parts(columns: Tensor, m: int, width: int = 1) -> Iterator[slice]:
 
 def _strips(columns: Tensor, m: int) -> Iterator[slice]:
     """Columns inside the blocks to work on at once: all, unless one block alone is more than a piece, and ``B > m``."""
-    step = max(m, PIECE // (m * len(columns)))
+    step = strip_width(m, len(columns))
     return (slice(start, start + step) for start in range(0, columns.shape[1], step))
 
 
-def _gather(gradients: Tensor, columns: Tensor) -> Tensor:
+def _all_strips(gradients: Gradients) -> Iterator[Tensor]:
+    """All columns, some ``[m, k]`` at a time."""
+    m, d = gradients.shape
+    step = strip_width(m)
+    return (gradients.narrow(1, start, min(step, d - start)) for start in range(0, d, step))
+
+
+def _gather(gradients: Gradients, columns: Tensor) -> Tensor:
     """``G`` of each block, ``[n, m, B]``; a view where the columns are consecutive."""
     first, last = int(columns[0, 0]), int(columns[-1, -1])
     if last - first + 1 == columns.numel():
-        flat = gradients[:, first : last + 1]
+        flat = gradients.narrow(1, first, last - first + 1)
     else:
         flat = gradients.index_select(1, columns.flatten())
     return flat.reshape(len(gradients), *columns.shape).movedim(1, 0)
@@ -382,7 +430,7 @@ def _locate(columns: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 # Factors.
 
 
-def _kept_gram(gradients: Tensor, kept: Tensor, pruned: Tensor, gram: Tensor | None) -> Tensor:
+def _kept_gram(gradients: Gradients, kept: Tensor, pruned: Tensor, gram: Tensor | None) -> Tensor:
     """The smaller Gram matrix of the kept columns; by difference where fewer are pruned."""
     is_dual = kept.shape[1] > len(gradients)
     if gram is None or not is_dual or pruned.shape[1] >= kept.shape[1]:
@@ -392,7 +440,7 @@ def _kept_gram(gradients: Tensor, kept: Tensor, pruned: Tensor, gram: Tensor | N
     return gram[None] - _gram(gradients, pruned, is_dual=True)
 
 
-def _gram(gradients: Tensor, columns: Tensor, *, is_dual: bool) -> Tensor:
+def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
     """Lower triangle of ``G G^T`` if it ``is_dual``, else of ``G^T G``, of each block: ``[n, r, r]``, float64."""
     m, size = len(gradients), columns.shape[1]
     r = m if is_dual else size
@@ -401,11 +449,10 @@ def _gram(gradients: Tensor, columns: Tensor, *, is_dual: bool) -> Tensor:
         part = _gather(gradients, columns[:, strip])
         if not is_dual:
             part = part.to(torch.float64).mT
-        for start in range(0, r, ROWS):
-            stop = start + ROWS
-            gram[:, start:stop, :stop] += part[:, start:stop] @ part[:, :stop].mT
+        for rows, others in _triangle(0, r):
+            gram[:, rows, others] += part[:, rows] @ part[:, others].mT
     if not math.isfinite(float(gram.sum())):
-        peaks = torch.linalg.vector_norm(gradients, math.inf, dim=1)
+        peaks = torch.stack([part.abs().amax(1) for part in _all_strips(gradients)]).amax(0)
         raise NumericsError(
             f"products of gradients overflow: row {int(peaks.argmax())} of {m} reaches {float(peaks.max()):.3g}",
             hint="the loss is far from normal; check the checkpoint and the scale of the loss",
@@ -413,7 +460,16 @@ def _gram(gradients: Tensor, columns: Tensor, *, is_dual: bool) -> Tensor:
     return gram
 
 
-def _factorise(gradients: Tensor, columns: Tensor, damping: float, known: Tensor | None) -> tuple[Tensor, float]:
+def _triangle(start: int, stop: int) -> list[tuple[slice, slice]]:
+    """Rectangles that cover the lower triangle, the largest as large as they can be: products are fastest there."""
+    if stop - start <= ROWS:
+        return [(slice(start, stop), slice(start, stop))]
+    middle = start + -(-(stop - start) // 2)
+    square = (slice(middle, stop), slice(start, middle))
+    return [*_triangle(start, middle), *_triangle(middle, stop), square]
+
+
+def _factorise(gradients: Gradients, columns: Tensor, damping: float, known: Tensor | None) -> tuple[Tensor, float]:
     """The factors of ``_Blocks``, and the damping at which Cholesky succeeded; earlier blocks have the one before."""
     m, (n, size) = len(gradients), columns.shape
     result = torch.empty(n, min(m, size), min(m, size), dtype=torch.float64, device=gradients.device)
@@ -444,13 +500,13 @@ def _factorise(gradients: Tensor, columns: Tensor, damping: float, known: Tensor
 # Solves with (u I + G^T G), of each block.
 
 
-def _inverse_system(gradients: Tensor, columns: Tensor, factor: Tensor, u: float) -> _System:
+def _inverse_system(gradients: Gradients, columns: Tensor, factor: Tensor, u: float) -> _System:
     if columns.shape[1] > len(gradients):
         return _System(gradients, columns, u, lambda x: factor.mT @ (factor @ x))
     return _System(gradients, columns, u, lambda x: factor @ x)
 
 
-def _eigen_system(gradients: Tensor, columns: Tensor, values: Tensor, vectors: Tensor, u: Tensor) -> _System:
+def _eigen_system(gradients: Gradients, columns: Tensor, values: Tensor, vectors: Tensor, u: Tensor) -> _System:
     return _System(gradients, columns, u, lambda x: vectors @ ((vectors.mT @ x) / (values[..., None] + u)))
 
 
@@ -459,6 +515,11 @@ def _plain_solve(system: _System, x: Tensor) -> Tensor:
     gradients, columns = system.gradients, system.columns
     if columns.shape[1] <= len(gradients):
         return system.solve_small(x.to(torch.float64)).to(x.dtype)
+    return _plain_dual(system, x)
+
+
+def _plain_dual(system: _System, x: Tensor) -> Tensor:
+    gradients, columns = system.gradients, system.columns
     z = system.solve_small(_forward(gradients, columns, x)[0].to(torch.float64)).to(x.dtype)
     return (x - _backward(gradients, columns, z)[0]) / system.u
 
@@ -470,7 +531,7 @@ def _solve(system: _System, x: Tensor) -> Tensor:
     return _solve_dual(system, x, x.new_zeros(()))
 
 
-def _ridge_right(gradients: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
+def _ridge_right(gradients: Gradients, columns: Tensor, targets: Tensor) -> Tensor:
     """What ``_ridge`` needs of ``t``, ``[n, m, k]``: itself, as ``[1, n, m, k]``, or ``G^T t``, in two parts."""
     if columns.shape[1] > len(gradients):
         return targets[None]
@@ -561,7 +622,8 @@ def _entries(system: _System, factor: Tensor, rows: Tensor, columns: Tensor) -> 
     gradients = system.gradients
     if system.columns.shape[1] <= len(gradients):
         return factor[0, rows[:, None], columns]
-    left, right = (factor[0] @ gradients[:, system.columns[0, at]].to(torch.float64) for at in (rows, columns))
+    chosen = (gradients.index_select(1, system.columns[0, at]).to(torch.float64) for at in (rows, columns))
+    left, right = (factor[0] @ part for part in chosen)
     result = ((rows[:, None] == columns).to(torch.float64) - left.mT @ right) / system.u
     small_rows, small_columns = (torch.nonzero(1 - a.square().sum(0) < SMALL_GAP)[:, 0] for a in (left, right))
     if len(small_rows):
@@ -574,7 +636,7 @@ def _entries(system: _System, factor: Tensor, rows: Tensor, columns: Tensor) -> 
 # Products with G, in one or in two parts of a sum.
 
 
-def _forward(gradients: Tensor, columns: Tensor, x: Tensor, product: Product | None = None) -> tuple[Tensor, Tensor]:
+def _forward(gradients: Gradients, columns: Tensor, x: Tensor, product: Product | None = None) -> tuple[Tensor, Tensor]:
     """``G x`` of each block, ``[n, m, k]``, as a sum of two."""
     product = product or _plain_product
     high = x.new_zeros(len(x), len(gradients), x.shape[2])
@@ -586,7 +648,9 @@ def _forward(gradients: Tensor, columns: Tensor, x: Tensor, product: Product | N
     return high, low
 
 
-def _backward(gradients: Tensor, columns: Tensor, y: Tensor, product: Product | None = None) -> tuple[Tensor, Tensor]:
+def _backward(
+    gradients: Gradients, columns: Tensor, y: Tensor, product: Product | None = None
+) -> tuple[Tensor, Tensor]:
     """``G^T y`` of each block, ``[n, B, k]``, as a sum of two."""
     product = product or _plain_product
     strips = _strips(columns, len(gradients))
@@ -596,7 +660,7 @@ def _backward(gradients: Tensor, columns: Tensor, y: Tensor, product: Product | 
     return high, low
 
 
-def _residual_product(gradients: Tensor) -> Product:
+def _residual_product(gradients: Gradients) -> Product:
     """Twice the gradients' precision: float64 is that already for float32 ones."""
     return _doubled_product if gradients.dtype == torch.float64 else _plain_product
 
@@ -632,24 +696,29 @@ def _cut(a: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 # Checks of what the caller passes.
 
 
-def _check_damping(damping: float) -> None:
+def check_damping(damping: float) -> None:
+    """Refuse what no ``F`` can be regularised with."""
     if not (damping > 0 and math.isfinite(damping) and math.isfinite(1 / damping)):
         raise NumericsError(f"damping is {damping}; it must be a positive number with a finite inverse")
 
 
-def _check_gradients(gradients: Tensor) -> None:
+def _check_gradients(gradients: Gradients) -> None:
     if gradients.dim() != 2 or not gradients.numel() or gradients.dtype not in DTYPES:
         raise ValueError(
             f"gradients must be [m, d] in float32 or float64, not {list(gradients.shape)} in {gradients.dtype}"
         )
     # Sums are far cheaper than isfinite of every element; one that merely overflows is no error.
-    for row in torch.nonzero(~torch.isfinite(gradients.sum(1)))[:, 0].tolist():
-        bad = torch.nonzero(~torch.isfinite(gradients[row]))
-        if len(bad):
-            raise NumericsError(
-                f"gradient row {row} of {len(gradients)} is {float(gradients[row, bad[0]])} at column {int(bad[0])}",
-                hint="a loss that is not finite, or a broken weight; check the checkpoint and the data",
-            )
+    start = 0
+    for part in _all_strips(gradients):
+        for row in torch.nonzero(~torch.isfinite(part.sum(1)))[:, 0].tolist():
+            bad = torch.nonzero(~torch.isfinite(part[row]))
+            if len(bad):
+                value, column = float(part[row, bad[0]]), start + int(bad[0])
+                raise NumericsError(
+                    f"gradient row {row} of {len(gradients)} is {value} at column {column}",
+                    hint="a loss that is not finite, or a broken weight; check the checkpoint and the data",
+                )
+        start += part.shape[1]
 
 
 def _check_finite(name: str, vector: Tensor, length: int, *, dims: tuple[int, ...] = (1,)) -> None:

@@ -21,10 +21,9 @@ from ..budget import Budget
 from ..context import Context
 from ..curvature.network import Network, open_network, predict
 from ..curvature.sample_gradients import sample_gradients
-from ..errors import OutOfMemoryError
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
+from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, saliency
 from ..plan import UNSTRUCTURED, MaskWeights, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
@@ -50,7 +49,6 @@ LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the 
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
-MEMORY_LIMIT = 8 * 2**30  # bytes of gradients
 FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
 SEARCH_DENSITY = 0.88
 MOST_REMOVED = 0.98
@@ -103,7 +101,7 @@ def plan(
     Raises:
         BudgetError: More is to be removed than ``exclude`` or the pattern leaves.
         UsageError: Nothing to prune, or no pattern.
-        OutOfMemoryError: The gradients would not fit; names the way out.
+        DiskError: The gradients fit neither in ``context.memory`` nor on the disk.
     """
     layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
     rounds = int(options["rounds"])
@@ -232,16 +230,10 @@ def _open(
     context: Context,
 ) -> _Surgery:
     network = open_network(graph, layers=tuple(layers), device=context.device)
-    m, d = len(calibration.data), network.num_weights
-    if 4 * m * d > MEMORY_LIMIT:
-        raise OutOfMemoryError(
-            f"{m} gradients of {d} weights take {4 * m * d / 1e9:.1f} GB",
-            hint=f"pass --num-calibration {max(1, MEMORY_LIMIT // (4 * d))} or fewer, or --method magnitude",
-        )
     recorded = {name: options.get(name) for name in RECORDED} | {"pattern": _pattern(options)}
     recorded["exclude"] = list(options.get("exclude") or ())
     dense = predict(network, calibration.data)
-    protected = torch.zeros(d, dtype=torch.bool)
+    protected = torch.zeros(network.num_weights, dtype=torch.bool)
     return _Surgery(source, graph, network, calibration, network.flat().cpu(), dense, protected, recorded, context)
 
 
@@ -310,6 +302,7 @@ def _round(surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, 
         keep=keep,
         draws=draws,
         step=stride,
+        memory=surgery.context.memory,
     )
     surgery.context.progress("saliencies and update", 0, None)
     weights = network.flat().cpu()
@@ -346,7 +339,7 @@ def _near(damping: float | None) -> Dampings:
     return DAMPINGS[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
 
 
-def _scores(surgery: _Surgery, gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+def _scores(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
     """Saliency of every weight ``[d]``, float64: below zero where it is gone, infinite where it is protected."""
     alive = weights[keep]
     scale = _mean_curvature(gradients, gram)
@@ -354,20 +347,18 @@ def _scores(surgery: _Surgery, gradients: Tensor, gram: Tensor, weights: Tensor,
     scores[keep] = alive.double().square()
     if scale > 0:
         step = -(-len(gradients) // SALIENCY_ROWS)
-        inverse = inverse_fisher(
-            gradients[::step].contiguous(), SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous()
-        )
+        inverse = inverse_fisher(gradients[::step], SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous())
         scores[keep] = saliency(alive, inverse.diagonal()).double()
     scores[surgery.protected & keep] = float("inf")
     return scores
 
 
-def _mean_curvature(gradients: Tensor, gram: Tensor) -> float:
+def _mean_curvature(gradients: Gradients, gram: Tensor) -> float:
     return float(gram.diagonal().sum()) / gradients.numel()
 
 
 def _candidates(
-    gradients: Tensor, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor, dampings: Dampings
+    gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor, dampings: Dampings
 ) -> Iterator[tuple[float | None, Tensor]]:
     """The weights after the cut alone (None), then after the joint update at each damping."""
     yield None, torch.where(chosen, weights, 0.0)

@@ -2,8 +2,8 @@
 
 The diagonal is Hutchinson's estimate ``z * Hz`` with random signs ``z``, averaged over the kernel of a convolution, or
 over blocks of a matrix, and smoothed over the steps.
-Source: Yao et al. 2021 (arXiv:2006.00719), algorithm 1.
-Cost: a second backward pass in each step, through the first: about twice the time and memory of a step of SGD.
+Source: Yao et al. 2021 (arXiv:2006.00719), algorithm 1; the delay of the Hessian: their section 5.4.
+Cost: in each step with a new diagonal, a second backward pass, through the first: about 6 times a step of SGD.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from torch import Tensor
 
 
 class AdaHessian(torch.optim.Optimizer):
-    """The optimizer; ``needs_graph`` says that ``loss.backward`` has to be called with ``create_graph=True``.
+    """The optimizer; ``needs_graph`` says whether the next step takes gradients with a graph.
+
+    Such a step follows ``loss.backward(create_graph=True)``, as every one may; the others keep the diagonal as it is.
 
     Args:
         betas: Of the means of gradients and of squared diagonals.
         weight_decay: Decoupled, as in AdamW.
         power: Of the diagonal: 1 scales like Newton's method, 0 not at all.
+        delay: Steps that one diagonal serves, for all groups alike.
         block_size: Entries of a matrix's row that share one value of the diagonal; 1 for all their own. A row whose
             length isn't a multiple of it keeps its own.
-        seed: Of the signs, which follow from it and the number of the step.
-    """
+        seed: Of the signs, which follow from it and the number of the step; for all groups alike.
 
-    needs_graph = True
+    Raises:
+        ValueError: A value is out of range.
+    """
 
     def __init__(
         self,
@@ -39,44 +43,73 @@ class AdaHessian(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         power: float = 1.0,
         block_size: int = 1,
+        delay: int = 1,
         seed: int = 0,
     ) -> None:
+        for name, value, is_right in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("power", power, 0 <= power <= 1),
+            ("block_size", block_size, block_size >= 1),
+            ("delay", delay, delay >= 1),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} of AdaHessian is {value}, out of range")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "power": power}
-        super().__init__(params, {**defaults, "block_size": block_size, "seed": seed})
+        super().__init__(params, {**defaults, "block_size": block_size, "delay": delay, "seed": seed})
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the next step takes a new diagonal."""
+        return self._steps() % int(self.param_groups[0]["delay"]) == 0
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the gradients that are there.
 
         Raises:
-            RuntimeError: The gradients have no graph: ``backward`` was called without ``create_graph=True``.
+            RuntimeError: The step takes a new diagonal, and ``backward`` was called without ``create_graph=True``.
         """
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not held:
             return loss
-        if not any(p.grad.requires_grad for p, _ in held):
-            raise RuntimeError("AdaHessian needs gradients with a graph: call loss.backward(create_graph=True)")
-        parameters = [p for p, _ in held]
-        steps = max(int(self.state[p].get("step", 0)) for p in parameters)
-        generator = torch.Generator().manual_seed(int(held[0][1]["seed"]) * 1_000_003 + steps)
-        diagonals = hutchinson_diagonal([p.grad for p in parameters], parameters, generator=generator)
-        with torch.no_grad():
-            for (p, group), diagonal in zip(held, diagonals, strict=True):
-                self._update(p, averaged(diagonal, group["block_size"]), group)
+        diagonals: list[Tensor | None] = [None] * len(held)
+        if self.needs_graph:
+            if not any(p.grad.requires_grad for p, _ in held):
+                raise RuntimeError("AdaHessian needs gradients with a graph: call loss.backward(create_graph=True)")
+            generator = torch.Generator().manual_seed(int(self.param_groups[0]["seed"]) * 1_000_003 + self._steps())
+            parameters = [p for p, _ in held]
+            diagonals[:] = hutchinson_diagonal([p.grad for p in parameters], parameters, generator=generator)
+        for (p, group), diagonal in zip(held, diagonals, strict=True):
+            self._update(p, None if diagonal is None else averaged(diagonal, group["block_size"]), group)
         return loss
 
-    def _update(self, p: Tensor, diagonal: Tensor, group: dict[str, Any]) -> None:
+    def _steps(self) -> int:
+        """Steps that were made."""
+        return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+
+    def _update(self, p: Tensor, diagonal: Tensor | None, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
-            state["step"] = 0
+            state["step"], state["diagonals"] = 0, 0
             state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
         first, second = group["betas"]
         assert p.grad is not None
         state["mean"].mul_(first).add_(p.grad.detach(), alpha=1 - first)
-        state["square"].mul_(second).addcmul_(diagonal, diagonal, value=1 - second)
+        if diagonal is not None:
+            state["diagonals"] += 1
+            state["square"].mul_(second).addcmul_(diagonal, diagonal, value=1 - second)
+        if not state["diagonals"]:
+            return  # a parameter that joined since the last diagonal waits for its own
         corrected = state["mean"] / (1 - first ** state["step"])
-        scale = (state["square"] / (1 - second ** state["step"])).sqrt() ** group["power"] + group["eps"]
+        scale = (state["square"] / (1 - second ** state["diagonals"])).sqrt() ** group["power"] + group["eps"]
         p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(corrected, scale, value=-group["lr"])
 
 

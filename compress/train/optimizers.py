@@ -10,8 +10,9 @@ from torch import nn
 
 from ..errors import UsageError
 from .adahessian import AdaHessian
+from .mfac_optimizer import MFAC
 
-RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adahessian": 0.05}
+RATES = {"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3, "adahessian": 0.05, "mfac": 0.03}
 
 
 def make_optimizer(
@@ -26,7 +27,7 @@ def make_optimizer(
 
     Args:
         lr: That of ``RATES`` where None.
-        momentum: Of ``sgd``, Nesterov's.
+        momentum: Of ``sgd`` and ``mfac``, Nesterov's.
         weight_decay: Of parameters with two dimensions or more.
 
     Raises:
@@ -48,4 +49,6 @@ def make_optimizer(
         return torch.optim.Adam(groups, lr=rate)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
+    if name == "mfac":
+        return MFAC(groups, lr=rate, momentum=momentum)
     return AdaHessian(groups, lr=rate)

@@ -22,7 +22,7 @@ class Recipe:
 
     Attributes:
         steps: Batches.
-        optimizer: ``sgd``, ``adam``, ``adamw`` or ``adahessian``.
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``adahessian`` or ``mfac``.
         lr: Largest learning rate; the optimizer's own default where None.
         schedule: ``one-cycle``: up in a straight line, then down to zero along a cosine; ``cosine`` down alone;
             ``constant``.
@@ -35,7 +35,7 @@ class Recipe:
         patience: Checks on the calibration data, ten in a run, that may pass without an improvement before it stops;
             the weights of the best check are kept. With None it runs to the end, which is kept unless a check was
             better by more than noise.
-        momentum: Of ``sgd``.
+        momentum: Of ``sgd`` and ``mfac``.
         weight_decay: Of weights with two dimensions or more: neither biases nor norms.
         warm_up: Share of the steps in which the learning rate rises; where None, a tenth for one-cycle and none else.
         precision: ``float32`` or ``bfloat16`` for what torch's autocast takes to be safe; where None, bfloat16 on CUDA

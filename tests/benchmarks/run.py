@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,13 @@ from compress.formats import planes
 from compress.formats.checkpoint import read_checkpoint
 from compress.verify import open_session
 
+from .page import machine, put_section, sections, table
+
 NUM_LEVELS = 4_000_000
 NUM_LOADS = 15
 NUM_RATES = 5
 LATENCY_REPEATS = 100
-VERSIONS = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy")
+KEPT = ("M-FAC", "Optimizers: ResNet-20 from a pruned start")  # sections of other scripts
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def measure_network(network: Network, cases: Sequence[Case], folder: Path) -> li
     rows = _figure_rows(runs, {case.name: case.after for case in cases})
     return [
         f"## {network.name}\n",
-        _table(("model", "metric", "model.onnx", "model.safetensors", "latency", "of dense", "load"), rows),
+        table(("model", "metric", "model.onnx", "model.safetensors", "latency", "of dense", "load"), rows),
         "```sh",
         *commands,
         "```\n",
@@ -205,37 +206,19 @@ def plane_rates() -> list[str]:
     rows.append(("1 bit, numpy.packbits", f"{pack:.0f}", f"{unpack:.0f}", f"{packed.size:,} B"))
     head = ("levels", "pack, million a second", "unpack, million a second", "packed")
     text = f"`compress.formats.planes` on {NUM_LEVELS:,} random levels, best of {NUM_RATES}, one thread.\n"
-    return ["## Bit planes\n", text, _table(head, rows)]
+    return ["## Bit planes\n", text, table(head, rows)]
 
 
 def _rate(call: Callable[[], object]) -> float:
     return NUM_LEVELS / min(_time_s(call) for _ in range(NUM_RATES)) / 1e6
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
-
-
-def _machine() -> list[str]:
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in VERSIONS)
-    return [
-        f"- Machine: {_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        f"- Versions: Python {platform.python_version()}, {versions}",
-    ]
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "processor unknown"
-
-
 HEAD = """# Benchmarks
 
-Written by `make bench` (`python -m tests.benchmarks.run --out docs/benchmarks.md`). Every figure comes from a run
-folder that the command below its table makes. The metric is measured in ONNX Runtime, on the written file. `$DATA` is
-the folder that `HCOMPRESS_TEST_DATA` names; without it only the shipped network is measured.
+Written by `make bench` (`python -m tests.benchmarks.run --out docs/benchmarks.md`, and for the last sections the
+commands in them). Every figure of a network comes from a run folder that the command below its table makes. The metric
+is measured in ONNX Runtime, on the written file. `$DATA` is the folder that `HCOMPRESS_TEST_DATA` names; without it
+only the shipped network is measured.
 
 Latency is the median of {repeats} samples at batch 1 on one thread, in turns with the dense model, with the 10th and
 90th percentile. Load is the median time to open the file in ONNX Runtime, which includes unpacking. Both depend on the
@@ -252,14 +235,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # of torch, to its own developers
     started = time.monotonic()
-    lines = [HEAD.format(repeats=LATENCY_REPEATS), *_machine(), ""]
+    lines = [HEAD.format(repeats=LATENCY_REPEATS), *machine(), ""]
     for network, cases in networks(os.environ.get("HCOMPRESS_TEST_DATA")):
         print(f"{time.monotonic() - started:.0f} s: {network.name}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             lines += measure_network(network, cases, Path(folder))
     lines += plane_rates()
     lines.append(f"Measured in {time.monotonic() - started:.0f} s.")
+    others = {title: text for title, text in sections(out).items() if title in KEPT}
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for title, text in others.items():
+        put_section(out, title, text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def gradients_of(kind: str, m: int, d: int) -> Tensor:
     elif kind == "common mean":
         gradients += 3 * normal(2, 1, d)
     elif kind == "low rank":
-        gradients = gradients[:, :8] @ normal(3, 8, d)
+        gradients = gradients[:, : min(8, d)] @ normal(3, min(8, d), d)
     elif kind == "repeated and zero rows":
         gradients[1], gradients[2] = gradients[0], 0
     elif kind == "three spikes":
@@ -140,6 +142,41 @@ def test_everything_equals_the_dense_inverse_at_small_damping(kind: str, shape: 
     found = fisher.submatrix(rows, torch.tensor(columns)).numpy()
     assert np.max(np.abs(found - inverse[np.ix_(rows, columns)]) / scale) < TOLERANCE
     assert fisher.element(1, 0) == pytest.approx(found[2, 0], rel=1e-12)
+
+
+@needs_wide
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    m=st.integers(3, 24),
+    d=st.integers(6, 30),
+    size=st.integers(1, 30),
+    exponent=st.floats(-6, 2),
+    density=st.floats(0, 1),
+)
+def test_any_shape_and_damping(kind: str, m: int, d: int, size: int, exponent: float, density: float) -> None:
+    gradients, blocks = gradients_of(kind, m, d), None if size >= d else size
+    damping = 10**exponent * norm_of(gradients)
+    fisher = inverse_fisher(gradients, damping, blocks=blocks)
+    inverse = dense_solve(dense_fisher(gradients, damping, sizes_of(blocks, d)), np.eye(d, dtype=WIDE))
+    diagonal, weights, coefficients = np.diag(inverse), normal(7, d), normal(4, m)
+    keep = torch.from_numpy(np.random.default_rng(0).random(d) < density)
+    assert error(fisher.ihvp(weights), inverse @ weights.numpy().astype(WIDE)) < 1e-10
+    spanned = inverse @ (gradients.numpy().astype(WIDE).T @ coefficients.numpy().astype(WIDE))
+    assert error(fisher.ihvp_span(coefficients), spanned) < 1e-10
+    assert np.max(np.abs(fisher.diagonal().numpy() - diagonal) / diagonal) < 1e-10
+    found = fisher.submatrix(range(d), range(d)).numpy()
+    assert np.max(np.abs(found - inverse) / np.sqrt(np.outer(diagonal, diagonal))) < 1e-10
+    none = torch.zeros(m, 1, dtype=torch.float64)
+    expected = dense_update(gradients, damping, sizes_of(blocks, d), weights, keep, none)[:, 0]
+    delta = joint_update(gradients, weights, keep, blocks=blocks).solve(damping)
+    assert error(delta, expected) < 1e-10
+    # The updates of single weights, added up and cut, are never nearer to the least of the quadratic loss.
+    single = -(inverse[:, ~keep] / diagonal[~keep.numpy()]) @ weights.numpy().astype(WIDE)[~keep.numpy()]
+    single[~keep.numpy()] = -weights.numpy()[~keep.numpy()]
+    matrix = dense_fisher(gradients, damping, sizes_of(blocks, d))
+    wide = delta.numpy().astype(WIDE)
+    assert wide @ matrix @ wide <= (1 + 1e-12) * (single @ matrix @ single)
 
 
 @needs_wide

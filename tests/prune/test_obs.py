@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from compress.apply import apply_plan, unpack_mask
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
-from compress.errors import BudgetError, OutOfMemoryError, UsageError
+from compress.errors import BudgetError, DiskError, UsageError
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
+from compress.numerics import mfac
 from compress.plan import Plan
 from compress.prune import magnitude, obs
 from compress.task import Calibration, Classification, Regression, divergence
@@ -323,11 +327,29 @@ def test_what_is_excluded_is_in_no_candidate() -> None:
     assert set(plan.masks()) == {"0.weight", "5.weight"}
 
 
-def test_gradients_beyond_memory_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obs, "MEMORY_LIMIT", 100_000)
-    with pytest.raises(OutOfMemoryError) as caught:
-        prune(network(), 0.5)
-    assert "--num-calibration" in str(caught.value.hint)
+def test_gradients_in_a_file_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfac, "PIECE", 2000)
+    graph = trace_graph(network(), (examples(2),))
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    (plan, sidecar), (filed_plan, filed_sidecar) = (
+        obs.plan(
+            source_of(network()), graph, {}, calibration, Budget("sparsity", 0.6), OPTIONS, replace(context(), memory=m)
+        )
+        for m in (10**9, 1000)
+    )
+    assert filed_plan == plan
+    assert all(torch.equal(filed_sidecar[key], value) for key, value in sidecar.items())
+
+
+def test_a_full_disk_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    graph = trace_graph(network(), (examples(2),))
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    with pytest.raises(DiskError, match=r"no room for .* of gradients"):
+        obs.plan(source_of(network()), graph, {}, calibration, None, OPTIONS, replace(context(), memory=1000))
 
 
 def test_the_predicted_loss_is_the_gauss_newton_form_of_the_whole_move() -> None:

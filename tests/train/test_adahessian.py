@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import compress
 from compress.train.adahessian import AdaHessian, averaged, hutchinson_diagonal
 
 
@@ -118,3 +119,115 @@ def test_gradients_without_a_graph_are_refused() -> None:
     torch.autograd.backward(loss_of(module))
     with pytest.raises(RuntimeError, match="create_graph=True"):
         AdaHessian(module.parameters()).step()
+
+
+def reference(
+    module: nn.Module, count: int, *, lr: float, betas: tuple[float, float], eps: float, decay: float, power: float,
+    block: int, delay: int, seed: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Algorithm 1 written out in float64, with exact Hessian-vector products."""
+    names = [name for name, _ in module.named_parameters()]
+    w = {name: p.detach().clone() for name, p in module.named_parameters()}
+    mean, square = ({name: torch.zeros_like(value) for name, value in w.items()} for _ in range(2))
+    taken = 0
+
+    def loss(*values: Tensor) -> Tensor:
+        return F.cross_entropy(
+            torch.func.functional_call(module, dict(zip(names, values, strict=True)), (IMAGES,)), LABELS
+        )
+
+    for step in range(count):
+        values = tuple(w[name] for name in names)
+        gradients = torch.autograd.functional.jacobian(loss, values)
+        if step % delay == 0:
+            taken += 1
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            signs = tuple(2 * torch.randint(2, v.shape, generator=generator).to(torch.float64) - 1 for v in values)
+            _, products = torch.autograd.functional.hvp(loss, values, signs)
+            for name, z, product in zip(names, signs, products, strict=True):
+                diagonal = (z * product).abs()
+                if diagonal.dim() == 4:  # one value for a kernel
+                    diagonal = diagonal.mean((2, 3), keepdim=True).expand_as(diagonal)
+                elif diagonal.dim() == 2 and block > 1:
+                    rows, columns = diagonal.shape
+                    diagonal = diagonal.view(rows, columns // block, block).mean(2).repeat_interleave(block, 1)
+                square[name] = betas[1] * square[name] + (1 - betas[1]) * diagonal**2
+        for name, gradient in zip(names, gradients, strict=True):
+            mean[name] = betas[0] * mean[name] + (1 - betas[0]) * gradient
+            root = (square[name] / (1 - betas[1] ** taken)) ** (power / 2)
+            step_of = mean[name] / (1 - betas[0] ** (step + 1)) / (root + eps)
+            w[name] = (1 - lr * decay) * w[name] - lr * step_of
+    return w
+
+
+IMAGES = torch.randn(12, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+LABELS = torch.arange(12) % 3
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize(("power", "block", "delay"), [(1.0, 1, 1), (0.5, 4, 1), (1.0, 4, 3), (0.0, 1, 2)])
+def test_every_step_is_algorithm_1(power: float, block: int, delay: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).double()
+    settings = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3}
+    expected = reference(module, 7, **settings, decay=0.02, power=power, block=block, delay=delay, seed=3)  # type: ignore[arg-type]
+    optimizer = AdaHessian(
+        module.parameters(), **settings, weight_decay=0.02, power=power, block_size=block, delay=delay, seed=3  # type: ignore[arg-type]
+    )  # fmt: skip
+    for number in range(7):
+        assert optimizer.needs_graph == (number % delay == 0)
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(module(IMAGES), LABELS), create_graph=optimizer.needs_graph)
+        optimizer.step()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_groups_a_closure_and_parameters_without_gradients() -> None:
+    module, unused = small_network(), nn.Parameter(torch.ones(2).double())
+    first, *others = module.parameters()
+    optimizer = AdaHessian([{"params": [first, unused], "lr": 0.0}, {"params": others}], lr=0.1, delay=2)
+    before = first.detach().clone()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(module)
+        torch.autograd.backward(loss, create_graph=optimizer.needs_graph)
+        return loss
+
+    with torch.no_grad():
+        losses = [float(optimizer.step(closure).detach()) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(first.detach(), before)
+    assert unused.tolist() == [1.0, 1.0]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    scheduler.step()
+    assert optimizer.param_groups[1]["lr"] == 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_parameter_that_joins_waits_for_a_diagonal_of_its_own() -> None:
+    module = small_network()
+    *first, last = module.parameters()
+    optimizer = AdaHessian(first, lr=0.1, delay=3)
+    before = last.detach().clone()
+    moved = []
+    for number in range(5):
+        if number == 1:
+            optimizer.add_param_group({"params": [last]})
+        module.zero_grad()
+        torch.autograd.backward(loss_of(module), create_graph=optimizer.needs_graph)
+        optimizer.step()
+        moved.append(not torch.equal(last.detach(), before))
+    assert moved == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("betas", (0.9, 1.0)), ("power", 2.0), ("delay", 0)])
+def test_values_out_of_range_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} of AdaHessian is"):
+        AdaHessian([nn.Parameter(torch.ones(1))], **{name: value})  # type: ignore[arg-type]
+
+
+def test_the_package_offers_it() -> None:
+    assert compress.AdaHessian is AdaHessian

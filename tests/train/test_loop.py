@@ -120,7 +120,7 @@ def test_a_cut_network_recovers(taught: fx.GraphModule) -> None:
     assert "True" not in " ".join(str(node.args) for node in small.graph.nodes if "norm" in str(node.target))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian", "mfac"])
 def test_the_same_seed_gives_the_same_bytes(taught: fx.GraphModule, optimizer: str) -> None:
     def made(seed: int) -> str:
         module = smaller(taught)
@@ -133,7 +133,7 @@ def test_the_same_seed_gives_the_same_bytes(taught: fx.GraphModule, optimizer: s
     assert made(0) != made(1)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adahessian"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adahessian", "mfac"])
 def test_every_optimizer_lowers_the_loss(taught: fx.GraphModule, optimizer: str) -> None:
     found = train(
         smaller(taught), images(), Classification(), recipe(40, optimizer=optimizer, lr=0.02), teacher=taught,
@@ -166,6 +166,7 @@ class Interrupted:
         ({}, 7),
         ({"optimizer": "adamw", "schedule": "cosine"}, 1),
         ({"optimizer": "adahessian"}, 5),
+        ({"optimizer": "mfac"}, 5),
         ({"patience": 9}, 6),  # right after a check
         ({"patience": 9}, 7),
         ({"patience": 9}, 12),  # all is done but the return
@@ -459,7 +460,7 @@ def test_regression_towards_the_dense_network(name: str) -> None:
     assert found.divergence_after < found.divergence_before  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adahessian"])
+@pytest.mark.parametrize("optimizer", ["adam", "adahessian", "mfac"])
 def test_tied_weights_stay_tied(optimizer: str) -> None:
     network = named("Gpt")
     graph = trace_graph(network.make(), network.inputs(2))
