@@ -202,7 +202,7 @@ def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(
 def test_without_a_budget_the_result_passes_the_gates(
     method: Method, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.prune.obs.MOST_REMOVED", 0.4)  # two sparsities
+    monkeypatch.setattr("compress.prune.masks.MOST_REMOVED", 0.4)  # two sparsities
     monkeypatch.setattr("compress.planning.RESOLUTION", 0.1)
     report = run(method, data, tmp_path / "run", max_drop=100.0)
     assert report["files"]["model.onnx"] < report["dense_bytes"]
