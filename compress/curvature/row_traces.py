@@ -10,10 +10,11 @@ Source: the probes of ``traces``. Cost: a forward and backward pass for each of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..context import Progress
 from ..data import Data
@@ -40,24 +41,46 @@ def row_traces(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class OutputGradients:
+    """How much a network's outputs react to what its layers give: squared gradients, by the weights' tensors.
+
+    Attributes:
+        channels: float64 ``[c]``: of a layer's channels, summed over positions, on average over examples.
+        positions: In the shape of a layer's output without its channels, summed over those; of weights that are used
+            once, in layers whose input has the examples as a dimension of its own.
+    """
+
+    channels: dict[str, Tensor]
+    positions: dict[str, Tensor]
+
+
 def output_gradients(
     network: Network, task: Task, data: Data, *, passes: int, generator: torch.Generator, progress: Progress
-) -> dict[str, Tensor]:
-    """What a small change of each layer's output counts, float64 ``[c]`` for its channels, by the weight's tensor.
-
-    The squared gradient of the outputs by the channel, summed over its positions, on average over examples. A weight
-    that is used more than once has the sum; there is none for those in ``network.looped``.
-    """
-    found: dict[str, Tensor] = {}
+) -> OutputGradients:
+    """Squared gradients of the network's outputs by the layers' outputs, at random signs as for ``row_traces``."""
+    network = replace(network, looped=frozenset())  # outputs are differentiated, and no weight
+    channels: dict[str, Tensor] = {}
+    parts: dict[fx.Node, list[Tensor]] = {}
     for batch, draw, signs in _probes(data, network, passes, generator, progress, "output gradients"):
         outputs, uses = record(network, batch.inputs)
         gradients = _pulled_back(task, outputs, batch, draw, signs, [use.output for use in uses])
         for use, gradient in zip(uses, gradients, strict=True):
-            if gradient is not None:
-                dim = channel_dim(use.node) % gradient.dim()
-                squares = gradient.double().square().sum([d for d in range(gradient.dim()) if d != dim]).cpu()
-                found[use.tensor] = found.get(use.tensor, 0.0) + squares / (passes * len(data))
-    return found
+            squares = torch.zeros_like(use.output) if gradient is None else gradient.square()
+            dim = channel_dim(use.node) % squares.dim()
+            sums = squares.sum([d for d in range(squares.dim()) if d != dim], dtype=torch.float64).cpu()
+            channels[use.tensor] = channels.get(use.tensor, 0.0) + sums / (passes * len(data))
+            parts.setdefault(use.node, []).append(squares.sum(dim).cpu())
+    nodes = {tensor: node for node, tensor in network.uses.items()}
+    once = {t: n for t, n in nodes.items() if n in network.batch_dims and list(network.uses.values()).count(t) == 1}
+    found = {tensor: _of_all_passes(parts[node], network.batch_dims[node], passes) for tensor, node in once.items()}
+    return OutputGradients(channels, found)
+
+
+def _of_all_passes(parts: Sequence[Tensor], batch_dim: int, passes: int) -> Tensor:
+    size = len(parts) // passes
+    each = [torch.cat(list(parts[start : start + size]), batch_dim) for start in range(0, len(parts), size)]
+    return torch.stack(each).mean(0)
 
 
 def _probes(

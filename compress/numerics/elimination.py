@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEP = 16  # of the weights that a row has left, one in so many goes at once
+STEP = 8  # of the weights that a row has left, one in so many goes at once
 ELEMENTS = 2**26  # of the inverses of rows that are worked on at once
 MOST_PRODUCTS = 2**42  # of an elimination: about a minute on two cores
 

@@ -6,8 +6,8 @@ cheapest removals of all are made. As the costs of a row never fall, that is the
 which weights those are, and what the others become, is decided layer by layer on the inputs that the pruned network
 makes (``reconstruct.sparse``).
 Source: Frantar, Singh, Alistarh 2022, Optimal Brain Compression (arXiv:2208.11580), for the costs that rows and layers
-compete by, here in units of the network's outputs. Cost: ``PASSES`` forward and backward passes over ``EXAMPLES``
-examples, four forward passes over all, and twice that of ``numerics.elimination``.
+compete by, here in units of the network's outputs. Cost: a forward and backward pass, six forward ones, and twice
+that of ``numerics.elimination``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..apply import apply_plan, assemble, float_module, masks_of, values_key, va
 from ..budget import Budget
 from ..context import Context
 from ..curvature.network import open_network
-from ..curvature.row_traces import output_gradients
+from ..curvature.row_traces import OutputGradients, output_gradients
 from ..data import Data
 from ..errors import UsageError
 from ..graph.rewrite import on_device
@@ -39,22 +39,27 @@ from .magnitude import removed_within
 from .masks import mask_plan, num_removed, parse_pattern, patterned_layers, searched_sparsities
 
 NAME = "layerwise"
-PASSES = 2
-EXAMPLES = 128
+COSTS = "layerwise costs"  # in the memo of a job
+PASSES = 1
 BATCH = 64  # examples of a forward pass
 
 
 @dataclass(frozen=True, slots=True)
-class _Costs:
-    """What tells rows and layers apart.
+class _Surgery:
+    """A network on the table.
 
     Attributes:
-        importance: Of each row, ``[r]``, by tensor.
-        removals: What each removal costs the dense network, by tensor: ``[r, k]``, in order.
+        inputs: Calibration examples ``[n, ...]``.
+        reactions: Of the dense network's outputs to its layers'.
     """
 
-    importance: Mapping[str, Tensor]
-    removals: Mapping[str, Tensor]
+    source: Source
+    graph: Graph
+    calibration: Calibration
+    inputs: tuple[Tensor, ...]
+    reactions: OutputGradients
+    options: Mapping[str, Any]
+    context: Context
 
 
 def plan(
@@ -80,18 +85,15 @@ def plan(
         BudgetError: More is to be removed than may be, or than the pattern leaves.
         UsageError: Nothing to prune, or no pattern.
     """
-    layers = _layers(graph, options, context)
-    recorded = _recorded(options)
+    layers, recorded = _layers(graph, options, context), _recorded(options)
     if recorded["pattern"] == UNSTRUCTURED:
         removed = removed_within(source, graph, layers, budget, recorded["scope"], context)
-        costs = _costs(graph, layers, calibration, context)
-        return _pruned(
-            source, graph, _counts(layers, removed, costs, recorded), costs, calibration, budget, recorded, context
-        )
+        surgery = _open(source, graph, layers, calibration, recorded, context)
+        return _pruned(surgery, _cuts(surgery, layers, removed), budget)
     n, m = parse_pattern(recorded["pattern"])
     layers = patterned_layers(graph, layers, recorded["pattern"], budget, context)
-    cuts = {layer.tensor: Cut(layer.elements // m * (m - n)) for layer in layers}
-    return _pruned(source, graph, cuts, _Costs({}, {}), calibration, budget, recorded, context)
+    surgery = _open(source, graph, layers, calibration, recorded, context)
+    return _pruned(surgery, {layer.tensor: Cut(layer.elements // m * (m - n)) for layer in layers}, budget)
 
 
 def candidates(
@@ -103,12 +105,11 @@ def candidates(
     context: Context,
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, as long as they are asked for."""
-    layers, recorded = _layers(graph, options, context), _recorded(options)
-    costs = _costs(graph, layers, calibration, context)
+    layers = _layers(graph, options, context)
+    surgery = _open(source, graph, layers, calibration, _recorded(options), context)
     for sparsity in searched_sparsities():
         removed = num_removed(sparsity, sum(layer.elements for layer in layers))
-        cuts = _counts(layers, removed, costs, recorded)
-        yield _pruned(source, graph, cuts, costs, calibration, None, recorded, context)
+        yield _pruned(surgery, _cuts(surgery, layers, removed), None)
 
 
 def refit(
@@ -125,8 +126,10 @@ def refit(
         InputError: The plan is for another architecture.
     """
     masks = masks_of(given, sidecar, source.module.state_dict())
+    layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
+    surgery = _open(source, graph, layers, calibration, given.options, context)
     cuts = {name: Cut(int((~mask).sum()), mask) for name, mask in masks.items()}
-    return _pruned(source, graph, cuts, _Costs({}, {}), calibration, given.budget, given.options, context)
+    return _pruned(surgery, cuts, given.budget)
 
 
 def _layers(graph: Graph, options: Mapping[str, Any], context: Context) -> tuple[Layer, ...]:
@@ -153,59 +156,64 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _costs(graph: Graph, layers: Sequence[Layer], calibration: Calibration, context: Context) -> _Costs:
-    """Measured once a run."""
+def _open(
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    context: Context,
+) -> _Surgery:
+    data = fitting_examples(graph, calibration.data)
     if NAME not in context.memo:
-        network = open_network(graph, layers=tuple(layers), device=context.device)
-        importance = output_gradients(
-            network,
+        context.memo[NAME] = output_gradients(
+            open_network(graph, layers=tuple(layers), device=context.device),
             calibration.task,
-            calibration.data.first(EXAMPLES),
+            data,
             passes=PASSES,
             generator=context.generator,
             progress=context.progress,
         )
-        importance |= {layer.tensor: torch.zeros(layer.shape[0]) for layer in layers if layer.tensor not in importance}
-        inputs = _inputs(graph, calibration, context)
-        removals = removal_costs(graph, importance, inputs, device=context.device, progress=context.progress)
-        context.memo[NAME] = _Costs(importance, removals)
-    found: _Costs = context.memo[NAME]
-    return found
+    inputs = tuple(x.to(context.device) for x in data.inputs)
+    return _Surgery(source, graph, calibration, inputs, context.memo[NAME], options, context)
 
 
-def _inputs(graph: Graph, calibration: Calibration, context: Context) -> tuple[Tensor, ...]:
-    return tuple(x.to(context.device) for x in fitting_examples(graph, calibration.data).inputs)
-
-
-def _counts(layers: Sequence[Layer], removed: int, costs: _Costs, options: Mapping[str, Any]) -> dict[str, Cut]:
+def _cuts(surgery: _Surgery, layers: Sequence[Layer], removed: int) -> dict[str, Cut]:
     """How many weights each layer loses."""
-    total = sum(layer.elements for layer in layers)
-    if options["scope"] == "layer":
+    total, tensors = sum(layer.elements for layer in layers), [layer.tensor for layer in layers]
+    if surgery.options["scope"] == "layer":
         return {layer.tensor: Cut(num_removed(removed / total, layer.elements)) for layer in layers}
-    every = torch.cat([costs.removals[layer.tensor].flatten() for layer in layers])
+    context = surgery.context
+    if COSTS not in context.memo:
+        context.memo[COSTS] = removal_costs(
+            surgery.graph,
+            surgery.reactions,
+            tensors,
+            surgery.inputs,
+            device=context.device,
+            progress=context.progress,
+        )
+    every = torch.cat([context.memo[COSTS][tensor].flatten() for tensor in tensors])
     owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
     counts = torch.bincount(owner[every.argsort(stable=True)[:removed]], minlength=len(layers)).tolist()
-    return {layer.tensor: Cut(count) for layer, count in zip(layers, counts, strict=True)}
+    return {tensor: Cut(count) for tensor, count in zip(tensors, counts, strict=True)}
 
 
-def _pruned(
-    source: Source,
-    graph: Graph,
-    cuts: Mapping[str, Cut],
-    costs: _Costs,
-    calibration: Calibration,
-    budget: Budget | None,
-    options: Mapping[str, Any],
-    context: Context,
-) -> tuple[Plan, dict[str, Tensor]]:
-    inputs = _inputs(graph, calibration, context)
-    pattern = None if options["pattern"] == UNSTRUCTURED else parse_pattern(str(options["pattern"]))
+def _pruned(surgery: _Surgery, cuts: Mapping[str, Cut], budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
+    options, context = surgery.options, surgery.context
     found = prune_layers(
-        graph, cuts, costs.importance, inputs, pattern=pattern, device=context.device, progress=context.progress
+        surgery.graph,
+        cuts,
+        surgery.reactions,
+        surgery.inputs,
+        pattern=None if options["pattern"] == UNSTRUCTURED else parse_pattern(str(options["pattern"])),
+        device=context.device,
+        progress=context.progress,
     )
-    made, sidecar = _with_values(*mask_plan(source, graph, found.masks, budget, NAME, options), found)
-    loss = _moved(made, sidecar, source, graph, calibration, inputs, context)
-    return replace(made, task_sha256=calibration.sha256(), predicted={**made.predicted, "loss": loss}), sidecar
+    decided = mask_plan(surgery.source, surgery.graph, found.masks, budget, NAME, options)
+    made, sidecar = _with_values(*decided, found)
+    predicted = {**made.predicted, "loss": _moved(surgery, made, sidecar)}
+    return replace(made, task_sha256=surgery.calibration.sha256(), predicted=predicted), sidecar
 
 
 def _with_values(plan: Plan, sidecar: dict[str, Tensor], found: Fitted) -> tuple[Plan, dict[str, Tensor]]:
@@ -223,21 +231,14 @@ def _with_values(plan: Plan, sidecar: dict[str, Tensor], found: Fitted) -> tuple
     return replace(plan, decisions=tuple(decisions)), sidecar
 
 
-def _moved(
-    plan: Plan,
-    sidecar: Mapping[str, Tensor],
-    source: Source,
-    graph: Graph,
-    calibration: Calibration,
-    inputs: tuple[Tensor, ...],
-    context: Context,
-) -> float:
-    """How far the outputs are from the dense network's, in units of the loss, on calibration data."""
+def _moved(surgery: _Surgery, plan: Plan, sidecar: Mapping[str, Tensor]) -> float:
+    """How far the outputs are from the dense network's, in units of the loss, on the calibration examples."""
+    source, graph, calibration = surgery.source, surgery.graph, surgery.calibration
     pruned = assemble(graph, apply_plan(source.module, graph.tied, plan, sidecar))
-    batches = list(Data(inputs, None, calibration.data.name).batches(BATCH))
+    batches = list(Data(surgery.inputs, None, calibration.data.name).batches(BATCH))
     outputs = []
     with torch.no_grad():
         for network in (float_module(graph), pruned):
-            module = on_device(network, context.device)
+            module = on_device(network, surgery.context.device)
             outputs.append(torch.cat([first_tensor(module(*batch.inputs)).cpu() for batch in batches]))
     return divergence(*outputs, are_logits=has_logits(calibration.task))

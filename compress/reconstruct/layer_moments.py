@@ -96,8 +96,12 @@ def layer_places(graph: Graph, module: fx.GraphModule) -> dict[fx.Node, Place]:
     return found
 
 
-def moments_of(pair: SideBySide, place: Place) -> Moments | None:
-    """Moments of a layer; None where none are taken (``curvature.moments.read_positions``)."""
+def moments_of(pair: SideBySide, place: Place, counts: Tensor | None = None) -> Moments | None:
+    """Moments of a layer; None where none are taken (``curvature.moments.read_positions``).
+
+    Args:
+        counts: What each position counts, in the shape of the layer's output without its channels; None for 1.
+    """
     node, x_node = place.node, place.node.args[0]
     assert isinstance(x_node, fx.Node)
     wanted = wanted_output(pair, node, norm_after(node))
@@ -105,7 +109,7 @@ def moments_of(pair: SideBySide, place: Place) -> Moments | None:
     if isinstance(bias, fx.Node):
         own = pair.after[bias]
         wanted = wanted - own.reshape([-1 if d == channel_dim(node) % wanted.dim() else 1 for d in range(wanted.dim())])
-    moments = _moments(node, pair.after[x_node], pair.after[place.weight], wanted)
+    moments = _moments(node, pair.after[x_node], pair.after[place.weight], wanted, counts)
     if moments is None:
         return None
     gram, cross, mean_x, mean_y = moments
@@ -117,31 +121,38 @@ def moments_of(pair: SideBySide, place: Place) -> Moments | None:
     return Moments(gram + ROUNDING * power * eye, cross, mean_x, mean_y)
 
 
-def _moments(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def _moments(
+    node: fx.Node, x: Tensor, weight: Tensor, y: Tensor, counts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """``E[x x^T]``, ``E[x y^T]``, ``E[x]`` and ``E[y]`` of each group, float64, over a sample of the positions."""
     sums: list[Tensor] | None = None
-    count = 0
-    for rows, goals in _positions(node, x, weight, y):
+    total = 0.0
+    for rows, goals, weights in _positions(node, x, weight, y, counts):
+        weighted = rows if weights is None else rows * weights[:, None]
         parts = [
-            (rows.transpose(1, 2) @ rows).double(),
-            (rows.transpose(1, 2) @ goals).double(),
-            rows.sum(1, dtype=torch.float64),
-            goals.sum(1, dtype=torch.float64),
+            (weighted.transpose(1, 2) @ rows).double(),
+            (weighted.transpose(1, 2) @ goals).double(),
+            weighted.sum(1, dtype=torch.float64),
+            (goals if weights is None else goals * weights[:, None]).sum(1, dtype=torch.float64),
         ]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-        count += rows.shape[1]
+        total += rows.shape[1] if weights is None else float(weights.sum(dtype=torch.float64))
     if sums is None:
         return None
-    gram, cross, mean_x, mean_y = (total / count for total in sums)
+    gram, cross, mean_x, mean_y = (summed / total for summed in sums)
     return gram, cross, mean_x, mean_y
 
 
-def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of what a layer multiplies, ``[g, p, k]``, and of what that should give, ``[g, p, c]``."""
+def _positions(
+    node: fx.Node, x: Tensor, weight: Tensor, y: Tensor, counts: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Chunks of what a layer multiplies, ``[g, p, k]``, of what that should give, ``[g, p, c]``, and of its counts."""
     channels = y.shape[channel_dim(node)]
     total = y.numel() // channels
     each, step = max(1, CHUNK * len(y) // total), sampling_step(total, MAX_POSITIONS)
-    for part, goal in zip(torch.split(x, each), torch.split(y, each), strict=True):
+    parts = len(torch.split(y, each))
+    split_counts = [None] * parts if counts is None else torch.split(counts, each)
+    for part, goal, count in zip(torch.split(x, each), torch.split(y, each), split_counts, strict=True):
         rows = read_positions(node, part, weight, step)
         if rows is None:
             return
@@ -150,7 +161,7 @@ def _positions(node: fx.Node, x: Tensor, weight: Tensor, y: Tensor) -> Iterator[
         else:
             split = goal.reshape(len(goal), len(rows), channels // len(rows), -1)
             goals = split.permute(1, 0, 3, 2).reshape(len(rows), -1, channels // len(rows))
-        yield rows, goals[:, ::step]
+        yield rows, goals[:, ::step], None if count is None else count.flatten()[::step]
 
 
 def add_offset(pair: SideBySide, place: Place, offset: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Layers pruned one after another, each so that it gives what the dense network gives, on the inputs that it now gets.
 
 Two networks run side by side. When a layer is reached, it is fitted to what it should give by least squares, from the
-inputs that the layers before it now make. Then its weights go, row by row, in the order of what that does to its
-outputs; which row loses how many follows from how much the network's outputs react to each of them. The survivors are
-solved for anew, and the mean that is still missing goes into the layer's bias, or its batch norm's.
+inputs that the layers before it now make; positions count by how much the network's outputs react to them. Then its
+weights go, row by row, in the order of what that does to its outputs; which row loses how many follows from how much
+the network's outputs react to each of them. The survivors are solved for anew, and the mean that is still missing goes
+into the layer's bias, or its batch norm's.
 Source: Frantar and Alistarh 2023, SparseGPT (arXiv:2301.00774), for layers one by one; He et al. 2017
 (arXiv:1707.06168), for the fit to the dense outputs. Cost: two forward passes, ``k^2`` products a position for a layer
 of k inputs, and those of ``numerics.elimination``.
@@ -11,7 +12,7 @@ of k inputs, and those of ``numerics.elimination``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor, fx
 
 from ..context import Progress
 from ..curvature.moments import LARGEST_MOMENT
+from ..curvature.row_traces import OutputGradients
 from ..graph.rewrite import on_device, unlift
 from ..graph.trace import Graph, Layer
 from ..numerics.elimination import Elimination, eliminate, fit_survivors
 from .layer_moments import Moments, Place, add_offset, layer_places, moments_of
 from .side_by_side import SideBySide, walk
+
+EVEN = 0.05  # of the mean position: what each counts at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ def prunable_layers(graph: Graph) -> dict[str, Layer]:
 
 def removal_costs(
     graph: Graph,
-    importance: Mapping[str, Tensor],
+    reactions: OutputGradients,
+    tensors: Collection[str],
     inputs: tuple[Tensor, ...],
     *,
     device: torch.device,
@@ -96,7 +101,8 @@ def removal_costs(
     """What each removal costs in each row of the dense network, ``[r, k]`` in the order in which they come.
 
     Args:
-        importance: Of each row, ``[r]``, by the layers' tensors: what a squared change of its output counts.
+        reactions: Of the network's outputs to each row and position, on these inputs.
+        tensors: Of the layers that are looked at.
     """
     dense = on_device(unlift(graph.program, graph.tied), device)
     pair = SideBySide(dense, on_device(unlift(graph.program, graph.tied), device))
@@ -104,10 +110,10 @@ def removal_costs(
 
     def visit(node: fx.Node) -> None:
         place = places.get(node)
-        if place is not None and place.layer.tensor in importance:
-            rows = _rows_of(pair, place, None)
+        if place is not None and place.layer.tensor in tensors:
+            rows = _rows_of(pair, place, reactions, None)
             costs = rows.eliminated(rows.weight.shape[1], None).costs.cpu()
-            found[place.layer.tensor] = costs * importance[place.layer.tensor][:, None].to(costs)
+            found[place.layer.tensor] = costs * reactions.channels[place.layer.tensor][:, None]
 
     walk(pair, inputs, visit, progress=progress, what="what weights cost")
     return found
@@ -116,7 +122,7 @@ def removal_costs(
 def prune_layers(
     graph: Graph,
     cuts: Mapping[str, Cut],
-    importance: Mapping[str, Tensor],
+    reactions: OutputGradients,
     inputs: tuple[Tensor, ...],
     *,
     pattern: tuple[int, int] | None = None,
@@ -127,7 +133,7 @@ def prune_layers(
 
     Args:
         cuts: Of ``prunable_layers``, by tensor; what loses nothing is fitted, where its inputs aren't the dense ones.
-        importance: As for ``removal_costs``; of the layers whose masks are to be found.
+        reactions: As for ``removal_costs``.
         inputs: Calibration examples ``[n, ...]``.
         pattern: ``n`` and ``m``: of ``m`` neighbours along the inputs, ``n`` stay in each layer that loses any.
     """
@@ -145,14 +151,14 @@ def prune_layers(
         if cut.removed == 0 and torch.equal(pair.before[x_node], pair.after[x_node]):
             found.masks[tensor] = torch.ones(weight.shape, dtype=torch.bool)
             return
-        rows = _rows_of(pair, place, pattern)
+        rows = _rows_of(pair, place, reactions, pattern)
         if cut.mask is not None:
             kept = cut.mask.to(weight.device).flatten(1)[:, rows.order]
         elif pattern is not None:
             steps = cut.removed // len(rows.weight)
             kept = rows.eliminated(steps, pattern).place >= steps
         else:
-            kept = _kept(rows, cut.removed, importance[tensor].to(weight.device))
+            kept = _kept(rows, cut.removed, reactions.channels[tensor].to(weight.device))
         solved = fit_survivors(rows.weight, rows.moment, kept)
         fresh, mask = rows.back(solved, weight.shape), rows.back(kept, weight.shape)
         pair.put(place.weight, fresh)
@@ -174,9 +180,9 @@ def _kept(rows: _Rows, removed: int, importance: Tensor) -> Tensor:
     return elimination.kept(torch.bincount(first // k, minlength=r))
 
 
-def _rows_of(pair: SideBySide, place: Place, pattern: tuple[int, int] | None) -> _Rows:
+def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, pattern: tuple[int, int] | None) -> _Rows:
     """A layer's rows, fitted; with a pattern, its columns in the order in which ``m`` neighbours are inputs."""
-    moments = moments_of(pair, place)
+    moments = moments_of(pair, place, _counts(pair, place, reactions))
     assert moments is not None, "of prunable layers there are moments"
     weight = pair.after[place.weight]
     (groups, c), k = moments.mean_y.shape, moments.mean_x.shape[1]
@@ -187,3 +193,13 @@ def _rows_of(pair: SideBySide, place: Place, pattern: tuple[int, int] | None) ->
     moment = damped[:, order][:, :, order]
     rows = fitted.reshape(groups * c, k)[:, order]
     return _Rows(rows, moment[0] if groups == 1 else moment.repeat_interleave(c, 0), order, moments)
+
+
+def _counts(pair: SideBySide, place: Place, reactions: OutputGradients) -> Tensor | None:
+    """What each position of a layer counts: how much the network's outputs react to it, and a little of all alike."""
+    found = reactions.positions.get(place.layer.tensor)
+    mean = 0.0 if found is None else float(found.mean(dtype=torch.float64))
+    if found is None or mean == 0.0:
+        return None
+    counts = found / mean + EVEN
+    return counts.to(pair.after[place.weight])
