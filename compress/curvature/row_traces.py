@@ -21,7 +21,7 @@ from ..data import Data
 from ..task import Task, has_logits
 from .loss_factor import Draw, cotangents
 from .moments import channel_dim
-from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, record
+from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, record, require_finite
 from .sample_gradients import draw_seed
 
 
@@ -103,6 +103,7 @@ def _pulled_back(
     """The gradients of random signs times the outputs."""
     values = outputs_of(outputs)
     if has_logits(task):
+        require_finite(values[0], "the output", draw.examples, draw.name)
         probes = (_centred_signs(values[0], signs), *map(torch.zeros_like, values[1:]))
     else:
         probes = tuple(cotangents(task, outputs, batch.targets, draw, mode="ggn"))

@@ -4,7 +4,7 @@ How much goes where is decided first, for the whole network: on calibration data
 to its end, and what each removal costs the layer's output is weighed by how much the network's outputs react to it. The
 cheapest removals of all are made. As the costs of a row never fall, that is the exact frontier of their sum. Then
 which weights those are, and what the others become, is decided layer by layer on the inputs that the pruned network
-makes (``reconstruct.sparse``).
+makes (``reconstruct.sparse``). Layers that can't be fitted compete by the diagonal of the same curvature.
 Source: Frantar, Singh, Alistarh 2022, Optimal Brain Compression (arXiv:2208.11580), for the costs that rows and layers
 compete by, here in units of the network's outputs. Cost: a forward and backward pass, six forward ones, and twice
 that of ``numerics.elimination``.
@@ -23,9 +23,8 @@ from ..apply import apply_plan, assemble, float_module, masks_of, values_key, va
 from ..budget import Budget
 from ..context import Context
 from ..curvature.network import open_network
-from ..curvature.row_traces import OutputGradients, output_gradients
+from ..curvature.row_traces import OutputGradients, output_gradients, row_traces
 from ..data import Data
-from ..errors import UsageError
 from ..graph.rewrite import on_device
 from ..graph.trace import Graph, Layer
 from ..model import Source
@@ -36,10 +35,10 @@ from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from ..train.distill import first_tensor
 from .magnitude import removed_within
-from .masks import mask_plan, num_removed, parse_pattern, patterned_layers, searched_sparsities
+from .masks import mask_plan, n_of_m_mask, num_removed, parse_pattern, patterned_layers, searched_sparsities
 
 NAME = "layerwise"
-COSTS = "layerwise costs"  # in the memo of a job
+COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
 PASSES = 1
 BATCH = 64  # examples of a forward pass
 
@@ -85,7 +84,8 @@ def plan(
         BudgetError: More is to be removed than may be, or than the pattern leaves.
         UsageError: Nothing to prune, or no pattern.
     """
-    layers, recorded = _layers(graph, options, context), _recorded(options)
+    recorded = _recorded(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
     if recorded["pattern"] == UNSTRUCTURED:
         removed = removed_within(source, graph, layers, budget, recorded["scope"], context)
         surgery = _open(source, graph, layers, calibration, recorded, context)
@@ -93,7 +93,13 @@ def plan(
     n, m = parse_pattern(recorded["pattern"])
     layers = patterned_layers(graph, layers, recorded["pattern"], budget, context)
     surgery = _open(source, graph, layers, calibration, recorded, context)
-    return _pruned(surgery, {layer.tensor: Cut(layer.elements // m * (m - n)) for layer in layers}, budget)
+    scores = _scores(surgery, layers)
+    cuts = {}
+    for layer in layers:
+        score = scores.get(layer.tensor)
+        mask = None if score is None else n_of_m_mask(score, n, m, layer.input_axis)
+        cuts[layer.tensor] = Cut(layer.elements // m * (m - n), mask)
+    return _pruned(surgery, cuts, budget)
 
 
 def candidates(
@@ -105,8 +111,9 @@ def candidates(
     context: Context,
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, as long as they are asked for."""
-    layers = _layers(graph, options, context)
-    surgery = _open(source, graph, layers, calibration, _recorded(options), context)
+    recorded = _recorded(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    surgery = _open(source, graph, layers, calibration, recorded, context)
     for sparsity in searched_sparsities():
         removed = num_removed(sparsity, sum(layer.elements for layer in layers))
         yield _pruned(surgery, _cuts(surgery, layers, removed), None)
@@ -130,22 +137,6 @@ def refit(
     surgery = _open(source, graph, layers, calibration, given.options, context)
     cuts = {name: Cut(int((~mask).sum()), mask) for name, mask in masks.items()}
     return _pruned(surgery, cuts, given.budget)
-
-
-def _layers(graph: Graph, options: Mapping[str, Any], context: Context) -> tuple[Layer, ...]:
-    """The layers that may lose weights; a note names the others that weren't excluded."""
-    allowed = graph.compressible(tuple(options.get("exclude") or ()), "prune")
-    prunable = prunable_layers(graph)
-    layers = tuple(layer for layer in allowed if layer.tensor in prunable)
-    others = ", ".join(layer.tensor for layer in allowed if layer.tensor not in prunable)
-    if not layers:
-        raise UsageError(
-            f"{NAME} fits no weight of the network: {others} are transposed, shared, or read too many inputs",
-            hint="pass --method magnitude",
-        )
-    if others:
-        context.notes.append(f"{NAME} leaves {others} dense: transposed, shared, or with too many inputs")
-    return layers
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,24 +170,64 @@ def _open(
 
 
 def _cuts(surgery: _Surgery, layers: Sequence[Layer], removed: int) -> dict[str, Cut]:
-    """How many weights each layer loses."""
-    total, tensors = sum(layer.elements for layer in layers), [layer.tensor for layer in layers]
+    """How many weights each layer loses; which ones, where a layer can't be fitted."""
+    context, scores = surgery.context, _scores(surgery, layers)
+    total = sum(layer.elements for layer in layers)
     if surgery.options["scope"] == "layer":
-        return {layer.tensor: Cut(num_removed(removed / total, layer.elements)) for layer in layers}
-    context = surgery.context
-    if COSTS not in context.memo:
-        context.memo[COSTS] = removal_costs(
-            surgery.graph,
-            surgery.reactions,
-            tensors,
-            surgery.inputs,
-            device=context.device,
+        counts = [num_removed(removed / total, layer.elements) for layer in layers]
+    else:
+        if COSTS not in context.memo:
+            fitted = {layer.tensor for layer in layers} - scores.keys()
+            context.memo[COSTS] = removal_costs(
+                surgery.graph,
+                surgery.reactions,
+                fitted,
+                surgery.inputs,
+                device=context.device,
+                progress=context.progress,
+            )
+        costs = {**context.memo[COSTS], **scores}
+        every = torch.cat([costs[layer.tensor].flatten() for layer in layers])
+        owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
+        counts = torch.bincount(owner[every.argsort(stable=True)[:removed]], minlength=len(layers)).tolist()
+    cuts = {}
+    for layer, count in zip(layers, counts, strict=True):
+        mask = None
+        if layer.tensor in scores:
+            mask = torch.ones(layer.elements, dtype=torch.bool)
+            mask[scores[layer.tensor].flatten().argsort(stable=True)[:count]] = False
+            mask = mask.reshape(layer.shape)
+        cuts[layer.tensor] = Cut(count, mask)
+    return cuts
+
+
+def _scores(surgery: _Surgery, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """What each weight costs alone where a layer can't be fitted, float64 in its shape; a note names such layers.
+
+    The mean curvature of its row times its square: in the units of the other layers' costs.
+    """
+    fitted, context = prunable_layers(surgery.graph), surgery.context
+    others = tuple(layer for layer in layers if layer.tensor not in fitted)
+    if others and SCORES not in context.memo:
+        listed = ", ".join(layer.tensor for layer in others)
+        context.notes.append(f"{listed}: pruned, but not fitted: transposed, shared, or with too many inputs")
+        traces = row_traces(
+            open_network(surgery.graph, layers=others, device=context.device),
+            surgery.calibration.task,
+            surgery.calibration.data.first(len(surgery.inputs[0])),
+            passes=PASSES,
+            generator=context.generator,
             progress=context.progress,
         )
-    every = torch.cat([context.memo[COSTS][tensor].flatten() for tensor in tensors])
-    owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
-    counts = torch.bincount(owner[every.argsort(stable=True)[:removed]], minlength=len(layers)).tolist()
-    return {tensor: Cut(count) for tensor, count in zip(tensors, counts, strict=True)}
+        state = surgery.source.module.state_dict()
+        squares = {layer.tensor: state[layer.tensor].detach().double().cpu().flatten(1).square() for layer in others}
+        context.memo[SCORES] = {
+            layer.tensor: (squares[layer.tensor] * traces[layer.tensor][:, None]).reshape(layer.shape)
+            * (layer.shape[0] / layer.elements)
+            for layer in others
+        }
+    found: dict[str, Tensor] = context.memo.get(SCORES, {})
+    return found
 
 
 def _pruned(surgery: _Surgery, cuts: Mapping[str, Cut], budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:

@@ -31,12 +31,14 @@ class Moments:
     Attributes:
         gram: ``E[x x^T]`` ``[g, k, k]``, of the inputs around their means where the layer has an offset; positive
             definite.
+        power: Mean square of an input, ``[g, 1, 1]``.
         cross: ``E[x y^T]`` ``[g, k, c]``, likewise, with the wanted outputs.
         mean_x: ``[g, k]``.
         mean_y: ``[g, c]``.
     """
 
     gram: Tensor
+    power: Tensor
     cross: Tensor
     mean_x: Tensor
     mean_y: Tensor
@@ -118,7 +120,7 @@ def moments_of(pair: SideBySide, place: Place, counts: Tensor | None = None) -> 
     if place.bias is not None:
         gram = gram - mean_x[:, :, None] * mean_x[:, None]
         cross = cross - mean_x[:, :, None] * mean_y[:, None]
-    return Moments(gram + ROUNDING * power * eye, cross, mean_x, mean_y)
+    return Moments(gram + ROUNDING * power * eye, power, cross, mean_x, mean_y)
 
 
 def _moments(

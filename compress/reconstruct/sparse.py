@@ -21,12 +21,14 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..curvature.moments import LARGEST_MOMENT
 from ..curvature.row_traces import OutputGradients
-from ..graph.rewrite import on_device, unlift
+from ..errors import NumericsError
+from ..graph.rewrite import on_device, tensor_at, unlift
 from ..graph.trace import Graph, Layer
 from ..numerics.elimination import Elimination, eliminate, fit_survivors
-from .layer_moments import Moments, Place, add_offset, layer_places, moments_of
+from .layer_moments import SMALLEST_RIDGE, Moments, Place, add_offset, layer_places, moments_of
 from .side_by_side import SideBySide, walk
 
+RIDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input
 EVEN = 0.05  # of the mean position: what each counts at least
 
 
@@ -132,18 +134,25 @@ def prune_layers(
     """Prune weights in the order of execution.
 
     Args:
-        cuts: Of ``prunable_layers``, by tensor; what loses nothing is fitted, where its inputs aren't the dense ones.
+        cuts: By tensor; what loses nothing is fitted, where its inputs aren't the dense ones. Of layers that aren't
+            among ``prunable_layers``, with a mask: it is applied before all else.
         reactions: As for ``removal_costs``.
         inputs: Calibration examples ``[n, ...]``.
         pattern: ``n`` and ``m``: of ``m`` neighbours along the inputs, ``n`` stay in each layer that loses any.
     """
     dense = on_device(unlift(graph.program, graph.tied), device)
     pair = SideBySide(dense, on_device(unlift(graph.program, graph.tied), device))
-    places, found = layer_places(graph, pair.module), Fitted()
+    places, found, fitted = layer_places(graph, pair.module), Fitted(), prunable_layers(graph)
+    for stored in pair.module.graph.nodes:
+        cut = cuts.get(str(stored.target)) if stored.op == "get_attr" and str(stored.target) not in fitted else None
+        if cut is not None and cut.mask is not None:
+            weight = tensor_at(pair.module, str(stored.target))
+            pair.put(stored, torch.where(cut.mask.to(weight.device), weight, 0.0))
+            found.masks[str(stored.target)] = cut.mask
 
     def visit(node: fx.Node) -> None:
         place = places.get(node)
-        if place is None or place.layer.tensor not in cuts:
+        if place is None or place.layer.tensor not in cuts or place.layer.tensor not in fitted:
             return
         tensor, cut, weight = place.layer.tensor, cuts[place.layer.tensor], pair.after[place.weight]
         x_node = place.node.args[0]
@@ -187,6 +196,7 @@ def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, pattern
     weight = pair.after[place.weight]
     (groups, c), k = moments.mean_y.shape, moments.mean_x.shape[1]
     fitted, damped = moments.fitted(weight.reshape(groups, c, k).double())
+    damped = _positive(damped, moments.power, place)
     order = torch.arange(k, device=weight.device)
     if pattern is not None:
         order = order.reshape(weight.shape[1], -1).T.flatten()
@@ -203,3 +213,19 @@ def _counts(pair: SideBySide, place: Place, reactions: OutputGradients) -> Tenso
         return None
     counts = found / mean + EVEN
     return counts.to(pair.after[place.weight])
+
+
+def _positive(moment: Tensor, power: Tensor, place: Place) -> Tensor:
+    """Moments ``[g, k, k]`` with the least ridge at which they are positive definite in floats.
+
+    Of inputs that are all but constant, the differences of float32 sums are left, of any sign.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise NumericsError(f"the inputs of {place.layer.tensor} aren't finite", hint="check the calibration data")
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    for share in RIDGES:
+        raised = moment + share * (power + SMALLEST_RIDGE) * eye
+        unit = raised.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        if not bool(torch.linalg.cholesky_ex((raised / unit).float()).info.any()) and bool((unit > 0).all()):
+            return raised
+    raise NumericsError(f"the inputs of {place.layer.tensor} leave nothing to solve", hint="pass --exclude for it")

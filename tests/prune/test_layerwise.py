@@ -15,7 +15,7 @@ from compress.apply import apply_plan, masks_of
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import Data
-from compress.errors import BudgetError, UsageError
+from compress.errors import BudgetError
 from compress.graph.trace import Graph, trace_graph
 from compress.model import Source
 from compress.plan import Plan
@@ -237,16 +237,19 @@ class Odd(nn.Module):
         return y
 
 
-def test_what_cannot_be_fitted_stays_dense_and_is_named() -> None:
+@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"pattern": "2:4"}])
+def test_what_cannot_be_fitted_is_pruned_once_and_named(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     module, x, surroundings = Odd().eval().requires_grad_(False), torch.randn(24, 8, 5), context()
-    _, plan, _, state = prune(module, x, 0.04, within=surroundings)
-    assert list(plan.masks()) == ["out.weight"]
-    assert torch.equal(state["up.weight"], module.up.weight)
+    graph, plan, _sidecar, state = prune(module, x, None, within=surroundings, **options)
+    assert plan.masks().keys() == {"a.weight", "up.weight", "out.weight"}
+    assert torch.equal(state["a.weight"], state["b.weight"])
+    zeros = sum(int((state[layer.tensor] == 0).sum()) for layer in graph.layers)
+    assert zeros == pytest.approx(0.5 * sum(layer.elements for layer in graph.layers), abs=2)
+    for name in ("a.weight", "up.weight"):
+        assert torch.equal(state[name], torch.where(state[name] != 0, module.state_dict()[name], 0.0))
     (note,) = surroundings.notes
-    assert note.startswith("layerwise leaves a.weight, up.weight dense: ")
-    with pytest.raises(UsageError, match="layerwise fits no weight of the network: a.weight, up.weight are"):
-        prune(module, x, 0.04, exclude=("out*",))
+    assert note.startswith("a.weight, up.weight: pruned, but not fitted: ")
 
 
 def test_another_checkpoint_keeps_the_masks_and_gets_values_of_its_own() -> None:
