@@ -134,8 +134,8 @@ def _moments(
         parts = [
             (weighted.transpose(1, 2) @ rows).double(),
             (weighted.transpose(1, 2) @ goals).double(),
-            weighted.sum(1, dtype=torch.float64),
-            (goals if weights is None else goals * weights[:, None]).sum(1, dtype=torch.float64),
+            weighted.sum(1).double(),
+            (goals if weights is None else goals * weights[:, None]).sum(1).double(),
         ]
         sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         total += rows.shape[1] if weights is None else float(weights.sum(dtype=torch.float64))
