@@ -517,7 +517,7 @@ def run_demo(out: Path, settings: Settings, *, force: bool, command: list[str], 
     pruned = run_method(
         "prune",
         checkpoint,
-        with_out("pruned", method="obs", rounds=4, sparsity=0.5, budget=None),
+        with_out("pruned", method="layerwise", sparsity=0.5, budget=None),
         force=force,
         dry_run=False,
         plan=None,

@@ -46,6 +46,16 @@ class Method:
 
 METHODS = (
     Method(
+        name="layerwise",
+        job="prune",
+        module="compress.prune.layerwise",
+        summary="zero the weights that the outputs miss least, and fit layer by layer what is left; no training",
+        source="Frantar et al. 2022, Optimal Brain Compression (arXiv:2208.11580); 2023, SparseGPT (arXiv:2301.00774)",
+        options=("sparsity", "scope", "pattern", "exclude"),
+        budgets=("sparsity", "bytes"),
+        searches=True,
+    ),
+    Method(
         name="obs",
         job="prune",
         module="compress.prune.obs",

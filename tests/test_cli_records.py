@@ -1004,6 +1004,7 @@ def test_methods_lists_the_registry(run: Capture) -> None:
     assert "magnitude       hcompress prune " in run.out
     assert run("methods --json") == 0
     assert {entry["name"] for entry in run.document()["methods"]} == {
+        "layerwise",
         "obs",
         "magnitude",
         "structured-obs",

@@ -55,7 +55,7 @@ def make(kind="plain"):
         net.head.requires_grad_(False)
     return net
 """
-CASES = [("prune", "obs"), ("quantize", "hawq")]
+CASES = [("prune", "layerwise"), ("prune", "obs"), ("quantize", "hawq")]
 WIDTHS = pytest.mark.parametrize("method", ["hawq", "output-change"])
 pytestmark = pytest.mark.usefixtures("quick_exports")
 Run = Callable[..., dict[str, Any]]
@@ -106,7 +106,7 @@ def settings(folder: Path, kind: str, given: Mapping[str, Any]) -> Mapping[str, 
 @pytest.fixture
 def run(folder: Path, tmp_path: Path) -> Run:
     def run(job: str, method: str, kind: str, **given: Any) -> dict[str, Any]:
-        goal = {"sparsity": 0.5} if method in ("obs", "magnitude") else {"budget": "4bit"}
+        goal = {"sparsity": 0.5} if method in ("layerwise", "obs", "magnitude") else {"budget": "4bit"}
         chosen = settings(folder, kind, {"method": method, "out": str(tmp_path / "out"), **goal, **given})
         return pipeline.run_method(
             job,
@@ -191,7 +191,7 @@ def test_targets_of_another_width_are_named(run: Run, folder: Path) -> None:
     refusal(lambda: run("prune", "obs", "plain", data=str(folder / "wide.npz")), UsageError, words)
 
 
-@pytest.mark.parametrize(("job", "method"), CASES)
+@pytest.mark.parametrize(("job", "method"), [("prune", "obs"), ("quantize", "hawq")])
 def test_statistics_of_the_batch_leave_no_gradients_of_an_example(run: Run, job: str, method: str) -> None:
     words = "batch_norm takes its statistics from the batch"
     error = refusal(lambda: run(job, method, "batch_statistics"), UsageError, words)

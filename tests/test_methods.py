@@ -202,7 +202,7 @@ def test_same_inputs_give_the_same_bytes_and_apply_repeats_them(
 def test_without_a_budget_the_result_passes_the_gates(
     method: Method, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.prune.obs.MOST_REMOVED", 0.4)  # two sparsities
+    monkeypatch.setattr("compress.prune.masks.MOST_REMOVED", 0.4)  # two sparsities
     monkeypatch.setattr("compress.planning.RESOLUTION", 0.1)
     report = run(method, data, tmp_path / "run", max_drop=100.0)
     assert report["files"]["model.onnx"] < report["dense_bytes"]
@@ -290,6 +290,7 @@ def test_prune_then_quantize_keeps_the_zeros(data: Data, tmp_path: Path) -> None
     [
         ("magnitude", {"sparsity": 0.5}, 0, 0),
         ("magnitude", {}, 3, 0),
+        ("layerwise", {"sparsity": 0.5}, 0, 0),
         pytest.param("obs", {"sparsity": 0.5}, 3, 2, marks=pytest.mark.slow),
         ("structured-obs", {}, 0, 2),
         ("hesso", {"budget": "macs=60%"}, 10, 0),
@@ -322,7 +323,7 @@ def test_a_plan_is_applied_to_a_new_checkpoint_with_its_decisions(
     assert ("recover" in again.options) == (then > 0)
     assert str(again.budget) == str(kept.budget) == report["budget"] == given["budget"] is not None
     assert [check["name"] for check in report["checks"]] == [check["name"] for check in given["checks"]]
-    assert name == "obs" or report["loss"]["predicted"] is None
+    assert name in ("layerwise", "obs") or report["loss"]["predicted"] is None
     notes = "\n".join(report["notes"])
     assert "another checkpoint" in notes
     assert ("pass --recover-steps" in notes) == (first > 0 and then == 0)

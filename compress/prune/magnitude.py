@@ -104,6 +104,24 @@ def _chooser(scope: str) -> Callable[[Mapping[str, Tensor], float], Masks]:
     return _global_masks if scope == "global" else _layer_masks
 
 
+def removed_within(
+    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, scope: str, context: Context
+) -> int:
+    """How many weights of ``layers`` a budget of sparsity or bytes removes; None means the default sparsity.
+
+    Raises:
+        BudgetError: More than they have.
+    """
+    budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
+    if budget.quantity == "sparsity":
+        return removed_weights(graph, layers, budget.limit)
+    # The bytes of a file depend on how many weights are left, and hardly on which.
+    state = source.module.state_dict()
+    weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
+    masks = smallest_cut(weights, sum(layer.elements for layer in layers), budget, scope, context)
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
 def smallest_cut(weights: Mapping[str, Tensor], available: int, budget: Budget, scope: str, context: Context) -> Masks:
     """Bisect for the least sparsity whose file fits; everything is cut where none does."""
     choose = _chooser(scope)

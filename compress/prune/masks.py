@@ -19,6 +19,9 @@ from ..model import Source
 from ..plan import MaskWeights, Plan
 
 DEFAULT_SPARSITY = 0.5
+FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
+SEARCH_DENSITY = 0.88
+MOST_REMOVED = 0.98
 SHARE_ERROR = 1e-9  # what a share that is meant to be whole may be off by, as 0.1 * 30 is
 Masks = dict[str, Tensor]
 
@@ -44,6 +47,15 @@ def removed_weights(graph: Graph, layers: Sequence[Layer], sparsity: float) -> i
 def num_removed(share: float, total: int) -> int:
     """How many of ``total`` weights a share of them is, rounded up: what was asked for is reached."""
     return min(total, math.ceil(share * total - SHARE_ERROR * total))
+
+
+def searched_sparsities() -> list[float]:
+    """Those that a search for the sparsest network within the gates tries, growing."""
+    found, density = [], 1 - FIRST_SPARSITY
+    while density > 1 - MOST_REMOVED:
+        found.append(1 - density)
+        density *= SEARCH_DENSITY
+    return found
 
 
 def mask_plan(

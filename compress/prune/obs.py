@@ -27,15 +27,14 @@ from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update
 from ..plan import UNSTRUCTURED, MaskWeights, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .magnitude import smallest_cut
+from .magnitude import removed_within
 from .masks import (
-    DEFAULT_SPARSITY,
     mask_plan,
     n_of_m_mask,
     num_removed,
     parse_pattern,
     patterned_layers,
-    removed_weights,
+    searched_sparsities,
 )
 
 MANY_LEFT = 0.6  # of the weights: while more are left, every second example has a gradient
@@ -49,9 +48,6 @@ LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the 
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
-FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
-SEARCH_DENSITY = 0.88
-MOST_REMOVED = 0.98
 RECORDED = ("rounds", "scope", "fisher", "pattern")
 Choose = Callable[[Tensor], Tensor]  # scores [d] to the mask of survivors [d]
 
@@ -107,7 +103,7 @@ def plan(
     rounds = int(options["rounds"])
     choosers: list[Choose]
     if _pattern(options) == UNSTRUCTURED:
-        removed = _removed(source, graph, layers, budget, str(options["scope"]), context)
+        removed = removed_within(source, graph, layers, budget, str(options["scope"]), context)
         choosers = _shares(layers, removed, rounds, str(options["scope"]))
     else:
         layers = patterned_layers(graph, layers, _pattern(options), budget, context)
@@ -128,11 +124,8 @@ def candidates(
     """Plans of growing sparsity, a round each, as long as they are asked for."""
     layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
     surgery = _open(source, graph, layers, calibration, options, context)
-    d, density = surgery.network.num_weights, 1 - FIRST_SPARSITY
-    choosers = []
-    while density > 1 - MOST_REMOVED:
-        choosers.append(_chooser(layers, round((1 - density) * d), str(options["scope"])))
-        density *= SEARCH_DENSITY
+    d = surgery.network.num_weights
+    choosers = [_chooser(layers, round(sparsity * d), str(options["scope"])) for sparsity in searched_sparsities()]
     for keep in _rounds(surgery, choosers, share=1):
         yield _finished(surgery, keep, None)
 
@@ -165,19 +158,6 @@ def refit(
 
 def _pattern(options: Mapping[str, Any]) -> str:
     return str(options.get("pattern") or UNSTRUCTURED)
-
-
-def _removed(
-    source: Source, graph: Graph, layers: Sequence[Layer], budget: Budget | None, scope: str, context: Context
-) -> int:
-    budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
-    if budget.quantity == "sparsity":
-        return removed_weights(graph, layers, budget.limit)
-    # The bytes of a file depend on how many weights are left, and hardly on which.
-    state = source.module.state_dict()
-    weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
-    masks = smallest_cut(weights, sum(layer.elements for layer in layers), budget, scope, context)
-    return sum(int((~mask).sum()) for mask in masks.values())
 
 
 def _shares(layers: Sequence[Layer], removed: int, rounds: int, scope: str) -> list[Choose]:

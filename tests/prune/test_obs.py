@@ -23,6 +23,7 @@ from compress.model import Source
 from compress.numerics import mfac
 from compress.plan import Plan
 from compress.prune import magnitude, obs
+from compress.prune.masks import FIRST_SPARSITY, MOST_REMOVED, SEARCH_DENSITY
 from compress.task import Calibration, Classification, Regression, divergence
 
 OPTIONS = {"rounds": 2, "scope": "global", "fisher": "ggn", "pattern": "unstructured", "exclude": ()}
@@ -282,7 +283,7 @@ def found_candidates(module: nn.Module, **options: Any) -> Iterator[tuple[Plan, 
 def test_candidates_grow_in_sparsity_until_little_is_left() -> None:
     module = network()
     graph = trace_graph(module, (examples(2),))
-    expected, total = 1 - obs.FIRST_SPARSITY, sum(layer.elements for layer in graph.layers)
+    expected, total = 1 - FIRST_SPARSITY, sum(layer.elements for layer in graph.layers)
     masks: dict[str, Tensor] = {}
     for plan, sidecar in found_candidates(module, exclude=()):
         kept = sum(mask.kept for mask in plan.masks().values())
@@ -292,8 +293,8 @@ def test_candidates_grow_in_sparsity_until_little_is_left() -> None:
         found = {name: unpack_mask(sidecar[name], mask, shapes[name]) for name, mask in plan.masks().items()}
         assert all(bool((found[name] <= mask).all()) for name, mask in masks.items()), "a weight came back"
         apply_plan(module, graph.tied, plan, sidecar)
-        masks, expected = found, expected * obs.SEARCH_DENSITY
-    assert expected <= 1 - obs.MOST_REMOVED < expected / obs.SEARCH_DENSITY
+        masks, expected = found, expected * SEARCH_DENSITY
+    assert expected <= 1 - MOST_REMOVED < expected / SEARCH_DENSITY
 
 
 def test_a_candidate_is_computed_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

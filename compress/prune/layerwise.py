@@ -1,0 +1,275 @@
+"""Layer-wise pruning: layers in order, each brought as near to the dense network's outputs as fewer weights allow.
+
+How much goes where is decided first, for the whole network: on calibration data every row of every layer is eliminated
+to its end, and what each removal costs the layer's output is weighed by how much the network's outputs react to it. The
+cheapest removals of all are made. As the costs of a row never fall, that is the exact frontier of their sum. Then
+which weights those are, and what the others become, is decided layer by layer on the inputs that the pruned network
+makes (``reconstruct.sparse``). Layers that can't be fitted compete by the diagonal of the same curvature.
+Source: Frantar, Singh, Alistarh 2022, Optimal Brain Compression (arXiv:2208.11580), for the costs that rows and layers
+compete by, here in units of the network's outputs. Cost: a forward and backward pass, six forward ones, and twice
+that of ``numerics.elimination``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..apply import apply_plan, assemble, float_module, masks_of, values_key, values_sha256
+from ..budget import Budget
+from ..context import Context
+from ..curvature.network import open_network
+from ..curvature.row_traces import OutputGradients, output_gradients, row_traces
+from ..data import Data
+from ..graph.rewrite import on_device
+from ..graph.trace import Graph, Layer
+from ..model import Source
+from ..plan import UNSTRUCTURED, MaskWeights, Plan, Replace
+from ..reconstruct.side_by_side import fitting_examples
+from ..reconstruct.sparse import Cut, Fitted, prunable_layers, prune_layers, removal_costs
+from ..sensitivity import Sensitivity
+from ..task import Calibration, divergence, has_logits
+from ..train.distill import first_tensor
+from .magnitude import removed_within
+from .masks import mask_plan, n_of_m_mask, num_removed, parse_pattern, patterned_layers, searched_sparsities
+
+NAME = "layerwise"
+COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
+PASSES = 1
+BATCH = 64  # examples of a forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Surgery:
+    """A network on the table.
+
+    Attributes:
+        inputs: Calibration examples ``[n, ...]``.
+        reactions: Of the dense network's outputs to its layers'.
+    """
+
+    source: Source
+    graph: Graph
+    calibration: Calibration
+    inputs: tuple[Tensor, ...]
+    reactions: OutputGradients
+    options: Mapping[str, Any]
+    context: Context
+
+
+def plan(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Choose the weights to zero, and new values for the others and for biases.
+
+    Args:
+        budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
+        options: ``scope`` (``global``: layers compete; ``layer``: each loses the same share), ``pattern``
+            (``unstructured`` or ``n:m``), ``exclude`` (globs).
+
+    Returns:
+        The plan and its sidecar: packed masks, the survivors' values by tensor, and whole biases.
+
+    Raises:
+        BudgetError: More is to be removed than may be, or than the pattern leaves.
+        UsageError: Nothing to prune, or no pattern.
+    """
+    recorded = _recorded(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    if recorded["pattern"] == UNSTRUCTURED:
+        removed = removed_within(source, graph, layers, budget, recorded["scope"], context)
+        surgery = _open(source, graph, layers, calibration, recorded, context)
+        return _pruned(surgery, _cuts(surgery, layers, removed), budget)
+    n, m = parse_pattern(recorded["pattern"])
+    layers = patterned_layers(graph, layers, recorded["pattern"], budget, context)
+    surgery = _open(source, graph, layers, calibration, recorded, context)
+    scores = _scores(surgery, layers)
+    cuts = {}
+    for layer in layers:
+        score = scores.get(layer.tensor)
+        mask = None if score is None else n_of_m_mask(score, n, m, layer.input_axis)
+        cuts[layer.tensor] = Cut(layer.elements // m * (m - n), mask)
+    return _pruned(surgery, cuts, budget)
+
+
+def candidates(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    context: Context,
+) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+    """Plans of growing sparsity, as long as they are asked for."""
+    recorded = _recorded(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    surgery = _open(source, graph, layers, calibration, recorded, context)
+    for sparsity in searched_sparsities():
+        removed = num_removed(sparsity, sum(layer.elements for layer in layers))
+        yield _pruned(surgery, _cuts(surgery, layers, removed), None)
+
+
+def refit(
+    given: Plan,
+    sidecar: Mapping[str, Tensor],
+    source: Source,
+    graph: Graph,
+    calibration: Calibration,
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The masks of a plan on another checkpoint of the architecture: the survivors' values are computed anew.
+
+    Raises:
+        InputError: The plan is for another architecture.
+    """
+    masks = masks_of(given, sidecar, source.module.state_dict())
+    layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
+    surgery = _open(source, graph, layers, calibration, given.options, context)
+    cuts = {name: Cut(int((~mask).sum()), mask) for name, mask in masks.items()}
+    return _pruned(surgery, cuts, given.budget)
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "exclude": list(options.get("exclude") or ()),
+        "pattern": str(options.get("pattern") or UNSTRUCTURED),
+        "scope": str(options.get("scope") or "global"),
+    }
+
+
+def _open(
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    calibration: Calibration,
+    options: Mapping[str, Any],
+    context: Context,
+) -> _Surgery:
+    data = fitting_examples(graph, calibration.data)
+    if NAME not in context.memo:
+        context.memo[NAME] = output_gradients(
+            open_network(graph, layers=tuple(layers), device=context.device),
+            calibration.task,
+            data,
+            passes=PASSES,
+            generator=context.generator,
+            progress=context.progress,
+        )
+    inputs = tuple(x.to(context.device) for x in data.inputs)
+    return _Surgery(source, graph, calibration, inputs, context.memo[NAME], options, context)
+
+
+def _cuts(surgery: _Surgery, layers: Sequence[Layer], removed: int) -> dict[str, Cut]:
+    """How many weights each layer loses; which ones, where a layer can't be fitted."""
+    context, scores = surgery.context, _scores(surgery, layers)
+    total = sum(layer.elements for layer in layers)
+    if surgery.options["scope"] == "layer":
+        counts = [num_removed(removed / total, layer.elements) for layer in layers]
+    else:
+        if COSTS not in context.memo:
+            fitted = {layer.tensor for layer in layers} - scores.keys()
+            context.memo[COSTS] = removal_costs(
+                surgery.graph,
+                surgery.reactions,
+                fitted,
+                surgery.inputs,
+                device=context.device,
+                progress=context.progress,
+            )
+        costs = {**context.memo[COSTS], **scores}
+        every = torch.cat([costs[layer.tensor].flatten() for layer in layers])
+        owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
+        counts = torch.bincount(owner[every.argsort(stable=True)[:removed]], minlength=len(layers)).tolist()
+    cuts = {}
+    for layer, count in zip(layers, counts, strict=True):
+        mask = None
+        if layer.tensor in scores:
+            mask = torch.ones(layer.elements, dtype=torch.bool)
+            mask[scores[layer.tensor].flatten().argsort(stable=True)[:count]] = False
+            mask = mask.reshape(layer.shape)
+        cuts[layer.tensor] = Cut(count, mask)
+    return cuts
+
+
+def _scores(surgery: _Surgery, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """What each weight costs alone where a layer can't be fitted, float64 in its shape; a note names such layers.
+
+    The mean curvature of its row times its square: in the units of the other layers' costs.
+    """
+    fitted, context = prunable_layers(surgery.graph), surgery.context
+    others = tuple(layer for layer in layers if layer.tensor not in fitted)
+    if others and SCORES not in context.memo:
+        listed = ", ".join(layer.tensor for layer in others)
+        context.notes.append(f"{listed}: pruned, but not fitted: transposed, shared, or with too many inputs")
+        traces = row_traces(
+            open_network(surgery.graph, layers=others, device=context.device),
+            surgery.calibration.task,
+            surgery.calibration.data.first(len(surgery.inputs[0])),
+            passes=PASSES,
+            generator=context.generator,
+            progress=context.progress,
+        )
+        state = surgery.source.module.state_dict()
+        squares = {layer.tensor: state[layer.tensor].detach().double().cpu().flatten(1).square() for layer in others}
+        context.memo[SCORES] = {
+            layer.tensor: (squares[layer.tensor] * traces[layer.tensor][:, None]).reshape(layer.shape)
+            * (layer.shape[0] / layer.elements)
+            for layer in others
+        }
+    found: dict[str, Tensor] = context.memo.get(SCORES, {})
+    return found
+
+
+def _pruned(surgery: _Surgery, cuts: Mapping[str, Cut], budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
+    options, context = surgery.options, surgery.context
+    found = prune_layers(
+        surgery.graph,
+        cuts,
+        surgery.reactions,
+        surgery.inputs,
+        pattern=None if options["pattern"] == UNSTRUCTURED else parse_pattern(str(options["pattern"])),
+        device=context.device,
+        progress=context.progress,
+    )
+    decided = mask_plan(surgery.source, surgery.graph, found.masks, budget, NAME, options)
+    made, sidecar = _with_values(*decided, found)
+    predicted = {**made.predicted, "loss": _moved(surgery, made, sidecar)}
+    return replace(made, task_sha256=surgery.calibration.sha256(), predicted=predicted), sidecar
+
+
+def _with_values(plan: Plan, sidecar: dict[str, Tensor], found: Fitted) -> tuple[Plan, dict[str, Tensor]]:
+    decisions: list[MaskWeights | Replace] = []
+    for decision in plan.decisions:
+        assert isinstance(decision, MaskWeights)
+        if decision.tensor in found.weights:
+            values = found.weights[decision.tensor][found.masks[decision.tensor]]
+            sidecar[values_key(decision.tensor)] = values
+            decision = replace(decision, values_sha256=values_sha256(values))
+        decisions.append(decision)
+    for name, values in sorted(found.biases.items()):
+        sidecar[values_key(name)] = values
+        decisions.append(Replace(name, values_sha256(values)))
+    return replace(plan, decisions=tuple(decisions)), sidecar
+
+
+def _moved(surgery: _Surgery, plan: Plan, sidecar: Mapping[str, Tensor]) -> float:
+    """How far the outputs are from the dense network's, in units of the loss, on the calibration examples."""
+    source, graph, calibration = surgery.source, surgery.graph, surgery.calibration
+    pruned = assemble(graph, apply_plan(source.module, graph.tied, plan, sidecar))
+    batches = list(Data(surgery.inputs, None, calibration.data.name).batches(BATCH))
+    outputs = []
+    with torch.no_grad():
+        for network in (float_module(graph), pruned):
+            module = on_device(network, surgery.context.device)
+            outputs.append(torch.cat([first_tensor(module(*batch.inputs)).cpu() for batch in batches]))
+    return divergence(*outputs, are_logits=has_logits(calibration.task))
