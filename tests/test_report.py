@@ -183,6 +183,11 @@ class Page(HTMLParser):
             self.figures[-1] = value, text + data
 
 
+def make_activation(number: int, bits: int) -> dict[str, Any]:
+    own = {"tensor": f"relu_{number}", "bits": bits, "range": [0.0, 1.0], "read_by": [f"{number}.weight"]}
+    return own | {"sensitivity": None, "alternatives": []}
+
+
 CASES = {
     "quantize": make_report(),
     "prune": make_report(
@@ -212,11 +217,7 @@ CASES = {
     ),
     "all that there is": make_report(
         layers=[make_layer(n, channel_bits=[[0.0, 2], [1.6, 4], [5.0, 10]]) for n in range(1, 21)],
-        activations=[
-            {"tensor": f"relu_{n}", "bits": 4 + 4 * (n % 2), "range": [0.0, 1.0]}
-            | {"read_by": [f"{n}.weight"], "sensitivity": None, "alternatives": []}
-            for n in range(9)
-        ],
+        activations=[make_activation(n, 4 + 4 * (n % 2)) for n in range(9)],
         **{"onnx_bytes": PARTS, "predictors": make_predictors(), "frontier": make_frontier(), "loss": dict(LOSS)},
     ),
     "predictors without a loss": make_report(
@@ -703,7 +704,7 @@ def test_bits_of_activations_are_drawn_where_they_differ_and_said_where_they_do_
     html = render_html(CASES["all that there is"])
     assert "<title>2. relu_1: activation bits 8 (quantize)</title>" in html
     assert "activation, in network order" in html
-    same = [{"name": f"relu_{n}", "bits": 8, "range": [0.0, 1.0]} for n in range(3)]
+    same = [make_activation(n, 8) for n in range(3)]
     assert "<strong>Activation bits</strong>: 8 in every activation" in render_html(make_report(activations=same))
 
 
