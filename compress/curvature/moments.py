@@ -19,7 +19,7 @@ from .network import PASS_BATCH, Network, batches
 from .sample_gradients import each_dim, padded
 
 LARGEST_MOMENT = 8192  # inputs of an output; beyond, a moment would take more than half a gigabyte
-MAX_POSITIONS = 2**16  # of a layer, over all examples: the moments of more are no closer
+MAX_POSITIONS = 2**17  # of a layer, over all examples: the moments of more are no closer
 
 
 class _Reader(fx.Interpreter):
