@@ -94,6 +94,9 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
         if name not in _options(method):
             takers = ", ".join(known.name for known in methods_for(job) if name in _options(known))
             raise UsageError(f"method {method.name} has no {flag}", hint=f"methods that take it: {takers}")
+    if "memory" in given and not plan and not method.holds_gradients:
+        takers = ", ".join(known.name for known in methods_for(job) if known.holds_gradients)
+        raise UsageError(f"method {method.name} has no --memory", hint=f"methods that take it: {takers}")
     asked = any(settings[name].value for name in LENGTHS)
     unused = [BY_NAME[name].flag for name in sorted(set(given) & TRAINING)] + ["--resume"] * resume
     if unused and not asked and (plan or not method.trains):

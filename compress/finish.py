@@ -242,7 +242,8 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
     with torch.no_grad():
         for done, batch in enumerate(data.batches(LOSS_BATCH)):
             job.progress("loss on calibration data", done * LOSS_BATCH, len(data))
-            reference, outputs = (module(*batch.inputs) for module in (dense, built.module))
+            # Of each network its own inputs: a forward may write into them.
+            reference, outputs = (module(*(x.clone() for x in batch.inputs)) for module in (dense, built.module))
             total += len(batch) * divergence(reference, outputs, are_logits=are_logits)
     job.progress("loss on calibration data", len(data), len(data))
     what, unit = divergence_words(reference, are_logits=are_logits)

@@ -235,8 +235,11 @@ def memory_of(settings: Settings) -> int:
         UsageError: Not a size.
     """
     text = str(settings["memory"].value)
-    budget = parse_budget(text)
-    if budget.quantity != "bytes" or budget.of != "absolute":
+    try:
+        budget = parse_budget(text)
+    except UsageError:
+        budget = None
+    if budget is None or budget.quantity != "bytes" or budget.of != "absolute":
         raise UsageError(f"--memory {text!r} is not a size", hint="512MB or 4GB")
     return int(budget.limit)
 

@@ -25,6 +25,7 @@ class Method:
         measures: Sensitivities that it needs.
         mixed_measures: Those that it needs as well where activations have widths of their own.
         needs_data: Whether it decides on calibration data.
+        holds_gradients: Whether it holds a gradient of each example, for which there is ``--memory``.
         searches: Whether it finds the smallest model that passes the gates where no budget is given: by the points of
             its frontier (``at_point``), or by ever smaller ``candidates``.
         trains: Whether it trains the network while it decides, by the settings of recovery.
@@ -40,6 +41,7 @@ class Method:
     measures: tuple[str, ...] = ()
     mixed_measures: tuple[str, ...] = ()
     needs_data: bool = True
+    holds_gradients: bool = False
     searches: bool = False
     trains: bool = False
 
@@ -64,6 +66,7 @@ METHODS = (
         options=("sparsity", "scope", "pattern", "exclude", "rounds", "fisher"),
         budgets=("sparsity", "bytes"),
         measures=("weight-error",),
+        holds_gradients=True,
         searches=True,
     ),
     Method(

@@ -173,10 +173,10 @@ def differentiable(network: Network, names: Iterable[str]) -> Iterator[list[nn.P
 
 
 def batches(network: Network, data: Data, size: int = PASS_BATCH) -> Iterator[Data]:
-    """Successive batches of at most ``size`` examples, on the network's device."""
+    """Successive batches of at most ``size`` examples, on the network's device; a forward may write into them."""
     for batch in data.batches(size):
         targets = None if batch.targets is None else batch.targets.to(network.device)
-        yield Data(tuple(x.to(network.device) for x in batch.inputs), targets, batch.name)
+        yield Data(tuple(x.to(network.device, copy=True) for x in batch.inputs), targets, batch.name)
 
 
 def outputs_of(value: Any) -> tuple[Tensor, ...]:

@@ -32,15 +32,14 @@ from ..plan import UNSTRUCTURED, MaskWeights, Plan, Replace
 from ..reconstruct.side_by_side import fitting_examples
 from ..reconstruct.sparse import Cut, Fitted, prunable_layers, prune_layers, removal_costs
 from ..sensitivity import Sensitivity
-from ..task import Calibration, divergence, has_logits
-from ..train.distill import first_tensor
+from ..task import Calibration
+from ..train.distill import divergence_from
 from .magnitude import removed_within
 from .masks import mask_plan, n_of_m_mask, num_removed, parse_pattern, patterned_layers, searched_sparsities
 
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
 PASSES = 1
-BATCH = 64  # examples of a forward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +263,7 @@ def _with_values(plan: Plan, sidecar: dict[str, Tensor], found: Fitted) -> tuple
 
 def _moved(surgery: _Surgery, plan: Plan, sidecar: Mapping[str, Tensor]) -> float:
     """How far the outputs are from the dense network's, in units of the loss, on the calibration examples."""
-    source, graph, calibration = surgery.source, surgery.graph, surgery.calibration
-    pruned = assemble(graph, apply_plan(source.module, graph.tied, plan, sidecar))
-    batches = list(Data(surgery.inputs, None, calibration.data.name).batches(BATCH))
-    outputs = []
-    with torch.no_grad():
-        for network in (float_module(graph), pruned):
-            module = on_device(network, surgery.context.device)
-            outputs.append(torch.cat([first_tensor(module(*batch.inputs)).cpu() for batch in batches]))
-    return divergence(*outputs, are_logits=has_logits(calibration.task))
+    graph, task, device = surgery.graph, surgery.calibration.task, surgery.context.device
+    pruned = assemble(graph, apply_plan(surgery.source.module, graph.tied, plan, sidecar))
+    dense, changed = (on_device(network, device) for network in (float_module(graph), pruned))
+    return divergence_from(dense, changed, Data(surgery.inputs, None, surgery.calibration.data.name), task, device)

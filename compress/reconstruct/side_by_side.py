@@ -85,7 +85,8 @@ def walk(
         for number, node in enumerate(nodes):
             progress(what, number, len(nodes))
             if node.op == "placeholder":
-                pair.before[node] = pair.after[node] = next(given)
+                value = next(given)  # of each network its own: a forward may write into its inputs
+                pair.before[node], pair.after[node] = value.clone(), value.clone()
             elif node.op == "get_attr":
                 pair.before[node] = attribute_of(pair.dense, node)
                 pair.after[node] = attribute_of(pair.module, node)

@@ -63,12 +63,14 @@ class _Rows:
         moment: ``[k, k]``, or ``[r, k, k]`` where groups have inputs of their own.
         order: int64 ``[k]``: columns of the layer's weight in the order of ``weight``.
         moments: That they come from.
+        zeros: bool ``[r, k]``: weights that were zero before; they cost nothing, and stay zero.
     """
 
     weight: Tensor
     moment: Tensor
     order: Tensor
     moments: Moments
+    zeros: Tensor
 
     def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Values ``[r, k]`` in the weight's own shape."""
@@ -165,9 +167,11 @@ def prune_layers(
             kept = cut.mask.to(weight.device).flatten(1)[:, rows.order]
         elif pattern is not None:
             steps = cut.removed // len(rows.weight)
-            kept = rows.eliminated(steps, pattern).place >= steps
+            kept = (rows.eliminated(steps, pattern).place >= steps) & ~rows.zeros
+        elif cut.removed == 0:
+            kept = ~rows.zeros
         else:
-            kept = _kept(rows, cut.removed, reactions.channels[tensor].to(weight.device))
+            kept = _kept(rows, cut.removed, reactions.channels[tensor].to(weight.device)) & ~rows.zeros
         solved = fit_survivors(rows.weight, rows.moment, kept)
         fresh, mask = rows.back(solved, weight.shape), rows.back(kept, weight.shape)
         pair.put(place.weight, fresh)
@@ -201,8 +205,11 @@ def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, pattern
     if pattern is not None:
         order = order.reshape(weight.shape[1], -1).T.flatten()
     moment = damped[:, order][:, :, order]
-    rows = fitted.reshape(groups * c, k)[:, order]
-    return _Rows(rows, moment[0] if groups == 1 else moment.repeat_interleave(c, 0), order, moments)
+    rows, zeros = (values.reshape(groups * c, k)[:, order] for values in (fitted, weight == 0))
+    moment = moment[0] if groups == 1 else moment.repeat_interleave(c, 0)
+    if bool(zeros.any()):
+        rows = fit_survivors(rows, moment, ~zeros)
+    return _Rows(rows, moment, order, moments, zeros)
 
 
 def _counts(pair: SideBySide, place: Place, reactions: OutputGradients) -> Tensor | None:

@@ -281,3 +281,39 @@ def test_candidates_grow_in_sparsity_and_the_loss_with_them() -> None:
     assert kept == pytest.approx([(1 - FIRST_SPARSITY) * SEARCH_DENSITY**n * total for n in range(4)], abs=1)
     losses = [plan.predicted["loss"] for plan in plans]
     assert losses == sorted(losses)
+
+
+def test_zeros_of_a_sparser_network_stay_zero() -> None:
+    torch.manual_seed(0)
+    module, x = (
+        nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval().requires_grad_(False),
+        torch.randn(64, 24),
+    )
+    for layer in (module[0], module[2]):
+        layer.weight.mul_(torch.rand_like(layer.weight) > 0.6)  # type: ignore[operator,arg-type]
+    for sparsity in (0.01, 0.3, 0.7):
+        _, _, _, state = prune(module, x, sparsity)
+        assert all(
+            bool((state[key] == 0)[value == 0].all()) for key, value in module.state_dict().items() if value.dim() > 1
+        )
+
+
+class InPlace(nn.Module):
+    """It writes into its input; its first output is no float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.b(torch.relu(self.a(x.mul_(2).sub_(0.3))))
+        return y.argmax(1), y
+
+
+def test_a_forward_may_write_into_its_input() -> None:
+    torch.manual_seed(0)
+    module, x = InPlace().eval().requires_grad_(False), torch.randn(64, 8)
+    before = x.clone()
+    _, plan, _, _ = prune(module, x, 0.4)
+    assert torch.equal(x, before)
+    assert plan.predicted["loss"] < 0.01
