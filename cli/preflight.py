@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError, UsageError
 from ..plan import read_plan
-from ..registry import Method, find_measure, find_method, methods_for
+from ..registry import COMPARED, Method, find_measure, find_method, methods_for
 from ..settings import BY_NAME, Settings, chosen_budget
 
 LENGTHS = {"recover_steps", "recover_epochs"}
@@ -85,8 +85,11 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
         plan: Whether the decisions are those of a plan.
     """
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
+    compared = _measured(COMPARED) if settings["compare"].value else set[str]()
     for name in sorted(set(given) & {option for known in methods_for(job) for option in _options(known)}):
         flag = BY_NAME[name].flag
+        if name in compared:
+            continue
         if plan:
             raise UsageError(
                 f"{flag} has no effect with --plan, which keeps a plan's decisions", hint=f"leave {flag} out"
@@ -107,8 +110,11 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
 
 def _options(method: Method) -> set[str]:
     """Settings that act on what a method decides, but for the goal."""
-    measured = (option for name in method.measures for option in find_measure(name).options)
-    return {*method.options, *measured} - {"sparsity"}
+    return {*method.options, *_measured(method.measures)} - {"sparsity"}
+
+
+def _measured(names: Collection[str]) -> set[str]:
+    return {option for name in names for option in find_measure(name).options}
 
 
 def plan_file(path: Path) -> Path:

@@ -64,11 +64,14 @@ def read_record(path: Path, schema: str) -> dict[str, Any]:
 
 
 def read_object(path: Path, *, missing: str, damaged: str) -> dict[str, Any]:
-    """The JSON object in ``path``; empty where the text is another value.
+    """The JSON object in ``path``.
 
     Args:
         missing: Hint of the error where there is no such file.
-        damaged: Where it isn't JSON.
+        damaged: Where it isn't JSON, or no object.
+
+    Raises:
+        InputError: One of these; names the file and the way out.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -76,4 +79,6 @@ def read_object(path: Path, *, missing: str, damaged: str) -> dict[str, Any]:
         raise InputError(f"{path}: no such file", hint=missing) from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})", hint=damaged) from None
-    return dict(record) if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: a JSON object is expected", hint=damaged)
+    return record

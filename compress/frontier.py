@@ -236,11 +236,12 @@ def _check(path: Path, found: FrontierRecord) -> None:
     )
     if not fits:
         raise InputError(f"{path}: chosen names a choice that isn't there", hint="make the run again")
-    for read in found.reads:
-        if not _is_read(read, len(found.items)):
+    for number, read in enumerate(found.reads):
+        others = {item for other in found.reads[:number] for item in other.items}
+        if not _is_read(read, len(found.items)) or len(set(read.items) - others) != len(read.items):
             raise InputError(
                 f"{path}: the choices of activation {escape(read.activations[0])} have bits other than 2 to 8, or no "
-                "range for each, or items that aren't there",
+                "range for each, or too large a cost, or items that aren't there or are another's",
                 hint="make the run again",
             )
     ranges = [pair for read in found.reads for choice in read.choices for pair in choice.ranges]
@@ -259,7 +260,8 @@ def _check(path: Path, found: FrontierRecord) -> None:
 
 
 def _is_read(read: Read, num_items: int) -> bool:
-    return all(0 <= number < num_items for number in read.items) and all(
+    is_known = abs(read.cost) <= LARGEST_COST and all(0 <= number < num_items for number in read.items)
+    return is_known and all(
         2 <= choice.bits <= WIDEST and len(choice.ranges) == len(read.activations) for choice in read.choices
     )
 

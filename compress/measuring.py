@@ -16,7 +16,7 @@ from .errors import UsageError
 from .graph.trace import Graph
 from .job import Job, device_of, input_specs, method_options
 from .quantize.predictors import compare_predictors
-from .registry import Measure, find_measure, load_module
+from .registry import COMPARED, Measure, find_measure, load_module
 from .sensitivity import Sensitivity, sensitivity_from
 from .task import BUILT_IN
 
@@ -74,12 +74,13 @@ def compare(job: Job, count: int) -> dict[str, Any]:
     Raises:
         UsageError: There are no calibration data.
     """
-    traces = take(job, "hessian-trace", measure_context(job)).record
+    trace, diagonal = COMPARED
+    traces = take(job, trace, measure_context(job)).record
     assert job.calibration is not None
     try:
-        diagonals = take(job, "hessian-diagonal", measure_context(job)).tensors
+        diagonals = take(job, diagonal, measure_context(job)).tensors
     except UsageError as error:
-        job.notes.append(f"hessian-diagonal is left out of the comparison: {error.message}")
+        job.notes.append(f"{diagonal} is left out of the comparison: {error.message}")
         diagonals = {}
     return compare_predictors(
         job.source,

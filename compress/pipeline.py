@@ -146,7 +146,9 @@ def _plan_and_finish(
         needs_data=plan is None and method.needs_data,
         inputs=() if given is None else given[0].inputs,
     )
-    _check_before_work(opened, trains=is_asked(settings) or (plan is None and method.trains))
+    _check_before_work(opened, target.job, trains=is_asked(settings) or (plan is None and method.trains))
+    if plan is None:
+        planning.require_groups(opened, method)
     dense = dense_files(opened)
     sensitivities: dict[str, Sensitivity] = {}
     if given is None or plan is None:
@@ -184,10 +186,14 @@ def _plan_and_finish(
     return record
 
 
-def _check_before_work(job: Job, *, trains: bool) -> None:
+def _check_before_work(job: Job, command: str, *, trains: bool) -> None:
     """What else would be found wrong after an hour: globs, training data, and evaluation data, which nothing keeps."""
     job.graph.without(tuple(job.value("exclude") or ()))
-    measuring.num_configurations(job)
+    if measuring.num_configurations(job) and command == "quantize" and job.calibration is None:
+        raise UsageError(
+            "--compare runs the network on calibration data, and there are none",
+            hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args), or leave --compare out",
+        )
     if trains:
         training_data(job)
     if job.value("eval") is not None:

@@ -206,24 +206,31 @@ def _decide(
     return _completed(job, goal.budget, plan, tensors, context)
 
 
-def _planner_options(job: Job, method: Method) -> dict[str, Any]:
-    """A method's settings; activations that are rounded as they come are floats to it, as they have no range.
+def require_groups(job: Job, method: Method) -> None:
+    """Groups of inputs, where they are asked for, are those of linear layers with float activations.
 
     Raises:
-        UsageError: Groups and rounded activations.
+        UsageError: Activations are rounded, or there is no linear layer.
     """
     options = method_options(job, method.options)
-    if options.get("group_size") is not None and options["activations"] != "float":
+    if options.get("group_size") is None:
+        return
+    if options["activations"] != "float":
         raise UsageError(
             f"--group-size {options['group_size']} goes with float activations, not with --activations "
             f"{options['activations']}: no integer kernel multiplies with several scales in one sum",
             hint="pass --activations float, or no --group-size",
         )
-    if options.get("group_size") is not None and not any(layer.op == "linear" for layer in job.graph.layers):
+    if not any(layer.op == "linear" for layer in job.graph.layers):
         raise UsageError(
             f"--group-size {options['group_size']} is for linear layers, and the network has none",
             hint="leave it out: convolutions have a scale for each output channel",
         )
+
+
+def _planner_options(job: Job, method: Method) -> dict[str, Any]:
+    """A method's settings; activations that are rounded as they come are floats to it, as they have no range."""
+    options = method_options(job, method.options)
     return options | {"activations": "float"} if options.get("activations") == DYNAMIC else options
 
 

@@ -170,6 +170,7 @@ class Measure:
     needs_data: bool = True
 
 
+COMPARED = ("hessian-trace", "hessian-diagonal")  # what predictors of the loss are compared by
 MEASURES = (
     Measure(
         name="hessian-trace",

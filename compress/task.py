@@ -225,10 +225,16 @@ def divergences(reference: Any, outputs: Any, *, are_logits: bool) -> Tensor:
     moved = [(a.double() - b.double()).square() for a, b in zip(wanted, found, strict=True)]
     if are_logits or len(moved) == 1:
         return moved[0]
-    each = [
-        change.reshape(len(change), -1).mean(1) / _power(value) for change, value in zip(moved, wanted, strict=True)
-    ]
+    count = next((len(change) for change in moved if change.dim()), 1)
+    each = [_by_example(change, count) / _power(value) for change, value in zip(moved, wanted, strict=True)]
     return torch.stack(each).mean(0)
+
+
+def _by_example(change: Tensor, count: int) -> Tensor:
+    """``[count]``: the mean of each example; of an output that doesn't start with the examples, the mean for each."""
+    if change.dim() and len(change) == count:
+        return change.reshape(count, -1).mean(1)
+    return change.mean().expand(count)
 
 
 def _power(value: Tensor) -> float:

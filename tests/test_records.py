@@ -46,7 +46,7 @@ def test_a_number_that_is_none_is_never_written() -> None:
         (None, "no such file"),
         ("{", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
-        ("[]", "schema is None, expected x/1"),
+        ("[]", "a JSON object is expected"),
         ('{"schema": "y/\\u001b1"}', "schema is y/\\x1b1, expected x/1"),
     ],
 )

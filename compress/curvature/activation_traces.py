@@ -18,11 +18,11 @@ from torch import Tensor, fx
 
 from ..context import Progress
 from ..data import Data
-from ..graph.rewrite import on_device
+from ..graph.rewrite import on_device, writes_in_place
 from ..task import Task
 from .loss_factor import Draw, cotangents, output_curvature, period
 from .network import PASS_BATCH, outputs_of, require_finite
-from .traces import TraceEstimate, among, traces_by_passes
+from .traces import TraceEstimate, traces_by_passes
 
 
 def activation_traces(
@@ -61,9 +61,7 @@ class _Held(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
         super().__init__(module)
         self.names, self.held = names, dict[str, Tensor]()
-        self.is_in_place = any(
-            getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in module.graph.nodes
-        )
+        self.is_in_place = writes_in_place(module.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -87,7 +85,7 @@ def _squared_norms(
 ) -> tuple[Tensor, Tensor | None, int]:
     """``traces.SquaredNorms`` of activations."""
     norms, curvatures, complete = [], [], 0
-    part = among(data, chosen)
+    part = data.at(chosen)
     for numbers, batch in zip(torch.split(chosen, PASS_BATCH), part.batches(PASS_BATCH), strict=True):
         run = _Held(module, names)
         with torch.enable_grad():

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data import Data
 from ..errors import InputError, NumericsError
-from ..graph.rewrite import move, unlift
+from ..graph.rewrite import move, unlift, writes_in_place
 from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS, Graph, Layer, aten
 
 PASS_BATCH = 32  # examples of a forward and backward pass
@@ -122,7 +122,7 @@ def open_network(graph: Graph, *, layers: tuple[Layer, ...] | None = None, devic
                 looped.add(tensor)
             else:
                 batch_dims[node] = dim
-    is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in module.graph.nodes)
+    is_in_place = writes_in_place(module.graph)
     return Network(module, chosen, weights, uses, batch_dims, frozenset(looped), is_in_place, device)
 
 

@@ -124,12 +124,6 @@ def traces_by_passes(
     return found
 
 
-def among(data: Data, chosen: Tensor) -> Data:
-    """Some of the examples, by number."""
-    targets = None if data.targets is None else data.targets[chosen]
-    return Data(tuple(x[chosen] for x in data.inputs), targets, data.name)
-
-
 def heaviest(curvature: Tensor) -> Tensor:
     """The smallest set of examples, in order, that holds 99 % of the sum of squares of ``curvature`` ``[n]``.
 
@@ -146,7 +140,7 @@ def _squared_norms(
 ) -> tuple[Tensor, Tensor | None, int]:
     """``SquaredNorms`` of the layers' weights."""
     norms, curvatures, complete = [], [], 0
-    for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, among(data, chosen)), strict=True):
+    for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, data.at(chosen)), strict=True):
         outputs, uses = record(network, batch.inputs)
         complete, curvature = period(task, outputs), output_curvature(task, outputs)
         draw = Draw(seed, numbers.tolist(), probe, data.name)

@@ -46,8 +46,8 @@ def shorten(model: ModelProto, *, named: Collection[str] = ()) -> None:
     """
     graph = model.graph
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
-    inner = {name for node in graph.node for body in _bodies(node) for name in _names(body)}
-    free = (name for name in _short_names() if name not in kept | inner)
+    taken = kept | {name for node in graph.node for body in _bodies(node) for name in _names(body)}
+    free = (name for name in _short_names() if name not in taken)
     made = dict.fromkeys(name for node in graph.node for name in node.output if name and name not in kept)
     _rename(graph, {name: next(free) for name in made})
     versions = {entry.domain: entry.version for entry in model.opset_import}

@@ -455,6 +455,11 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
     _keep_floats(module)
 
 
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether an operator of the graph writes into its input, so that values that were kept would change."""
+    return any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in graph.nodes)
+
+
 def rounded_to(value: Tensor, grid: Grid) -> Tensor:
     """An activation's values on its grid."""
     return torch.fake_quantize_per_tensor_affine(value, grid.scale, grid.zero_point, 0, 2**grid.bits - 1)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..context import Context
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift
+from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift, writes_in_place
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
 from ..task import Task, divergences, floating, has_logits
@@ -108,7 +108,7 @@ def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
     named = {node.name: node for node in nodes}
-    is_in_place = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in nodes)
+    is_in_place = writes_in_place(module.graph)
     after: dict[frozenset[fx.Node], list[fx.Node]] = {}
     for batch in data.batches(_batch_size(graph)):
         known = dict(zip((n for n in nodes if n.op == "placeholder"), batch.inputs, strict=True))

@@ -112,7 +112,9 @@ def corrected(plan: Plan, source: Source, graph: Graph, calibration: Calibration
 
     def tried(found: Plan, sidecar: dict[str, Tensor]) -> Corrected:
         outputs = _outputs(assemble(graph, apply_plan(source.module, graph.tied, found, sidecar)), data, context)
-        return Corrected(found, sidecar, divergence(wanted, outputs, are_logits=are_logits))
+        batches = zip(data.batches(BATCH), wanted, outputs, strict=True)
+        moved = sum(len(batch) * divergence(a, b, are_logits=are_logits) for batch, a, b in batches)
+        return Corrected(found, sidecar, moved / len(data))
 
     def best() -> Corrected:
         return min(every, key=lambda one: one.moved)
@@ -133,11 +135,12 @@ def corrected(plan: Plan, source: Source, graph: Graph, calibration: Calibration
     return replace(made, plan=replace(made.plan, task_sha256=task_sha256))
 
 
-def _outputs(network: fx.GraphModule, data: Data, context: Context) -> list[Tensor]:
+def _outputs(network: fx.GraphModule, data: Data, context: Context) -> list[list[Tensor]]:
+    """Of each batch: outputs needn't have the examples as their first dimension."""
     network = on_device(network, context.device)
     with torch.no_grad():
         parts = [floating(network(*(x.to(context.device) for x in batch.inputs))) for batch in data.batches(BATCH)]
-    return [torch.cat([value.cpu() for value in values]) for values in zip(*parts, strict=True)]
+    return [[value.cpu() for value in values] for values in parts]
 
 
 def _reconstructed(
