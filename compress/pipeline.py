@@ -146,7 +146,7 @@ def _plan_and_finish(
         needs_data=plan is None and method.needs_data,
         inputs=() if given is None else given[0].inputs,
     )
-    _check_before_work(opened, target.job, trains=is_asked(settings) or (plan is None and method.trains))
+    _check_before_work(opened, target, trains=is_asked(settings) or (plan is None and method.trains))
     if plan is None:
         planning.require_groups(opened, method)
     dense = dense_files(opened)
@@ -186,10 +186,16 @@ def _plan_and_finish(
     return record
 
 
-def _check_before_work(job: Job, command: str, *, trains: bool) -> None:
+def _check_before_work(job: Job, target: Target, *, trains: bool) -> None:
     """What else would be found wrong after an hour: globs, training data, and evaluation data, which nothing keeps."""
     job.graph.without(tuple(job.value("exclude") or ()))
-    if measuring.num_configurations(job) and command == "quantize" and job.calibration is None:
+    compares = target.job == "quantize" and measuring.num_configurations(job) > 0
+    if compares and target.out is None:
+        raise UsageError(
+            "--compare goes into the report, and --dry-run writes none",
+            hint="use hcompress sensitivity --compare N, or leave --dry-run out",
+        )
+    if compares and job.calibration is None:
         raise UsageError(
             "--compare runs the network on calibration data, and there are none",
             hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args), or leave --compare out",

@@ -82,6 +82,14 @@ def test_one_configuration_leaves_nothing_to_rank() -> None:
     assert result.exception.hint == "pass 2 or more; 50 tell predictors apart"
 
 
+def test_a_comparison_is_refused_where_no_report_is_written() -> None:
+    given = ("--eval", str(DEMO / "evaluation.npz"), "--budget", "4bit", "--compare", "3", "--dry-run", "--quiet")
+    line = ["quantize", *NETWORK, *DATA, *given]
+    result = CliRunner().invoke(cli, line, obj=line)
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.message == "--compare goes into the report, and --dry-run writes none"
+
+
 @pytest.mark.slow
 def test_a_quantized_run_reports_the_comparison_that_it_is_asked_for(tmp_path: Path) -> None:
     evaluation = ("--eval", str(DEMO / "evaluation.npz"), "--method", "hawq", "--budget", "4bit", "--passes", "2")
