@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated JSON": (".json", truncate, "not readable as JSON"),
     "empty JSON": (".json", lambda path: path.write_bytes(b""), "not readable as JSON"),
     "no UTF-8": (".json", lambda path: path.write_bytes(b"\xff\xfe"), "not readable as JSON"),
-    "a list": (".json", lambda path: path.write_text("[]"), "expected hcompress.cache/1"),
+    "a list": (".json", lambda path: path.write_text("[]"), "a JSON object is expected"),
     "another schema": (".json", change(schema="hcompress.cache/0"), "expected hcompress.cache/1"),
     "a missing key": (".json", lambda path: path.write_text('{"schema": "hcompress.cache/1"}'), "not a cache entry"),
     "a figure changed": (".json", change(record=RECORD | {"notes": ["x"]}), "bytes were changed"),

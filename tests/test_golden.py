@@ -137,6 +137,7 @@ def test_apply_repeats_a_run_from_its_plan(runs: Path) -> None:
         assert (runs / "int8" / name).read_bytes() == (runs / "again" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_is_a_checkpoint_like_any_other(runs: Path) -> None:
     hcompress("quantize", "pruned", *IMAGES, *NEAREST, "--budget", "8bit", "--out", "both", folder=runs)
     both = report(runs / "both")

@@ -177,7 +177,7 @@ def test_a_picked_size_is_that_of_the_written_file(files: Files, tmp_path: Path)
     for share in (0.6, 0.9):
         limit = int(frontier.amount(frontier.costs[int(share * len(frontier.costs))]))
         report = quantize(files, tmp_path / f"{share}", plan=tmp_path / "run", pick=f"{limit}B", data=None)
-        assert 0.9 * limit < report["files"]["model.onnx"] <= limit
+        assert limit - 500 < report["files"]["model.onnx"] <= limit  # what nodes of widths that aren't used would take
 
 
 @pytest.mark.parametrize(
@@ -293,16 +293,16 @@ def test_a_cut_that_is_too_slow_in_the_last_measurement_gives_way_to_a_smaller_o
 
     def checked(job: Any, goal: Any, built: Any) -> tuple[float, float]:
         macs.append(built.graph.macs)
-        return 20.0 if len(macs) <= missed else len(built.onnx) / 1000, 12.0
+        return 20.0 if len(macs) <= missed else len(built.onnx) / 1000, 7.0
 
     monkeypatch.setattr(planning, "_measured_latency", lambda job, dense, model: len(model) / 1000)
     monkeypatch.setattr(planning, "_checked_latency", checked)
     monkeypatch.setattr(planning, "CLOSE_LATENCY", 1.0)
-    goal = {"method": "structured-obs", "budget": "latency=12ms", "multiple_of": 1, "dry_run": True}
+    goal = {"method": "structured-obs", "budget": "latency=7ms", "multiple_of": 1, "dry_run": True}
     if missed == 1:
         record = quantize(files, tmp_path / "run", job="prune", **goal)
         assert record["predicted"]["macs"] == macs[-1] < macs[0]
-        assert record["predicted"]["model.onnx_bytes"] <= 12_000
+        assert record["predicted"]["model.onnx_bytes"] <= 7_000
     else:
         with pytest.raises(BudgetError, match="the fastest network that was tried takes 20 ms") as caught:
             quantize(files, tmp_path / "run", job="prune", **goal)

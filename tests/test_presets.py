@@ -55,6 +55,7 @@ def test_the_gate_of_a_job_is_a_check_of_the_drop(report: Reports) -> None:
     assert found["average_bits"] <= 8
 
 
+@pytest.mark.slow
 def test_small_devices_get_integers_in_and_out_of_each_layer(report: Reports) -> None:
     found = report("edge-int8")
     assert found["average_bits"] <= 8
