@@ -35,7 +35,15 @@ from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.distill import divergence_from
 from .magnitude import removed_within
-from .masks import mask_plan, n_of_m_mask, num_removed, parse_pattern, patterned_layers, searched_sparsities
+from .masks import (
+    mask_plan,
+    n_of_m_mask,
+    num_removed,
+    parse_pattern,
+    patterned_layers,
+    recorded_options,
+    searched_sparsities,
+)
 
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
@@ -83,7 +91,7 @@ def plan(
         BudgetError: More is to be removed than may be, or than the pattern leaves.
         UsageError: Nothing to prune, or no pattern.
     """
-    recorded = _recorded(options)
+    recorded = recorded_options(options)
     layers = graph.compressible(tuple(recorded["exclude"]), "prune")
     if recorded["pattern"] == UNSTRUCTURED:
         removed = removed_within(source, graph, layers, budget, recorded["scope"], context)
@@ -110,7 +118,7 @@ def candidates(
     context: Context,
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, as long as they are asked for."""
-    recorded = _recorded(options)
+    recorded = recorded_options(options)
     layers = graph.compressible(tuple(recorded["exclude"]), "prune")
     surgery = _open(source, graph, layers, calibration, recorded, context)
     for sparsity in searched_sparsities():
@@ -136,14 +144,6 @@ def refit(
     surgery = _open(source, graph, layers, calibration, given.options, context)
     cuts = {name: Cut(int((~mask).sum()), mask) for name, mask in masks.items()}
     return _pruned(surgery, cuts, given.budget)
-
-
-def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "exclude": list(options.get("exclude") or ()),
-        "pattern": str(options.get("pattern") or UNSTRUCTURED),
-        "scope": str(options.get("scope") or "global"),
-    }
 
 
 def _open(

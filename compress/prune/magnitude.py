@@ -28,6 +28,7 @@ from .masks import (
     num_removed,
     parse_pattern,
     patterned_layers,
+    recorded_options,
     removed_weights,
 )
 
@@ -55,10 +56,9 @@ def plan(
         UsageError: The pattern isn't one, or a sparsity contradicts it.
     """
     state = source.module.state_dict()
-    exclude = tuple(options.get("exclude") or ())
-    layers = graph.compressible(exclude, "prune")
-    pattern = str(options.get("pattern") or UNSTRUCTURED)
-    scope = str(options.get("scope") or "global")
+    recorded = recorded_options(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    pattern, scope = recorded["pattern"], recorded["scope"]
     if pattern == UNSTRUCTURED:
         budget = budget or Budget("sparsity", DEFAULT_SPARSITY)
         weights = {layer.tensor: state[layer.tensor].detach().float() for layer in layers}
@@ -69,7 +69,6 @@ def plan(
             layer.tensor: n_of_m_mask(state[layer.tensor].detach().float().abs(), n, m, layer.input_axis)
             for layer in patterned_layers(graph, layers, pattern, budget, context)
         }
-    recorded = {"exclude": list(exclude), "pattern": pattern, "scope": scope}
     return mask_plan(source, graph, masks, budget, "magnitude", recorded)
 
 

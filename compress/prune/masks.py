@@ -16,7 +16,7 @@ from ..context import Context
 from ..errors import BudgetError, UsageError
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import MaskWeights, Plan
+from ..plan import UNSTRUCTURED, MaskWeights, Plan
 
 DEFAULT_SPARSITY = 0.5
 FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
@@ -56,6 +56,15 @@ def searched_sparsities() -> list[float]:
         found.append(1 - density)
         density *= SEARCH_DENSITY
     return found
+
+
+def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What says where weights are removed, as a plan records it."""
+    return {
+        "exclude": list(options.get("exclude") or ()),
+        "pattern": str(options.get("pattern") or UNSTRUCTURED),
+        "scope": str(options.get("scope") or "global"),
+    }
 
 
 def mask_plan(
