@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import io
 import logging
 import warnings
@@ -106,7 +108,7 @@ def _keep_tensors(program: ExportedProgram) -> None:
 
 def _translated(program: ExportedProgram, *, optimize: bool) -> ModelProto:
     translations: Any = {torch.ops.aten._adaptive_avg_pool3d.default: _average_pool3d}
-    with _silenced():
+    with _silenced(), _one_table():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -147,6 +149,23 @@ def _silenced() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _one_table() -> Iterator[None]:
+    """torch reads its table of operators in each export, which takes longer than a small network: once will do."""
+    registry: Any = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    table, read = _operators(registry), vars(registry)["from_torchlib"]
+    registry.from_torchlib = staticmethod(lambda opset_version: table)
+    try:
+        yield
+    finally:
+        registry.from_torchlib = read
+
+
+@functools.cache
+def _operators(registry: Any) -> Any:
+    return registry.from_torchlib(OPSET)
 
 
 def _clean(model: ModelProto) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -49,15 +48,6 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_table() -> Iterator[None]:
-    """torch.onnx reads its table of operators once, not in each export."""
-    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,18 @@ def test_an_op_without_an_onnx_form_is_named() -> None:
     graph, compressed, module = build(Eigenvalues().eval(), (torch.randn(2, 3, 3),), "float", None)
     with pytest.raises(InputError, match=r"the network has no ONNX form .*eig"):
         onnx_model(graph, compressed, module)
+
+
+def test_torchs_table_of_operators_is_read_once_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry: Any = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    reads, real = [], registry.from_torchlib
+    read = staticmethod(lambda opset_version: (reads.append(opset_version), real(opset_version))[1])
+    monkeypatch.setattr(registry, "from_torchlib", read)
+    export._operators.cache_clear()
+    for _ in range(2):
+        to_onnx(nn.Linear(3, 2), (torch.randn(2, 3),))
+        assert vars(registry)["from_torchlib"] is read
+    assert reads == [export.OPSET]
 
 
 def test_writing_twice_gives_the_same_bytes() -> None:
