@@ -244,7 +244,7 @@ class Built:
 
 
 def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Path) -> Built:
-    """Apply the plan and write the model files into the stage.
+    """Apply the plan and write the files that a budget may be of into the stage; ``with_program`` adds the other.
 
     Raises:
         GateError: The network without the plan's channels isn't what it is with them at zero.
@@ -273,12 +273,19 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
     onnx = serialize(model)
     store.write_file(stage / ONNX, onnx)
     store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
-    try:
-        write_program(module, graph.example_inputs, stage / PROGRAM)
-    except OSError as error:
-        raise store.disk_error(stage / PROGRAM, error) from error
-    sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS, PROGRAM)}
+    sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS)}
     return Built(compressed, module, onnx, sizes, graph, original, group_sparsity, form_notes(model, dynamic))
+
+
+def with_program(job: Job, built: Built, stage: Path) -> Built:
+    """Write model.pt2 too, of the network that is decided: searches build many."""
+    job.progress("export program", 0, None)
+    path = stage / PROGRAM
+    try:
+        write_program(built.module, built.graph.example_inputs, path)
+    except OSError as error:
+        raise store.disk_error(path, error) from error
+    return replace(built, sizes={**built.sizes, PROGRAM: path.stat().st_size})
 
 
 def _dynamic_layers(module: fx.GraphModule) -> set[str]:

@@ -28,6 +28,7 @@ from .build import (
     read_plan_files,
     sealed,
     sidecar_bytes,
+    with_program,
     write_plan,
     write_sensitivities,
 )
@@ -169,6 +170,7 @@ def _plan_and_finish(
             if is_asked(opened.settings):
                 fitted = planning.recovered(opened, fitted, target.journal(), resume=target.resume)
             decided, built = planning.publish(opened, fitted, target.stage)
+    built = with_program(opened, built, target.stage)
     if target.out is None:
         return dry_run_record(opened, decided.plan, built)
     write_sensitivities(target.stage, sensitivities)
@@ -276,7 +278,7 @@ def apply_plan(
         _note_other_source(opened, decided)
         dense = dense_files(opened)
         write_plan(stage, decided, sidecar)
-        built = build(opened, decided, sidecar, stage)
+        built = with_program(opened, build(opened, decided, sidecar, stage), stage)
         target = Target(stage, out, "apply", gates_of(settings), command, decided.budget)
         return finish(opened, built, decided, dense, target)
 
@@ -288,7 +290,7 @@ def export_dense(
     out = out_folder(settings)
     with store.staged(out, force, [checkpoint]) as stage:
         opened = open_job(checkpoint, settings, progress, needs_data=False, example="eval", may_guess=True)
-        built = build(opened, None, {}, stage)
+        built = with_program(opened, build(opened, None, {}, stage), stage)
         dense = Dense(built.onnx, built.sizes)
         target = Target(stage, out, "export", gates_of(settings), command, None)
         return finish(opened, built, None, dense, target)

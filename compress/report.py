@@ -6,6 +6,7 @@ Names of layers and files come from untrusted checkpoints; every string is escap
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shlex
@@ -317,6 +318,7 @@ class Scatter:
     unit: str
 
 
+@functools.cache
 def _environment(finalize: Callable[[object], Markup]) -> Environment:
     # 60 ms, and the sentences above do without.
     from jinja2 import Environment, PackageLoader, StrictUndefined
