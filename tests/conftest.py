@@ -27,7 +27,7 @@ def load_file(path: Path, name: str) -> ModuleType:
 
 
 zoo = load_file(Path(__file__).with_name("zoo.py"), "zoo")
-for _part in ("zoo_traps", "zoo_sequences", "zoo_families"):
+for _part in ("zoo_traps", "zoo_sequences", "zoo_families", "command"):
     load_file(Path(__file__).with_name(f"{_part}.py"), _part)
 torch.set_num_threads(1)
 # The same examples in every run, and no complaint about a busy machine.
@@ -50,20 +50,27 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def kept_exports() -> dict[Any, Any]:
+    """What ``quick_runs`` has exported."""
+    return {}
+
+
 @pytest.fixture(scope="module")
-def quick_exports() -> Iterator[None]:
-    """A dense network is exported once: a third of a small run."""
+def quick_runs(kept_exports: dict[Any, Any]) -> Iterator[None]:
+    """A dense network is exported once, and a network is timed a few times only: half of a small run."""
     pipeline = importlib.import_module("compress.pipeline")
-    real, kept = pipeline.dense_files, {}
+    real = pipeline.dense_files
 
     def dense_files(job: Any) -> Any:
         form = (job.value("runtime"), job.value("float_storage"))
-        key = (job.source.sha256, tuple(x.shape for x in job.graph.example_inputs), form)
-        kept[key] = kept[key] if key in kept else real(job)
-        return kept[key]
+        key = (job.source.sha256, str(job.graph.program.graph), form)
+        kept_exports[key] = kept_exports[key] if key in kept_exports else real(job)
+        return kept_exports[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "dense_files", dense_files)
+        patch.setattr(importlib.import_module("compress.finish"), "LATENCY_REPEATS", 3)
         yield
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -12,27 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from command import record as run
 
 import compress
 from compress.demo.network import fashion_net
 from compress.errors import InputError
 
 DEMO = Path(str(resources.files("compress.demo")))
-HCOMPRESS = Path(sys.executable).with_name("hcompress")
 CHECKPOINT = DEMO / "fashion_net.safetensors"
 NETWORK = ("--model", "compress.demo.network:fashion_net", "--mean", "0.286", "--std", "0.353")
 DATA = ("--data", DEMO / "calibration.npz", "--eval", DEMO / "evaluation.npz", "--num-calibration", "64")
 GOAL = ("--method", "structured-obs", "--budget", "macs=60%")
-
-
-def run(*arguments: object, code: int = 0) -> dict[str, Any]:
-    done = subprocess.run(
-        [str(part) for part in (HCOMPRESS, *arguments, "--json")],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ class Detection:
         return 100.0 * ((logits.argmax(1) == targets[:, 0].long()) & (overlap > 1 / 3)).double()
 '''
 Run = Callable[..., dict[str, Any]]
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def scenes(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

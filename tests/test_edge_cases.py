@@ -57,7 +57,7 @@ def make(kind="plain"):
 """
 CASES = [("prune", "layerwise"), ("prune", "obs"), ("quantize", "hawq")]
 WIDTHS = pytest.mark.parametrize("method", ["hawq", "output-change"])
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 Run = Callable[..., dict[str, Any]]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from compress.task import Calibration, Classification
 from compress.verify import measure_parity, open_session, parity_holds, run_session
 
 PLAIN = ("plain_cnn", "Split", "transposed_2d", "mlp", "Gpt", "DataclassOutput", "TwoInputs")
+ODD = ("Recurrent", "SqueezeExcite", "Attention", "weight_norm")
 
 
 def build(
@@ -70,8 +74,32 @@ def build(
     return graph, *assemble_stored(graph, compressed, DTYPES[float_storage])
 
 
+@functools.cache
+def built(
+    name: str, activations: str, bits: int | None, float_storage: str = "fp32"
+) -> tuple[Graph, Compressed, fx.GraphModule]:
+    """A network of the zoo of ``build``, calibrated on 16 examples; not to be changed."""
+    network = named(name)
+    return build(network.make(), network.inputs(16), activations, bits, float_storage)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def translations() -> Iterator[None]:
+    """A network is translated once for all forms of its file."""
+    real, kept = export.to_onnx, dict[nn.Module, onnx.ModelProto]()
+
+    def translated(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+        if module not in kept:
+            kept[module] = real(module, example_inputs)
+        return copy.deepcopy(kept[module])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_onnx", translated)
+        yield
+
+
 def check_onnx(network: Network, activations: str, bits: int | None, form: Form = USUAL) -> None:
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits, form.float_storage)
+    graph, compressed, module = built(network.name, activations, bits, form.float_storage)
     model = onnx_model(graph, compressed, module, form=form)
     content = serialize(model)
     for parity in measure_parity(module, open_session(content, 1), network.inputs(8)):
@@ -82,7 +110,7 @@ def check_onnx(network: Network, activations: str, bits: int | None, form: Form 
 
 
 def check_program(network: Network, activations: str, bits: int | None, folder: Path) -> None:
-    graph, _, module = build(network.make(), network.inputs(16), activations, bits)
+    graph, _, module = built(network.name, activations, bits)
     write_program(module, graph.example_inputs, folder / "model.pt2")
     found = pt2.read(folder / "model.pt2").module(check_guards=False)
     for count in (1, 3, 7):
@@ -96,9 +124,13 @@ def test_integer_networks_run_alike_in_onnx_runtime(network: Network) -> None:
     check_onnx(network, "8", 8)
 
 
-@pytest.mark.parametrize("name", [*PLAIN, "Recurrent", "SqueezeExcite", "padded_residual", "Attention", "weight_norm"])
+@pytest.mark.parametrize("name", [*PLAIN, "padded_residual", *ODD])
 def test_integer_networks_of_a_few_run_alike_in_onnx_runtime(name: str) -> None:
     check_onnx(named(name), "8", 8)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "padded_residual", *(pytest.param(n, marks=pytest.mark.slow) for n in ODD)])
+def test_integer_networks_of_4_bits_run_alike_in_onnx_runtime(name: str) -> None:
     check_onnx(named(name), "4", 4)
 
 
@@ -122,7 +154,7 @@ def test_programs_are_equal_after_reading(network: Network, activations: str, bi
 @pytest.mark.parametrize("activations", ["8", "4"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_integer_programs_of_a_few_are_equal_after_reading(name: str, activations: str, tmp_path: Path) -> None:
-    check_program(named(name), activations, 4, tmp_path)
+    check_program(named(name), activations, int(activations), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plain_cnn", "TiedEmbedding", "transposed_2d"])
@@ -157,8 +189,7 @@ def kernels(content: bytes, folder: Path) -> list[str]:
 )
 @pytest.mark.parametrize("activations", ["8", "4"])
 def test_every_layer_is_an_integer_kernel(name: str, activations: str, tmp_path: Path) -> None:
-    network = named(name)
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, 8)
+    graph, compressed, module = built(name, activations, int(activations))
     ops = kernels(serialize(onnx_model(graph, compressed, module)), tmp_path)
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(ops)
     assert sum(op in ("QLinearConv", "QGemm", "MatMulInteger") for op in ops) == len(graph.layers)
@@ -187,17 +218,23 @@ def onnx_outputs(model: onnx.ModelProto, inputs: tuple[Tensor, ...]) -> list[Ten
     return run_session(open_session(serialize(model), 1), inputs)
 
 
+@functools.cache
+def with_floats(name: str, bits: int) -> fx.GraphModule:
+    """The network of ``built`` with the values that its integers stand for."""
+    graph, compressed, _ = built(name, "float", bits)
+    return assemble(graph, Compressed(dict(compressed.state()), None))
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "portable"])
 @pytest.mark.parametrize(("name", "activations", "bits"), CASES)
 def test_every_runtimes_file_computes_what_the_plain_one_does(
     name: str, activations: str, bits: int, runtime: str
 ) -> None:
     network = named(name)
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits)
-    plain = to_onnx(module, graph.example_inputs)
+    graph, compressed, module = built(name, activations, bits)
+    plain = export.to_onnx(module, graph.example_inputs)
     if activations == "float":  # DequantizeLinear in front of a product makes ONNX Runtime round activations
-        floats = Compressed(dict(compressed.state()), None)
-        plain = to_onnx(assemble(graph, floats), graph.example_inputs)
+        plain = export.to_onnx(with_floats(name, bits), graph.example_inputs)
     written = onnx_model(graph, compressed, module, form=Form(runtime))
     inputs = network.inputs(5)
     for expected, found in zip(onnx_outputs(plain, inputs), onnx_outputs(written, inputs), strict=True):
@@ -211,10 +248,11 @@ def test_dynamic_activations_run_alike_in_onnx_runtime(
 ) -> None:
     monkeypatch.setattr(export, "is_faster_as_integers", lambda product: True)
     network = named(name)
-    graph, compressed, module = build(network.make(), network.inputs(16), "float", bits)
+    graph, compressed, module = built(name, "float", bits)
     before = [leaf.clone() for leaf in tree_leaves(module(*network.inputs(3)))]
     layers = integer_linears(module)
     model = onnx_model(graph, compressed, module, form=Form(runtime), dynamic=layers)
+    module = copy.deepcopy(module)
     round_inputs(module, layers)
     assert layers == dynamic_weights(model)
     assert layers and [node.op_type for node in model.graph.node].count("MatMulInteger") == len(layers)
@@ -271,8 +309,7 @@ def test_one_row_reads_4_bit_blocks_where_they_are_faster(bits: int, monkeypatch
 
 @pytest.mark.parametrize("activations", ["8", "float"])
 def test_a_portable_file_has_int8_weights_and_nothing_to_unpack(activations: str) -> None:
-    network = named("plain_cnn")
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, 3)
+    graph, compressed, module = built("plain_cnn", activations, 3)
     model = onnx_model(graph, compressed, module, form=Form("portable"))
     shapes = {
         tuple(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1
@@ -295,8 +332,7 @@ def test_a_portable_file_has_the_zeros_of_a_masked_weight() -> None:
 @pytest.mark.parametrize("activations", ["8", "4"])
 @pytest.mark.parametrize("form", [Form("portable", "fp16"), Form("openvino", "bf16")], ids=lambda form: form.runtime)
 def test_every_layer_of_other_forms_is_an_integer_kernel(form: Form, activations: str, tmp_path: Path) -> None:
-    network = named("plain_cnn")
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, 8, form.float_storage)
+    graph, compressed, module = built("plain_cnn", activations, 8, form.float_storage)
     ops = kernels(serialize(onnx_model(graph, compressed, module, form=form)), tmp_path)
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Cast"} & set(ops)
     assert sum(op in ("QLinearConv", "QGemm", "MatMulInteger") for op in ops) == len(graph.layers)
@@ -305,9 +341,9 @@ def test_every_layer_of_other_forms_is_an_integer_kernel(form: Form, activations
 @pytest.mark.parametrize("float_storage", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["plain_cnn", "TiedEmbedding", "depthwise", "Gpt"])
 def test_floats_take_two_bytes_in_every_file(name: str, float_storage: str, tmp_path: Path) -> None:
-    network, dtype = named(name), DTYPES[float_storage]
-    graph, whole, module = build(network.make(), network.inputs(8), "float", None)
-    _, half, rounded = build(network.make(), network.inputs(8), "float", None, float_storage)
+    dtype = DTYPES[float_storage]
+    graph, whole, module = built(name, "float", None)
+    _, half, rounded = built(name, "float", None, float_storage)
     before = {t.name: t for t in onnx_model(graph, whole, module).graph.initializer}
     written = onnx_model(graph, half, rounded, form=Form(float_storage=float_storage))
     large = {n for n, t in before.items() if t.data_type == 1 and t.dims and torch.Size(t.dims).numel() >= 64}
@@ -434,7 +470,11 @@ def test_writing_twice_gives_the_same_bytes() -> None:
 @pytest.mark.data
 @pytest.mark.parametrize(
     "factory",
-    ["resnet_cifar:resnet20", pytest.param("resnet_cifar:resnet32", marks=pytest.mark.slow), "babyllama:babyllama"],
+    [
+        "resnet_cifar:resnet20",
+        pytest.param("resnet_cifar:resnet32", marks=pytest.mark.slow),
+        pytest.param("babyllama:babyllama", marks=pytest.mark.slow),
+    ],
 )
 def test_real_networks_run_alike_in_onnx_runtime(factory: str, data_folder: Path) -> None:
     from compress.data import load_object

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,7 @@ def make():
     body = [nn.Conv2d(1, 32, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU()]
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 10))
 """
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:
@@ -42,14 +43,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "network.py").write_text(NETWORK)
     module = load_object(f"{folder / 'network.py'}:make", "--model")()
     save_file(module.state_dict(), folder / "network.safetensors")
+    images = np.load(FOLDER / "calibration.npz")
+    np.savez(folder / "images.npz", x=images["x"][:64], y=images["y"][:64])
     return folder / "network.safetensors"
 
 
 def settings(checkpoint: Path, out: Path, **given: Any) -> Mapping[str, Value]:
     flags = {
         "model": f"{checkpoint.with_name('network.py')}:make",
-        "data": str(FOLDER / "calibration.npz"),
-        "eval": str(FOLDER / "evaluation.npz"),
+        "data": str(checkpoint.with_name("images.npz")),
+        "eval": str(checkpoint.with_name("images.npz")),
         "num_calibration": 32,
         "reconstruction": "none",
         "max_drop": 100.0,
@@ -126,7 +129,8 @@ def test_a_run_of_halves_is_a_checkpoint_and_a_network_of_floats(checkpoint: Pat
     assert loaded.state_dict()["7.weight"].dtype == torch.float32
     kept = loaded.state_dict()["7.weight"] != 0
     assert torch.equal(loaded.state_dict()["7.weight"][kept], weight.half().float()[kept])
-    again = run("quantize", tmp_path / "run", tmp_path / "again", method="uniform", budget="8bit", model=factory)
+    given = {"model": factory, **dict.fromkeys(("data", "eval"), str(checkpoint.with_name("images.npz")))}
+    again = run("quantize", tmp_path / "run", tmp_path / "again", method="uniform", budget="8bit", **given)
     assert again["average_bits"] == 8
 
 

@@ -18,12 +18,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from command import hcompress
 from PIL import Image
 
 DATA = Path(os.environ.get("HCOMPRESS_TEST_DATA") or "absent")
 pytestmark = [
     pytest.mark.data,
     pytest.mark.skipif(not DATA.is_dir(), reason="set HCOMPRESS_TEST_DATA to the folder of real checkpoints"),
+    pytest.mark.usefixtures("quick_runs"),
 ]
 CHECKPOINT = DATA / "cifar10" / "resnet20-12fca82f.th"
 MODEL = ("--model", f"{DATA}/resnet_cifar.py:resnet20")
@@ -39,24 +41,15 @@ def first(count):
     x, y = cifar.tensors("test")
     return x[:count].clone(), y[:count].clone()
 """
-HCOMPRESS = Path(sys.executable).with_name("hcompress")
-
-
-def hcompress(*arguments: str | Path, folder: Path) -> str:
-    """Run the installed command; its standard output."""
-    done = subprocess.run(
-        [HCOMPRESS, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of the figures below, in one folder."""
+    """The runs of the figures below, in one folder; one of the installed command, the others in this process."""
     folder = tmp_path_factory.mktemp("golden")
     (folder / "small.py").write_text(SMALL)
-    hcompress("export", CHECKPOINT, *MODEL, "--out", "dense", folder=folder)
+    command = [Path(sys.executable).with_name("hcompress"), "export", CHECKPOINT, *MODEL, "--out", "dense"]
+    subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=True)
     hcompress(
         "prune", CHECKPOINT, *IMAGES, "--method", "magnitude", "--sparsity", "0.5", "--out", "pruned", folder=folder
     )

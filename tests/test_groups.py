@@ -49,7 +49,7 @@ def headless():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 10, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:
@@ -62,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "network.py").write_text(NETWORK)
     for name in ("mlp", "convolutional", "headless"):
         save_file(load_object(f"{folder / 'network.py'}:{name}", "--model")().state_dict(), folder / name)
+    images = np.load(FOLDER / "calibration.npz")
+    np.savez(folder / "images.npz", x=images["x"][:64], y=images["y"][:64])
     return folder
 
 
@@ -76,8 +78,8 @@ def kept_signal() -> Iterator[None]:
 def settings(folder: Path, name: str, out: Path, **given: Any) -> Mapping[str, Value]:
     flags = {
         "model": f"{folder / 'network.py'}:{name}",
-        "data": str(FOLDER / "calibration.npz"),
-        "eval": str(FOLDER / "evaluation.npz"),
+        "data": str(folder / "images.npz"),
+        "eval": str(folder / "images.npz"),
         "num_calibration": 32,
         "max_drop": 100.0,
         "cache": "off",

@@ -59,7 +59,7 @@ CASES = [
     for quantity in method.budgets
     for goal in GOALS[quantity]
 ]
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:

@@ -39,7 +39,7 @@ def make():
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(216, 10))
 """
 HAWQ = find_method("quantize", "hawq")
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def quiet(stage: str, done: int, total: int | None) -> None:

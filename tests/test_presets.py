@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import record
 
 DEMO = Path(str(resources.files("compress.demo")))
-HCOMPRESS = Path(sys.executable).with_name("hcompress")
 NETWORK = ("--model", "compress.demo.network:fashion_net", "--mean", "0.286", "--std", "0.353")
 DATA = ("--data", DEMO / "calibration.npz", "--eval", DEMO / "evaluation.npz", "--num-calibration", "64")
 PRESETS = sorted(path.stem for path in Path(str(resources.files("compress.presets"))).glob("*.toml"))
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def report_of(preset: str, folder: Path) -> dict[str, Any]:
-    command = [HCOMPRESS, "quantize", DEMO / "fashion_net.safetensors", *NETWORK, *DATA, "--preset", preset]
-    done = subprocess.run(
-        [str(part) for part in (*command, "--out", folder / preset, "--json")],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
+    command = ("quantize", DEMO / "fashion_net.safetensors", *NETWORK, *DATA, "--preset", preset)
+    report = record(*command, "--out", folder / preset)
     assert (folder / preset / report["delivered"]).stat().st_size == report["files"][report["delivered"]]
     assert all(check["ok"] for check in report["checks"])
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,13 @@ INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
 FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
+@functools.cache
+def traced(name: str) -> Graph:
+    """A network of the zoo, which every test of it reads and none changes."""
+    network = named(name)
+    return trace_graph(network.make(), network.inputs(2))
+
+
 def num_batch_norms(nodes: object) -> int:
     return sum(node.target in BATCH_NORMS for node in nodes)  # type: ignore[attr-defined]
 
@@ -64,9 +72,8 @@ def test_folding_equals_the_module_in_float64(network: Network) -> None:
 
 
 def test_folding_equals_the_module_in_float32(network: Network) -> None:
-    module, inputs = network.make(), network.inputs(3)
-    found = tree_leaves(float_module(trace_graph(module, inputs))(*network.inputs(5)))
-    for e, f in zip(tree_leaves(module(*network.inputs(5))), found, strict=True):
+    found = tree_leaves(float_module(traced(network.name))(*network.inputs(5)))
+    for e, f in zip(tree_leaves(network.make()(*network.inputs(5))), found, strict=True):
         assert float((e - f).abs().max()) <= 1e-5 * float(e.abs().max())
 
 
@@ -107,7 +114,7 @@ def test_the_bias_of_a_channel_of_zeros_is_exact() -> None:
 
 def test_what_is_only_the_output_stays_float_and_what_a_layer_reads_is_rounded() -> None:
     network = named("Concatenated")
-    module = float_module(trace_graph(network.make(), network.inputs(2)))
+    module = float_module(traced("Concatenated"))
     grids = {node.name: Grid(0.05, 128, 8) for node in activation_points(module)}
     assert set(grids) == {"x", "relu", "conv2d_1"}
     plain = tree_leaves(module(*network.inputs(3)))
@@ -119,7 +126,7 @@ def test_what_is_only_the_output_stays_float_and_what_a_layer_reads_is_rounded()
 
 
 def test_every_layers_input_is_rounded(network: Network) -> None:
-    module = float_module(trace_graph(network.make(), network.inputs(2)))
+    module = float_module(traced(network.name))
     points = set(activation_points(module))
     floats = [n for n in module.graph.nodes if n.target in WEIGHT_OPS and n.args[0].meta["val"].is_floating_point()]
 
@@ -132,7 +139,7 @@ def test_every_layers_input_is_rounded(network: Network) -> None:
 
 
 def test_all_points_are_rounded_where_all_layers_are_integers_and_none_where_none_is(network: Network) -> None:
-    graph = trace_graph(network.make(), network.inputs(2))
+    graph = traced(network.name)
     module = float_module(graph)
     every = points_for(module, {layer.tensor for layer in graph.layers})
     assert (every == activation_points(module)) == (network.name not in COMPUTED_WEIGHTS)
@@ -141,8 +148,7 @@ def test_all_points_are_rounded_where_all_layers_are_integers_and_none_where_non
 
 def mixed(network: Network, is_integer: list[bool]) -> tuple[Graph, Compressed, fx.GraphModule]:
     """The network with some of its layers as integers, in their order, and the points that these need."""
-    module, inputs = network.make(), network.inputs(16)
-    graph = trace_graph(module, network.inputs(2))
+    module, inputs, graph = network.make(), network.inputs(16), traced(network.name)
     assert len(is_integer) == len(graph.layers)
     chosen = {layer.tensor: layer for layer, choice in zip(graph.layers, is_integer, strict=True) if choice}
     dense = float_module(graph)
