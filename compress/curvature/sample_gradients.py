@@ -59,13 +59,13 @@ def sample_gradients(
     columns = _columns(network, keep)
     width = network.num_weights if keep is None else int(keep.sum())
     numbers, data = range(first, first + len(data), step), data.every(step)
-    rows = new_gradients(len(data) * draws, width, network.dtype, memory=memory)
+    rows = new_gradients(len(data) * draws, width, network.dtype, memory=memory, device=network.device)
     seed = draw_seed(generator)
     found = gradient_rows(network, task, data, mode=mode, seed=seed, numbers=numbers, draws=range(draws))
     for part, draw, tensor, values in found:
         progress("per-sample gradients", part.start, len(data))
         column, chosen = columns[tensor]
-        values = values.cpu() if chosen is None else values.cpu()[:, chosen]
+        values = values if chosen is None else values[:, chosen.to(values.device)]
         of_draw = slice(part.start * draws + draw, part.stop * draws, draws)
         rows[of_draw, column : column + values.shape[1]] = values
     progress("per-sample gradients", len(data), len(data))

@@ -1,8 +1,9 @@
-"""Gradients that are more than memory may hold: a matrix in a temporary file, column chunk after column chunk.
+"""Gradients that are more than one memory may hold: a matrix in column chunks, in a temporary file or on a device.
 
-The file is mapped into memory, so that the system keeps of it what there is room for, and reads as a tensor ``[m, d]``
+A file is mapped into memory, so that the system keeps of it what there is room for, and reads as a tensor ``[m, d]``
 does where M-FAC reads one. It has no name: whatever ends the process, the system takes it away. Its whole length is
-claimed at the start, so that a full disk is an error then, and no signal later.
+claimed at the start, so that a full disk is an error then, and no signal later. On an accelerator, rows of a chunk are
+near one another, which its products are faster for.
 Cost: a copy of the columns that are asked for, where they aren't those of one chunk.
 """
 
@@ -19,17 +20,19 @@ from torch import Tensor
 from ..budget import format_bytes
 from ..errors import DiskError
 
+CPU = torch.device("cpu")
 ZEROS = 2**24  # bytes written at once where a file can't be claimed otherwise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FiledGradients:
+class ChunkedGradients:
     """``G`` ``[m, d]`` as chunks ``[m, width]`` of consecutive columns, the last one what is left.
 
-    It has of a tensor what M-FAC needs. What it gives are views where they can be, else copies in memory.
+    It has of a tensor what M-FAC needs. What it gives are views where they can be, else copies, on ``device``.
     """
 
     chunks: tuple[Tensor, ...]
+    device: torch.device = CPU
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,10 +41,6 @@ class FiledGradients:
     @property
     def dtype(self) -> torch.dtype:
         return self.chunks[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.chunks[0].device
 
     @property
     def width(self) -> int:
@@ -57,12 +56,12 @@ class FiledGradients:
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def detach(self) -> FiledGradients:
+    def detach(self) -> ChunkedGradients:
         return self
 
-    def __getitem__(self, rows: slice) -> FiledGradients:
+    def __getitem__(self, rows: slice) -> ChunkedGradients:
         """Some of the rows: a view."""
-        return FiledGradients(tuple(chunk[rows] for chunk in self.chunks))
+        return ChunkedGradients(tuple(chunk[rows] for chunk in self.chunks), self.device)
 
     def __setitem__(self, at: tuple[slice, slice], values: Tensor) -> None:
         """Write rows and consecutive columns."""
@@ -83,7 +82,7 @@ class FiledGradients:
             offset = number * self.width
             chunk = self.chunks[number]
             low, high = max(start - offset, 0), min(start + length - offset, chunk.shape[1])
-            parts.append(chunk[:, low:high])
+            parts.append(chunk[:, low:high].to(self.device))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
@@ -93,15 +92,32 @@ class FiledGradients:
             torch.div(ordered, self.width, rounding_mode="floor"), return_counts=True
         )
         parts = [
-            self.chunks[number].index_select(1, inside - number * self.width)
+            self._chosen(number, inside - number * self.width)
             for number, inside in zip(numbers.tolist(), torch.split(ordered, counts.tolist()), strict=True)
         ]
         found = torch.cat(parts, dim)
-        return found if torch.equal(ordered, index) else found.index_select(1, torch.argsort(place))
+        return found if bool((place[1:] > place[:-1]).all()) else found.index_select(1, torch.argsort(place))
+
+    def _chosen(self, number: int, index: Tensor) -> Tensor:
+        chunk = self.chunks[number]
+        return chunk.index_select(1, index.to(chunk.device)).to(self.device)
 
 
-def file_gradients(m: int, d: int, dtype: torch.dtype, *, width: int) -> FiledGradients:
+def held_gradients(
+    m: int, d: int, dtype: torch.dtype, width: int, device: torch.device, *, is_there: bool
+) -> ChunkedGradients:
+    """Zeros ``[m, d]`` on ``device`` where they are to lie there, else in memory: chunks go there as they are read."""
+    home = device if is_there else CPU
+    widths = [min(width, d - at) for at in range(0, d, width)]
+    chunks = (torch.zeros(m, columns, dtype=dtype, device=home, pin_memory=not is_there) for columns in widths)
+    return ChunkedGradients(tuple(chunks), device)
+
+
+def file_gradients(m: int, d: int, dtype: torch.dtype, *, width: int, device: torch.device = CPU) -> ChunkedGradients:
     """Zeros ``[m, d]`` in a file of their own, in the folder for temporary files.
+
+    Args:
+        device: To which each chunk goes whenever it is read.
 
     Raises:
         DiskError: There is no room; names the folder and the size.
@@ -119,7 +135,7 @@ def file_gradients(m: int, d: int, dtype: torch.dtype, *, width: int) -> FiledGr
     flat = torch.frombuffer(mapped, dtype=dtype)
     columns = [min(width, d - start) for start in range(0, d, width)]
     parts = torch.split(flat, [m * count for count in columns])
-    return FiledGradients(tuple(part.view(m, count) for part, count in zip(parts, columns, strict=True)))
+    return ChunkedGradients(tuple(part.view(m, count) for part, count in zip(parts, columns, strict=True)), device)
 
 
 def _claim(file: int, size: int) -> None:

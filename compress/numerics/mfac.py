@@ -29,15 +29,20 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .gradient_file import FiledGradients, file_gradients
+from .gradient_file import ChunkedGradients, file_gradients, held_gradients
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64)
 PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
+DEVICE_PIECE = 2**27  # the same on an accelerator, whose products are fast where they are large
+DEVICE_SHARE = 0.8  # of an accelerator's free memory, that gradients may take there
 ROWS = 128  # rows of a triangular product computed at once; what is beyond the triangle is left out in such steps
+DEVICE_ROWS = 256  # the same on an accelerator, of products with few rows and long sums
+SUMMED = 4  # strips whose products are summed in the gradients' precision before they go to float64
 SMALL_GAP = 1e-2  # least 1 - q of the diagonal's formula that is used; m / 0.99 columns of a block can have less
 NUM_REFINEMENTS = 2  # the second matters for float32 gradients, and below damping 1e-6 ||F||
 
-Gradients = Tensor | FiledGradients
+Gradients = Tensor | ChunkedGradients
 Solve = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -160,22 +165,35 @@ class InverseFisher:
         return _inverse_system(self.gradients, group.columns[part], factor, u), factor
 
 
-def strip_width(m: int, n: int = 1) -> int:
+def piece(device: torch.device) -> int:
+    """Elements of the gradients that are worked on at once."""
+    return PIECE if device.type == "cpu" else DEVICE_PIECE
+
+
+def strip_width(m: int, device: torch.device, n: int = 1) -> int:
     """Columns of m gradients that are worked on at once, where each of n blocks has more than ``m``."""
-    return max(m, PIECE // (m * n))
+    return max(m, piece(device) // (m * n))
 
 
-def new_gradients(m: int, d: int, dtype: torch.dtype, *, memory: int) -> Gradients:
+def new_gradients(m: int, d: int, dtype: torch.dtype, *, memory: int, device: torch.device = CPU) -> Gradients:
     """Zeros ``[m, d]`` to be written to: in memory, or in a file where they take more than ``memory`` bytes.
 
     Both give the same bits: what is worked on at once are the same columns.
 
+    Args:
+        device: Where they are worked on. They lie in an accelerator's memory where there is room, else in the
+            processor's or a file, and go there strip by strip.
+
     Raises:
         DiskError: There is no room for the file.
     """
-    if m * d * dtype.itemsize <= memory:
+    size = m * d * dtype.itemsize
+    has_room = device.type == "cuda" and size <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    if size > memory and not has_room:
+        return file_gradients(m, d, dtype, width=strip_width(m, device), device=device)
+    if device.type == "cpu":
         return torch.zeros(m, d, dtype=dtype)
-    return file_gradients(m, d, dtype, width=strip_width(m))
+    return held_gradients(m, d, dtype, strip_width(m, device), device, is_there=has_room)
 
 
 def gram_matrix(gradients: Gradients) -> Tensor:
@@ -378,34 +396,34 @@ def _block_sizes(blocks: int | Sequence[int] | None, d: int) -> Tensor:
 
 def _groups(sizes: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Kept ``[n, B]`` and pruned ``[n, P]`` columns of all blocks that have B and P of them, for each such pair."""
-    kept = keep.cpu()
-    block = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    num_kept = torch.bincount(block[kept], minlength=len(sizes))
+    sizes = sizes.to(keep.device)
+    block = torch.repeat_interleave(torch.arange(len(sizes), device=keep.device), sizes)
+    num_kept = torch.bincount(block[keep], minlength=len(sizes))
     keys, key = torch.unique(num_kept * (1 + int(sizes.max())) + sizes, return_inverse=True)
     by_key = torch.argsort(key[block], stable=True)
     for columns in torch.split(by_key, torch.bincount(key[block], minlength=len(keys)).tolist()):
         n = len(columns) // int(sizes[block[columns[0]]])
-        inside = kept[columns]
-        yield columns[inside].reshape(n, -1).to(keep.device), columns[~inside].reshape(n, -1).to(keep.device)
+        inside = keep[columns]
+        yield columns[inside].reshape(n, -1), columns[~inside].reshape(n, -1)
 
 
 def _parts(columns: Tensor, m: int, width: int = 1) -> Iterator[slice]:
     """Blocks to work on at once, so that ``G`` on them and ``[n, m, width]`` each fit in a piece."""
     n, size = columns.shape
-    step = max(1, PIECE // (m * max(size, width)))
+    step = max(1, piece(columns.device) // (m * max(size, width)))
     return (slice(start, start + step) for start in range(0, n, step))
 
 
 def _strips(columns: Tensor, m: int) -> Iterator[slice]:
     """Columns inside the blocks to work on at once: all, unless one block alone is more than a piece, and ``B > m``."""
-    step = strip_width(m, len(columns))
+    step = strip_width(m, columns.device, len(columns))
     return (slice(start, start + step) for start in range(0, columns.shape[1], step))
 
 
 def _all_strips(gradients: Gradients) -> Iterator[Tensor]:
     """All columns, some ``[m, k]`` at a time."""
     m, d = gradients.shape
-    step = strip_width(m)
+    step = strip_width(m, gradients.device)
     return (gradients.narrow(1, start, min(step, d - start)) for start in range(0, d, step))
 
 
@@ -445,12 +463,21 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
     m, size = len(gradients), columns.shape[1]
     r = m if is_dual else size
     gram = torch.zeros(len(columns), r, r, dtype=torch.float64, device=gradients.device)
-    for strip in _strips(columns, m):
+    sums = torch.zeros_like(gram, dtype=gradients.dtype) if is_dual else gram
+    rectangles = _triangle(0, r, ROWS if gram.device.type == "cpu" else DEVICE_ROWS)
+    strips = list(_strips(columns, m))
+    for number, strip in enumerate(strips, start=1):
         part = _gather(gradients, columns[:, strip])
         if not is_dual:
             part = part.to(torch.float64).mT
-        for rows, others in _triangle(0, r):
-            gram[:, rows, others] += part[:, rows] @ part[:, others].mT
+        for rows, others in rectangles:
+            if len(part) == 1:
+                sums[0, rows, others].addmm_(part[0, rows], part[0, others].mT)  # in place, which baddbmm_ isn't
+            else:
+                sums[:, rows, others] += part[:, rows] @ part[:, others].mT
+        if is_dual and (number % SUMMED == 0 or number == len(strips)):
+            gram += sums
+            sums.zero_()
     if not math.isfinite(float(gram.sum())):
         peaks = torch.stack([part.abs().amax(1) for part in _all_strips(gradients)]).amax(0)
         raise NumericsError(
@@ -460,13 +487,17 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
     return gram
 
 
-def _triangle(start: int, stop: int) -> list[tuple[slice, slice]]:
-    """Rectangles that cover the lower triangle, the largest as large as they can be: products are fastest there."""
-    if stop - start <= ROWS:
+def _triangle(start: int, stop: int, most: int) -> list[tuple[slice, slice]]:
+    """Rectangles that cover the lower triangle, the largest as large as they can be: products are fastest there.
+
+    Args:
+        most: Rows of those on the diagonal.
+    """
+    if stop - start <= most:
         return [(slice(start, stop), slice(start, stop))]
     middle = start + -(-(stop - start) // 2)
     square = (slice(middle, stop), slice(start, middle))
-    return [*_triangle(start, middle), *_triangle(middle, stop), square]
+    return [*_triangle(start, middle, most), *_triangle(middle, stop, most), square]
 
 
 def _factorise(gradients: Gradients, columns: Tensor, damping: float, known: Tensor | None) -> tuple[Tensor, float]:
@@ -592,8 +623,8 @@ def _diagonal(system: _System, factor: Tensor) -> Tensor:
     result = gap.clamp(max=1) / system.u
     for block in torch.nonzero((gap < SMALL_GAP).any(1))[:, 0].tolist():
         one = _inverse_system(gradients, columns[block, None], factor[block, None], float(system.u))
-        for at in torch.split(torch.nonzero(gap[block] < SMALL_GAP)[:, 0], max(1, PIECE // size)):
-            exact = _inverse_columns(one, at)[at, torch.arange(len(at))]
+        for at in torch.split(torch.nonzero(gap[block] < SMALL_GAP)[:, 0], max(1, piece(gradients.device) // size)):
+            exact = _inverse_columns(one, at)[at, torch.arange(len(at), device=at.device)]
             # A bound of every element: float32's G G^T may be too inexact for the damping.
             norms_at = _gather(gradients, columns[block, at][None])[0].to(torch.float64).square().sum(0)
             result[block, at] = torch.maximum(exact, 1 / (system.u + norms_at)).clamp(max=1 / system.u)
@@ -605,7 +636,7 @@ def _squared_norms(root: Tensor, part: Tensor) -> Tensor:
     result = torch.zeros_like(part[:, 0])
     for start in range(0, part.shape[1], ROWS):
         stop = start + ROWS
-        result += (root[:, start:stop, :stop] @ part[:, :stop]).square().sum(1)
+        result += (root[:, start:stop, :stop] @ part[:, :stop]).square_().sum(1)
     return result
 
 
@@ -613,7 +644,7 @@ def _inverse_columns(system: _System, at: Tensor) -> Tensor:
     """Columns ``at`` of the inverse of the one block, ``[B, k]``."""
     size, k = system.columns.shape[1], len(at)
     unit = torch.zeros(1, size, k, dtype=torch.float64, device=at.device)
-    unit[0, at, torch.arange(k)] = 1
+    unit[0, at, torch.arange(k, device=at.device)] = 1
     return _solve(system, unit)[0]
 
 

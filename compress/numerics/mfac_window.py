@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .mfac import DTYPES, PIECE, SMALL_GAP, InverseFisher, check_damping, inverse_fisher, solve_beyond_span
+from .mfac import DTYPES, SMALL_GAP, InverseFisher, check_damping, inverse_fisher, piece, solve_beyond_span
 
 NEAR = 1 / 8  # of u: how far X's may be from the one that is solved with
 LEAST_BORDER = 0.5  # of u: s is u or more; below this, rounding has spoilt X
@@ -357,7 +357,7 @@ class FisherWindow:
         if self._solved is None:
             assert self._window.inverse is not None
             self._solved = torch.empty_like(self._rows)
-            step = max(1, PIECE // self._window.capacity)
+            step = max(1, piece(self._rows.device) // self._window.capacity)
             for part in torch.split(torch.arange(self._rows.shape[1], device=self._rows.device), step):
                 columns = slice(int(part[0]), int(part[-1]) + 1)
                 self._solved[:, columns] = self._window.inverse @ self._rows[:, columns].to(torch.float64)
@@ -380,7 +380,7 @@ def check_products(products: Tensor, own: float) -> None:
 def row_products(rows: Tensor, row: Tensor) -> Tensor:
     """``G g`` ``[m]`` in float64, of ``G`` ``[m, d]`` and ``g`` ``[d]``."""
     found = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    step = max(1, PIECE // len(rows))
+    step = max(1, piece(rows.device) // len(rows))
     for start in range(0, rows.shape[1], step):
         columns = slice(start, start + step)
         found += rows[:, columns].to(torch.float64) @ row[columns].to(torch.float64)
@@ -389,7 +389,7 @@ def row_products(rows: Tensor, row: Tensor) -> Tensor:
 
 def combination(rows: Tensor, coefficients: Tensor) -> Tensor:
     """``G^T c`` ``[d]`` or ``[d, k]`` in float64, of ``G`` ``[m, d]`` and ``c`` ``[m]`` or ``[m, k]``."""
-    step = max(1, PIECE // len(rows))
+    step = max(1, piece(rows.device) // len(rows))
     parts = [
         rows[:, start : start + step].to(torch.float64).mT @ coefficients for start in range(0, rows.shape[1], step)
     ]

@@ -328,7 +328,7 @@ def _scores(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tens
     if scale > 0:
         step = -(-len(gradients) // SALIENCY_ROWS)
         inverse = inverse_fisher(gradients[::step], SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous())
-        scores[keep] = saliency(alive, inverse.diagonal()).double()
+        scores[keep] = saliency(alive, inverse.diagonal().cpu()).double()
     scores[surgery.protected & keep] = float("inf")
     return scores
 
@@ -345,8 +345,8 @@ def _candidates(
     scale = _mean_curvature(gradients, gram)
     if scale <= 0:
         return
-    update = joint_update(gradients, weights[keep], chosen[keep], gram=gram)
-    changes = update.solve_each([damping * scale for damping in dampings], refinements=1)
+    update = joint_update(gradients, weights[keep].to(gram.device), chosen[keep].to(gram.device), gram=gram)
+    changes = update.solve_each([damping * scale for damping in dampings], refinements=1).cpu()
     for damping, change in zip(dampings, changes, strict=True):
         moved = weights.clone()
         moved[keep] += change

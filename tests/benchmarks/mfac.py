@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.mfac --out docs/benchmarks.md
 
-Cost: about 5 minutes of one core and 5 GB of memory; --parts chooses.
+Cost: about 5 minutes of one core and 5 GB of memory; --parts chooses. The part "device" needs a GPU, and 4 m d bytes of
+its memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from compress.numerics.mfac_window import FisherWindow
 
 from .page import machine, put_section, table
 
-TITLE = "M-FAC"
-PARTS = ("static", "blocks", "file", "window")
+TITLE, DEVICE_TITLE = "M-FAC", "M-FAC on a GPU"
+PARTS = ("static", "blocks", "file", "window", "device")
 DAMPING = 1e-3
 SIZE = 2048  # of the matrix product that the thread's rate is taken from
 
@@ -194,6 +195,69 @@ def file_rows(d: int) -> list[tuple[str, ...]]:
     ]
 
 
+def device_rows(d: int, rounds: int) -> list[tuple[str, ...]]:
+    """m = 1024 on a GPU: against its own float32 matrix product, and against the processor's results."""
+    m, device, square = 1024, torch.device("cuda"), torch.randn(4 * SIZE, 4 * SIZE, device="cuda")
+    gradients = new_gradients(m, d, torch.float32, memory=0, device=device)
+    assert not isinstance(gradients, Tensor)
+    assert gradients.chunks[0].device.type == "cuda", "the device has no room for the gradients; lower --device-d"
+    for part in gradients.chunks:
+        part.normal_().mul_(torch.randn(part.shape[1], device=device).exp_())
+    times: dict[str, list[float]] = {"rate": [], "precompute": [], "diagonal": []}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        found = call()
+        torch.cuda.synchronize()
+        times[name].append(time.perf_counter() - start)
+        return found
+
+    for _ in range(rounds + 1):
+        timed("rate", lambda: [square @ square for _ in range(5)])
+        inverse = timed("precompute", lambda: inverse_fisher(gradients, DAMPING))
+        diagonal = timed("diagonal", lambda inverse=inverse: inverse.diagonal())
+    found = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first is a warm-up
+    peak = torch.cuda.max_memory_allocated()
+    rate = 5 * 2 * len(square) ** 3 / found["rate"]
+    both = found["precompute"] + found["diagonal"]
+    del inverse, diagonal
+    few = gradients.index_select(1, torch.arange(0, d, max(1, d // 200_000), device=device))
+    return [
+        (
+            f"matrix product of {len(square)}, the rate",
+            f"{1e3 * found['rate'] / 5:.1f} ms",
+            f"{rate / 1e12:.1f} TFLOP/s",
+        ),
+        *(
+            (f"{name}, m = {m}, d = {d:,}", f"{1e3 * time:.0f} ms", f"{share:.0%} of the rate")
+            for name, time, flops in (
+                ("precompute", found["precompute"], m * m * d),
+                ("diagonal", found["diagonal"], m * m * d),
+                ("both", both, 2 * m * m * d),
+            )
+            for share in (flops / time / rate,)
+        ),
+        ("memory of the device at its peak", f"{peak / 1e9:.1f} GB", f"gradients {4e-9 * m * d:.1f} GB"),
+        *((f"{name} of d = {few.shape[1]:,}, from the processor's", f"{apart:.1g}", "") for name, apart in _apart(few)),
+    ]
+
+
+def _apart(gradients: Tensor) -> Iterable[tuple[str, float]]:
+    """Largest differences of a device's results from the processor's, relative to the largest entry."""
+    d, both = gradients.shape[1], []
+    weights, x = torch.randn(2, d, generator=torch.Generator().manual_seed(0))
+    for own in (gradients, gradients.cpu()):
+        there = own.device
+        inverse = inverse_fisher(own, DAMPING)
+        change = joint_update(own, weights.to(there), (weights.abs() > 0.5).to(there)).solve(DAMPING)
+        results = inverse.diagonal(), inverse.ihvp(x.to(there)), inverse.ihvp(x.double().to(there)), change
+        both.append([result.cpu() for result in results])
+    names = "diagonal", "float32 product with the inverse", "float64 product with the inverse", "joint update"
+    for name, ours, theirs in zip(names, *both, strict=True):
+        yield name, float((ours - theirs).abs().max() / theirs.abs().max())
+
+
 def window_rows(rounds: int) -> list[tuple[str, ...]]:
     """Exponents of the time of a change and of an element, by least squares in logarithms."""
     sizes_m = [(m, 40_000) for m in (64, 128, 256, 512)]
@@ -254,11 +318,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--file-d", type=int, default=1_000_000)
     parser.add_argument("--child", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--device-d", type=int, default=25_000_000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.child is not None:
         print(json.dumps(file_child(*given.child)))
+        return
+    if "device" in given.parts and torch.cuda.is_available():
+        shown = f"- GPU: {torch.cuda.get_device_name()}; float32 without TF32, wall time"
+        rows = table(("", "time", ""), device_rows(given.device_d, given.rounds))
+        command = ["```sh", "python -m tests.benchmarks.mfac --parts device --out docs/benchmarks.md", "```"]
+        _put(given.out, DEVICE_TITLE, [*machine(), shown, "", rows, *command])
+    if set(given.parts) == {"device"}:
         return
     text = [
         *machine(),
@@ -280,9 +352,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "window" in given.parts:
         text += [table(("window of gradients", "CPU time", "exponent"), window_rows(given.rounds))]
     text += ["```sh", "python -m tests.benchmarks.mfac --out docs/benchmarks.md", "```"]
-    print("\n".join(text))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(text))
+    _put(given.out, TITLE, text)
+
+
+def _put(page: Path | None, title: str, lines: Sequence[str]) -> None:
+    print("\n".join(lines))
+    if page is not None:
+        put_section(page, title, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 All start from the same network, see the same batches of a seed, and are tried at the same multiples of their own
 learning rate. Masks are held, the loss is the labels' alone, the learning rate falls along a cosine.
-Cost: 45 trainings of 250 steps, 3 to 6 hours of one core; --steps, --seeds, --multiples and --num-eval make it less.
+Cost: 45 trainings of 250 steps, 3 to 6 hours of one core, minutes with --device cuda; --steps, --seeds, --multiples and
+--num-eval make it less. The time of a step is the processor's in any case, of the first few.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ NAMES = ("sgd", "adahessian", "mfac")
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
 TITLE = "Optimizers: ResNet-20 from a pruned start"
 CLIP = 5.0  # norm of the gradient, as in recovery
+CPU = torch.device("cpu")
+TIMED = 10  # steps whose processor time is taken
 
 
 def pruned(module: nn.Module, sparsity: float) -> dict[str, Tensor]:
@@ -50,14 +53,25 @@ def pruned(module: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def trained(
-    start: nn.Module, masks: dict[str, Tensor], data: Data, name: str, lr: float, *, steps: int, batch: int, seed: int
-) -> tuple[nn.Module, float]:
-    """A copy that was trained on, and the processor time of a step in seconds."""
-    module = copy.deepcopy(start).train()
+    start: nn.Module,
+    masks: dict[str, Tensor],
+    data: Data,
+    name: str,
+    lr: float,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    device: torch.device,
+    stop: int | None = None,
+) -> tuple[nn.Module, list[float]]:
+    """A copy that was trained on, for ``stop`` of the steps, and the processor time of each step in seconds."""
+    module = copy.deepcopy(start).to(device).train()
     optimizer = make_optimizer(name, module.parameters(), lr)
-    batches = training_batches(data, batch, augment=("crop", "flip"), seed=seed)
-    weights, spent = dict(module.named_parameters()), 0.0
-    for number in range(steps):
+    batches = training_batches(data, batch, augment=("crop", "flip"), seed=seed, device=device)
+    weights, spent = dict(module.named_parameters()), list[float]()
+    masks = {key: mask.to(device) for key, mask in masks.items()}
+    for number in range(steps if stop is None else stop):
         examples = batches.at(number)
         assert examples.targets is not None
         began = time.process_time()
@@ -73,16 +87,20 @@ def trained(
         with torch.no_grad():
             for key, mask in masks.items():
                 weights[key].mul_(mask)
-        spent += time.process_time() - began
-    return module.eval(), spent / steps
+        spent.append(time.process_time() - began)
+    return module.eval(), spent
 
 
 @torch.no_grad()
-def accuracy(module: nn.Module, data: Data) -> float:
+def accuracy(module: nn.Module, data: Data, device: torch.device) -> float:
     """Percent."""
     assert data.targets is not None
     right = sum(
-        int((module(*(x[i : i + 500] for x in data.inputs)).argmax(1) == data.targets[i : i + 500]).sum())
+        int(
+            (
+                module(*(x[i : i + 500].to(device) for x in data.inputs)).argmax(1).cpu() == data.targets[i : i + 500]
+            ).sum()
+        )
         for i in range(0, len(data), 500)
     )
     return 100 * right / len(data)
@@ -99,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--num-eval", type=int, default=10_000)
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -113,19 +132,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = load_source(Path(folder, "cifar10/resnet20-12fca82f.th"), f"{folder}/resnet_cifar.py:resnet20", None).module
     start.requires_grad_(True)
     masks = pruned(start, given.sparsity)
-    before = accuracy(start, test)
+    before = accuracy(start, test, CPU)
     print(f"before: {before:.2f} %", file=sys.stderr)
     rows = []
     for name in given.optimizers:
-        cells, times = [], []
+        settings = {"steps": given.steps, "batch": given.batch}
+        _, times = trained(start, masks, data, name, RATES[name], seed=0, device=CPU, stop=TIMED, **settings)
+        cells = []
         for multiple in given.multiples:
             found = []
             for seed in range(given.seeds):
-                settings = {"steps": given.steps, "batch": given.batch, "seed": seed}
-                module, spent = trained(start, masks, data, name, multiple * RATES[name], **settings)
-                found.append(accuracy(module, test))
-                times.append(spent)
-            print(f"{name} x {multiple:g}: {found}, {times[-1]:.3f} s a step", file=sys.stderr)
+                lr = multiple * RATES[name]
+                module, _ = trained(start, masks, data, name, lr, seed=seed, device=given.device, **settings)
+                found.append(accuracy(module, test, given.device))
+            print(f"{name} x {multiple:g}: {found}", file=sys.stderr)
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.2f}{spread}")
         rows.append((f"`{name}`, {RATES[name]:g}", *cells, f"{statistics.median(times):.2f} s"))

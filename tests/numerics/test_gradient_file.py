@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.errors import DiskError, NumericsError
 from compress.numerics import mfac
-from compress.numerics.gradient_file import FiledGradients, file_gradients
+from compress.numerics.gradient_file import ChunkedGradients, file_gradients, held_gradients
 from compress.numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, new_gradients
 
 
@@ -21,7 +21,7 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filed(gradients: Tensor, width: int) -> FiledGradients:
+def filed(gradients: Tensor, width: int) -> ChunkedGradients:
     m, d = gradients.shape
     found = file_gradients(m, d, gradients.dtype, width=width)
     for start in range(0, m, 3):
@@ -57,7 +57,7 @@ def test_the_bits_are_those_of_gradients_in_memory(
     monkeypatch.setattr(mfac, "PIECE", 100 * m)
     gradients = random(0, m, d).to(dtype)
     stored = new_gradients(m, d, dtype, memory=gradients.nbytes - 1)
-    assert isinstance(stored, FiledGradients)
+    assert isinstance(stored, ChunkedGradients)
     assert len(stored.chunks) > 3
     stored[slice(0, m), slice(0, d)] = gradients
     for found, expected in zip(everything(stored, blocks, dtype), everything(gradients, blocks, dtype), strict=True):
@@ -107,3 +107,37 @@ def test_a_full_disk_names_the_folder_and_the_levers(tmp_path: Path, monkeypatch
     assert "TMPDIR" in caught.value.hint
     assert caught.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []
+
+
+def results(gradients: mfac.Gradients, device: torch.device) -> list[Tensor]:
+    """A product with the inverse, the diagonal, an element and the joint update."""
+    generator = torch.Generator().manual_seed(1)
+    weights, x = torch.randn(2, gradients.shape[1], generator=generator).to(device)
+    inverse = mfac.inverse_fisher(gradients, 1e-2)
+    change = mfac.joint_update(gradients, weights, weights.abs() > 0.5).solve(1e-2)
+    found = [inverse.ihvp(x.double()), inverse.diagonal(), inverse.submatrix([3, 5], [3, 900]), change]
+    return [tensor.cpu() for tensor in found]
+
+
+def test_chunks_in_memory_give_the_bits_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, d = 24, 1000
+    monkeypatch.setattr(mfac, "PIECE", 100 * m)
+    values = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+    chunked = held_gradients(m, d, torch.float32, mfac.strip_width(m, mfac.CPU), mfac.CPU, is_there=True)
+    assert len(chunked.chunks) == 10
+    chunked[slice(0, m), slice(0, d)] = values
+    for ours, theirs in zip(results(chunked, mfac.CPU), results(values, mfac.CPU), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_processor_gives() -> None:
+    m, d, device = 64, 40_000, torch.device("cuda")
+    values = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+    for chunked in (
+        mfac.new_gradients(m, d, torch.float32, memory=0, device=device),
+        held_gradients(m, d, torch.float32, 4096, device, is_there=False),
+    ):
+        chunked[slice(0, m), slice(0, d)] = values
+        for ours, theirs in zip(results(chunked, device), results(values, mfac.CPU), strict=True):
+            assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
