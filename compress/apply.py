@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +27,7 @@ from .graph.rewrite import (
 )
 from .graph.trace import Graph
 from .numerics.rounding import activation_grid, level_ranges, round_weight
-from .plan import BY_CHANNEL, CorrectBias, MaskWeights, Plan, Quantize, Replace, grid_bits
+from .plan import BY_CHANNEL, CorrectBias, Decision, MaskWeights, Plan, Quantize, Replace, grid_bits
 from .pruned import Pruned
 from .widths import is_mixed, letters_of, shown
 
@@ -104,6 +105,37 @@ def values_key(tensor: str) -> str:
 def values_sha256(values: Tensor) -> str:
     """The hash that a plan's decision carries."""
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def with_values(
+    plan: Plan,
+    sidecar: Mapping[str, Tensor],
+    module: fx.GraphModule,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with the values that a network has after training, where they differ from ``state``.
+
+    Args:
+        masks: Of the plan's masked weights, bool by tensor.
+        options: Recorded in the plan beside its own.
+    """
+    values = {name: tensor_at(module, name).cpu() for name in sorted(tensor_names(module) & state.keys())}
+    moved = {name: value for name, value in values.items() if not torch.equal(value, state[name])}
+    tensors = dict(sidecar)
+    decisions: list[Decision] = []
+    for decision in plan.decisions:
+        if isinstance(decision, MaskWeights) and decision.tensor in moved:
+            found = moved.pop(decision.tensor)[masks[decision.tensor]].clone()
+            tensors[values_key(decision.tensor)] = found
+            decisions.append(replace(decision, values_sha256=values_sha256(found)))
+        elif not isinstance(decision, Replace | CorrectBias) or decision.tensor not in moved:
+            decisions.append(decision)
+    for name, value in moved.items():
+        tensors[values_key(name)] = value.clone()
+        decisions.append(Replace(name, values_sha256(value)))
+    return replace(plan, decisions=tuple(decisions), options={**plan.options, **options}), tensors
 
 
 def levels_keys(tensor: str) -> tuple[str, str]:

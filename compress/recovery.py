@@ -18,17 +18,16 @@ from .apply import (
     levels_keys,
     levels_sha256,
     masks_of,
-    values_key,
-    values_sha256,
+    with_values,
 )
 from .data import Data, check_forward
 from .errors import UsageError
 from .formats.packed import QuantizedTensor
 from .graph.groups import find_channels
-from .graph.rewrite import tensor_at, tensor_names
+from .graph.rewrite import tensor_names
 from .graph.trace import Graph
 from .job import Job, device_of, read_named
-from .plan import CorrectBias, Decision, MaskWeights, Plan, Quantize, Replace, grid_bits
+from .plan import Decision, Plan, Quantize, grid_bits
 from .pruned import Pruned, prune, trainable_copy
 from .settings import Settings
 from .task import check_targets
@@ -45,6 +44,7 @@ DEFAULT_STEPS = 250
 ROUNDED_DIVISOR = 1.5  # of the usual learning rate, for rounded networks
 ROUNDED_FEATURES = 0.0  # by the usual weight a ResNet-20 of 2 bits falls by 1 to 11 points midway
 CHECKED = 2048  # training examples for the checks: 512 said the opposite of 2,000 at 3 bits
+SPARSE = 0.7  # from where weights that go while it trains are better
 TRAINING_DATA = "training data"  # in the memo of a job
 
 
@@ -163,6 +163,8 @@ def recovered(
     step_sizes = _step_sizes(module, plan, compressed, job)
     teacher = trainable_copy(job.graph, dict(job.source.module.state_dict()))
     masks = masks_of(plan, sidecar, state)
+    if masks and plan.predicted.get("sparsity", 0.0) >= SPARSE and not plan.quantized("weight"):
+        job.notes.append(f"from sparsity {SPARSE:g} on, --method gradual keeps more: weights go while it trains")
     checked, place = None if job.calibration is None else job.calibration.data, "the calibration data"
     if checked is not None and step_sizes is not None:
         # What it starts from was chosen on the calibration examples, and is nearer on them than on any others.
@@ -235,29 +237,3 @@ def _features(graph: Graph, pruned: Pruned | None) -> Features:
     channels = find_channels(graph) if pruned is None else pruned.channels
     kept = torch.ones(channels.count, dtype=torch.bool) if pruned is None else pruned.kept
     return Features(channels, lambda: kept)
-
-
-def with_values(
-    plan: Plan,
-    sidecar: Mapping[str, Tensor],
-    module: fx.GraphModule,
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan with the values that a network has now, where they differ from ``state``."""
-    values = {name: tensor_at(module, name).cpu() for name in sorted(tensor_names(module) & state.keys())}
-    moved = {name: value for name, value in values.items() if not torch.equal(value, state[name])}
-    tensors = dict(sidecar)
-    decisions: list[Decision] = []
-    for decision in plan.decisions:
-        if isinstance(decision, MaskWeights) and decision.tensor in moved:
-            found = moved.pop(decision.tensor)[masks[decision.tensor]].clone()
-            tensors[values_key(decision.tensor)] = found
-            decisions.append(replace(decision, values_sha256=values_sha256(found)))
-        elif not isinstance(decision, Replace | CorrectBias) or decision.tensor not in moved:
-            decisions.append(decision)
-    for name, value in moved.items():
-        tensors[values_key(name)] = value.clone()
-        decisions.append(Replace(name, values_sha256(value)))
-    return replace(plan, decisions=tuple(decisions), options={**plan.options, **options}), tensors

@@ -81,6 +81,16 @@ METHODS = (
         needs_data=False,
     ),
     Method(
+        name="gradual",
+        job="prune",
+        module="compress.prune.gradual",
+        summary="zero the smallest weights while the network trains; those that grow come back until late",
+        source="Zhu and Gupta 2018 (arXiv:1710.01878); Lin et al. 2020, DPF (arXiv:2006.07253)",
+        options=("sparsity", "scope", "pattern", "exclude"),
+        budgets=("sparsity", "bytes"),
+        trains=True,
+    ),
+    Method(
         name="structured-obs",
         job="prune",
         module="compress.prune.structured_obs",

@@ -192,7 +192,7 @@ def test_every_option_of_a_method_is_a_setting() -> None:
 @pytest.mark.parametrize(
     ("job", "names"),
     [
-        ("prune", ["layerwise", "obs", "magnitude", "structured-obs", "hesso", "cric"]),
+        ("prune", ["layerwise", "obs", "magnitude", "gradual", "structured-obs", "hesso", "cric"]),
         ("quantize", ["output-change", "hawq", "uniform"]),
     ],
 )
@@ -212,7 +212,7 @@ def test_an_unknown_method_shows_the_choices_of_its_command(job: str, name: str,
     with pytest.raises(UsageError) as caught:
         find_method(job, name)
     assert caught.value.message == words
-    assert caught.value.hint == "choices: layerwise, obs, magnitude, structured-obs, hesso, cric"
+    assert caught.value.hint == "choices: layerwise, obs, magnitude, gradual, structured-obs, hesso, cric"
 
 
 @pytest.mark.parametrize(

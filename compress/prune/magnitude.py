@@ -6,7 +6,7 @@ Cost: one sort of the weights; no data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,12 +95,13 @@ def _unstructured(
 ) -> Masks:
     available = sum(weight.numel() for weight in weights.values())
     if budget.quantity == "sparsity":
-        return _chooser(scope)(weights, removed_weights(graph, layers, budget.limit) / available)
+        return smallest(weights, removed_weights(graph, layers, budget.limit) / available, scope)
     return smallest_cut(weights, available, budget, scope, context)
 
 
-def _chooser(scope: str) -> Callable[[Mapping[str, Tensor], float], Masks]:
-    return _global_masks if scope == "global" else _layer_masks
+def smallest(weights: Mapping[str, Tensor], share: float, scope: str) -> Masks:
+    """Masks that zero the smallest ``share`` of all weights, or where ``scope`` is ``layer`` of each one."""
+    return _global_masks(weights, share) if scope == "global" else _layer_masks(weights, share)
 
 
 def removed_within(
@@ -123,10 +124,9 @@ def removed_within(
 
 def smallest_cut(weights: Mapping[str, Tensor], available: int, budget: Budget, scope: str, context: Context) -> Masks:
     """Bisect for the least sparsity whose file fits; everything is cut where none does."""
-    choose = _chooser(scope)
 
     def size_at(removed: int) -> int:
-        masks = choose(weights, removed / available)
+        masks = smallest(weights, removed / available, scope)
         return context.model_bytes({name: Storage(int(mask.sum()), 32) for name, mask in masks.items()})
 
     limit = budget.absolute(context.model_bytes({}))
@@ -134,7 +134,7 @@ def smallest_cut(weights: Mapping[str, Tensor], available: int, budget: Budget, 
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if size_at(middle) <= limit else (middle + 1, high)
-    return choose(weights, low / available)
+    return smallest(weights, low / available, scope)
 
 
 def _global_masks(weights: Mapping[str, Tensor], share: float) -> Masks:

@@ -1,0 +1,212 @@
+"""Gradual pruning: the smallest weights go while the network trains, and may come back until late.
+
+Forward and backward see the weights that stay. Those that are gone keep a value of their own, which a tenth of their
+gradient moves on: where the masks are chosen anew, what has grown comes back, and what has shrunk goes. The sparsity
+rises along a cubic, and for the last quarter the masks hold.
+Source: Zhu and Gupta 2018 (arXiv:1710.01878) for the cubic; Lin et al. 2020, DPF (arXiv:2006.07253), for weights that
+come back; the share of their gradient is ours.
+Cost: of a step, that of training and two copies of the weights; a sort of them in every ``EVERY``-th of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import with_values
+from ..budget import Budget
+from ..context import Context
+from ..errors import UsageError
+from ..graph.groups import find_channels
+from ..graph.trace import Graph, Layer
+from ..model import Source
+from ..plan import UNSTRUCTURED, Plan
+from ..pruned import trainable_copy
+from ..sensitivity import Sensitivity
+from ..task import Calibration
+from ..train.features import Features
+from ..train.loop import Hooks, train
+from ..train.optimizers import RATES
+from ..train.recipe import Recipe, Training
+from . import magnitude
+from .masks import Masks, mask_plan, n_of_m_mask, parse_pattern, patterned_layers, recorded_options
+
+NAME = "gradual"
+RAMP = 0.3  # of the steps, in which the sparsity rises
+HELD = 0.75  # of the steps, after which the masks hold
+EVERY = 0.0125  # of the steps: masks are chosen anew
+SHARE = 0.1  # of its gradient, that moves a weight while it is gone
+RATE = 10 / 3  # of the usual learning rate: what goes and what stays has to move far
+
+Choose = Callable[[Mapping[str, Tensor], float], Masks]
+refit = magnitude.refit
+
+
+def plan(
+    source: Source,
+    graph: Graph,
+    sensitivities: Mapping[str, Sensitivity],
+    calibration: Calibration,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    context: Context,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Train a network while its weights go.
+
+    Args:
+        budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
+        options: ``scope`` (``global`` or ``layer``), ``pattern`` (``unstructured`` or ``n:m``), ``exclude`` (globs).
+        context: Its ``training`` says on what and for how long.
+
+    Returns:
+        The plan and its sidecar: packed masks, and new values by tensor.
+
+    Raises:
+        BudgetError: More is to be removed than ``exclude`` or the pattern leaves.
+        UsageError: Nothing to train on, nothing to prune, or no pattern.
+        NumericsError: The loss is no longer finite.
+    """
+    training: Training | None = context.training
+    if training is None:
+        raise UsageError(f"method {NAME} trains", hint="pass --train DATA")
+    recorded = recorded_options(options)
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    layers, choose = _chooser(source, graph, layers, budget, recorded, context)
+    recipe = _of_gradual(training.recipe)
+    state = dict(source.module.state_dict())
+    module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    soft = SoftMasks({layer.tensor: parameters[layer.tensor] for layer in layers}, choose, recipe.steps)
+    channels = find_channels(graph)
+    every = torch.ones(channels.count, dtype=torch.bool)
+    trained = train(
+        module,
+        training.data,
+        calibration.task,
+        recipe,
+        teacher=teacher,
+        calibration=calibration.data,
+        seed=training.seed,
+        device=context.device,
+        progress=context.progress,
+        features=Features(channels, lambda: every),
+        hooks=Hooks(
+            step=soft.step,
+            after=soft.put,
+            state=soft.state,
+            restore=soft.restore,
+            may_keep=soft.is_held,
+            settings={**recorded, "method": NAME, "budget": None if budget is None else asdict(budget)},
+        ),
+        journal=training.journal,
+        resume=training.resume,
+    )
+    context.notes.append(f"{NAME}: the masks hold after {soft.held_from} of {recipe.steps} steps; {trained.moved()}")
+    masks = {name: mask.cpu() for name, mask in soft.masks.items()}
+    decided, sidecar = mask_plan(source, graph, masks, budget, NAME, recorded)
+    decided = replace(decided, task_sha256=calibration.sha256())
+    return with_values(decided, sidecar, module, state, masks, {"recover": asdict(recipe)})
+
+
+@dataclass(slots=True)
+class SoftMasks:
+    """Weights that are gone from a network while it trains, and that come back where they grow.
+
+    Attributes:
+        weights: By tensor; what the network sees, zero where a weight is gone.
+        choose: The masks of these values at a share of what is to go in the end.
+        steps: Of the training.
+        values: Of all weights, also of those that are gone.
+        masks: True where a weight is there.
+        number: Steps that were made.
+    """
+
+    weights: Mapping[str, nn.Parameter]
+    choose: Choose
+    steps: int
+    values: dict[str, Tensor]
+    masks: Masks
+    number: int
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], choose: Choose, steps: int) -> None:
+        self.weights, self.choose, self.steps, self.number = weights, choose, steps, 0
+        self.values = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in self.values.items()}
+
+    @property
+    def held_from(self) -> int:
+        """The number of steps after which the masks hold."""
+        return round(HELD * self.steps)
+
+    def is_held(self) -> bool:
+        return self.number >= self.held_from
+
+    def step(self, optimizer: torch.optim.Optimizer, number: int) -> None:
+        """In place of the optimizer's: it moves what the network sees, and the values beneath by as much."""
+        share = 0.0 if self.is_held() else SHARE
+        before = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                with torch.set_grad_enabled(weight.grad.requires_grad):  # a second backward pass may follow
+                    weight.grad = weight.grad * torch.where(self._mask(name), 1.0, share).to(weight.dtype)
+        optimizer.step()
+        self.number = number + 1
+        for name, weight in self.weights.items():
+            value = self.values[name].to(weight.device)
+            self.values[name] = value + (weight.detach() - before[name])
+        every = max(1, round(EVERY * self.steps))
+        if self.number == self.held_from or (self.number < self.held_from and self.number % every == 0):
+            done = 1.0 if self.number == self.held_from else min(1.0, self.number / (RAMP * self.steps))
+            self.masks = self.choose({n: value.cpu() for n, value in self.values.items()}, 1 - (1 - done) ** 3)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Let the network see what is there."""
+        for name, weight in self.weights.items():
+            weight.copy_(self.values[name].to(weight.device) * self._mask(name))
+
+    def _mask(self, name: str) -> Tensor:
+        self.masks[name] = self.masks[name].to(self.weights[name].device)
+        return self.masks[name]
+
+    def state(self) -> dict[str, Any]:
+        return {"values": dict(self.values), "masks": dict(self.masks), "number": self.number}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.values, self.masks, self.number = dict(state["values"]), dict(state["masks"]), int(state["number"])
+
+
+def _of_gradual(recipe: Recipe) -> Recipe:
+    """The recipe, in what the settings leave open."""
+    return recipe if recipe.lr is not None else replace(recipe, lr=RATE * RATES[recipe.optimizer])
+
+
+def _chooser(
+    source: Source,
+    graph: Graph,
+    layers: tuple[Layer, ...],
+    budget: Budget | None,
+    recorded: Mapping[str, Any],
+    context: Context,
+) -> tuple[tuple[Layer, ...], Choose]:
+    """The layers that weights go from, and how masks are chosen."""
+    pattern, scope = recorded["pattern"], recorded["scope"]
+    if pattern == UNSTRUCTURED:
+        removed = magnitude.removed_within(source, graph, layers, budget, scope, context)
+        most = removed / sum(layer.elements for layer in layers)
+        return layers, lambda values, share: magnitude.smallest(values, share * most, scope)
+    n, m = parse_pattern(pattern)
+    fitting = patterned_layers(graph, layers, pattern, budget, context)
+    axes = {layer.tensor: layer.input_axis for layer in fitting}
+
+    def choose(values: Mapping[str, Tensor], share: float) -> Masks:
+        kept = m - round((m - n) * share)
+        if kept == m:
+            return {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
+        return {name: n_of_m_mask(value.abs(), kept, m, axes[name]) for name, value in values.items()}
+
+    return fitting, choose
