@@ -1007,6 +1007,7 @@ def test_methods_lists_the_registry(run: Capture) -> None:
         "layerwise",
         "obs",
         "magnitude",
+        "gradual",
         "structured-obs",
         "hesso",
         "cric",
