@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,34 +107,32 @@ def values_sha256(values: Tensor) -> str:
 
 
 def with_values(
-    plan: Plan,
-    sidecar: Mapping[str, Tensor],
-    module: fx.GraphModule,
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    options: Mapping[str, Any],
+    plan: Plan, sidecar: Mapping[str, Tensor], values: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan with the values that a network has after training, where they differ from ``state``.
+    """The plan with other values of whole tensors; of a masked weight, those that stay.
 
     Args:
         masks: Of the plan's masked weights, bool by tensor.
-        options: Recorded in the plan beside its own.
     """
-    values = {name: tensor_at(module, name).cpu() for name in sorted(tensor_names(module) & state.keys())}
-    moved = {name: value for name, value in values.items() if not torch.equal(value, state[name])}
-    tensors = dict(sidecar)
+    left, tensors = dict(values), dict(sidecar)
     decisions: list[Decision] = []
     for decision in plan.decisions:
-        if isinstance(decision, MaskWeights) and decision.tensor in moved:
-            found = moved.pop(decision.tensor)[masks[decision.tensor]].clone()
+        if isinstance(decision, MaskWeights) and decision.tensor in left:
+            found = left.pop(decision.tensor)[masks[decision.tensor]].clone()
             tensors[values_key(decision.tensor)] = found
             decisions.append(replace(decision, values_sha256=values_sha256(found)))
-        elif not isinstance(decision, Replace | CorrectBias) or decision.tensor not in moved:
+        elif not isinstance(decision, Replace | CorrectBias) or decision.tensor not in left:
             decisions.append(decision)
-    for name, value in moved.items():
+    for name, value in sorted(left.items()):
         tensors[values_key(name)] = value.clone()
         decisions.append(Replace(name, values_sha256(value)))
-    return replace(plan, decisions=tuple(decisions), options={**plan.options, **options}), tensors
+    return replace(plan, decisions=tuple(decisions)), tensors
+
+
+def moved_values(module: fx.GraphModule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What training made of the tensors of ``state``, where it changed them."""
+    values = {name: tensor_at(module, name).cpu() for name in tensor_names(module) & state.keys()}
+    return {name: value for name, value in values.items() if not torch.equal(value, state[name])}
 
 
 def levels_keys(tensor: str) -> tuple[str, str]:

@@ -107,7 +107,6 @@ def _keep_tensors(program: ExportedProgram) -> None:
 
 
 def _translated(program: ExportedProgram, *, optimize: bool) -> ModelProto:
-    translations: Any = {torch.ops.aten._adaptive_avg_pool3d.default: _average_pool3d}
     with _silenced(), _one_table():
         exported = torch.onnx.export(
             program,
@@ -115,7 +114,6 @@ def _translated(program: ExportedProgram, *, optimize: bool) -> ModelProto:
             opset_version=OPSET,
             verbose=False,
             optimize=optimize,
-            custom_translation_table=translations,
         )
     assert exported is not None
     model = exported.model_proto
@@ -165,7 +163,9 @@ def _one_table() -> Iterator[None]:
 
 @functools.cache
 def _operators(registry: Any) -> Any:
-    return registry.from_torchlib(OPSET)
+    table = registry.from_torchlib(OPSET)
+    table.register_op(torch.ops.aten._adaptive_avg_pool3d.default, _average_pool3d)
+    return table
 
 
 def _clean(model: ModelProto) -> None:

@@ -65,7 +65,7 @@ def sample_gradients(
     for part, draw, tensor, values in found:
         progress("per-sample gradients", part.start, len(data))
         column, chosen = columns[tensor]
-        values = values if chosen is None else values[:, chosen.to(values.device)]
+        values = values if chosen is None else values[:, chosen]
         of_draw = slice(part.start * draws + draw, part.stop * draws, draws)
         rows[of_draw, column : column + values.shape[1]] = values
     progress("per-sample gradients", len(data), len(data))
@@ -149,7 +149,7 @@ def _columns(network: Network, keep: Tensor | None) -> dict[str, tuple[int, Tens
     """Where each layer's columns start, and which of its weights have one."""
     columns: dict[str, tuple[int, Tensor | None]] = {}
     start = 0
-    masks = {} if keep is None else network.split(keep)
+    masks = {} if keep is None else network.split(keep.to(network.device))
     for layer in network.layers:
         chosen = masks[layer.tensor].flatten().nonzero().flatten() if masks else None
         columns[layer.tensor] = (start, chosen)

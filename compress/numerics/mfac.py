@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .gradient_file import ChunkedGradients, file_gradients, held_gradients
+from .gradient_file import CPU, ChunkedGradients, file_gradients, held_gradients
 
-CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64)
 PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
 DEVICE_PIECE = 2**27  # the same on an accelerator, whose products are fast where they are large

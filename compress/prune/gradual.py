@@ -11,13 +11,13 @@ Cost: of a step, that of training and two copies of the weights; a sort of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..apply import with_values
+from ..apply import moved_values, with_values
 from ..budget import Budget
 from ..context import Context
 from ..errors import UsageError
@@ -81,8 +81,6 @@ def plan(
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     soft = SoftMasks({layer.tensor: parameters[layer.tensor] for layer in layers}, choose, recipe.steps)
-    channels = find_channels(graph)
-    every = torch.ones(channels.count, dtype=torch.bool)
     trained = train(
         module,
         training.data,
@@ -93,7 +91,7 @@ def plan(
         seed=training.seed,
         device=context.device,
         progress=context.progress,
-        features=Features(channels, lambda: every),
+        features=Features(find_channels(graph)),
         hooks=Hooks(
             step=soft.step,
             after=soft.put,
@@ -108,8 +106,9 @@ def plan(
     context.notes.append(f"{NAME}: the masks hold after {soft.held_from} of {recipe.steps} steps; {trained.moved()}")
     masks = {name: mask.cpu() for name, mask in soft.masks.items()}
     decided, sidecar = mask_plan(source, graph, masks, budget, NAME, recorded)
-    decided = replace(decided, task_sha256=calibration.sha256())
-    return with_values(decided, sidecar, module, state, masks, {"recover": asdict(recipe)})
+    options = {**decided.options, "recover": asdict(recipe)}
+    decided = replace(decided, task_sha256=calibration.sha256(), options=options)
+    return with_values(decided, sidecar, moved_values(module, state), masks)
 
 
 @dataclass(slots=True)
@@ -128,13 +127,12 @@ class SoftMasks:
     weights: Mapping[str, nn.Parameter]
     choose: Choose
     steps: int
-    values: dict[str, Tensor]
-    masks: Masks
-    number: int
+    values: dict[str, Tensor] = field(init=False)
+    masks: Masks = field(init=False)
+    number: int = 0
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], choose: Choose, steps: int) -> None:
-        self.weights, self.choose, self.steps, self.number = weights, choose, steps, 0
-        self.values = {name: weight.detach().clone() for name, weight in weights.items()}
+    def __post_init__(self) -> None:
+        self.values = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in self.values.items()}
 
     @property
@@ -159,8 +157,8 @@ class SoftMasks:
             value = self.values[name].to(weight.device)
             self.values[name] = value + (weight.detach() - before[name])
         every = max(1, round(EVERY * self.steps))
-        if self.number == self.held_from or (self.number < self.held_from and self.number % every == 0):
-            done = 1.0 if self.number == self.held_from else min(1.0, self.number / (RAMP * self.steps))
+        if self.number <= self.held_from and (self.number % every == 0 or self.is_held()):
+            done = min(1.0, self.number / (RAMP * self.steps))
             self.masks = self.choose({n: value.cpu() for n, value in self.values.items()}, 1 - (1 - done) ** 3)
 
     @torch.no_grad()

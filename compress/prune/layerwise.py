@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import apply_plan, assemble, float_module, masks_of, values_key, values_sha256
+from ..apply import apply_plan, assemble, float_module, masks_of, with_values
 from ..budget import Budget
 from ..context import Context
 from ..curvature.network import open_network
@@ -28,9 +28,9 @@ from ..data import Data
 from ..graph.rewrite import on_device
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import UNSTRUCTURED, MaskWeights, Plan, Replace
+from ..plan import UNSTRUCTURED, Plan
 from ..reconstruct.side_by_side import fitting_examples
-from ..reconstruct.sparse import Cut, Fitted, prunable_layers, prune_layers, removal_costs
+from ..reconstruct.sparse import Cut, prunable_layers, prune_layers, removal_costs
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.distill import divergence_from
@@ -241,24 +241,9 @@ def _pruned(surgery: _Surgery, cuts: Mapping[str, Cut], budget: Budget | None) -
         progress=context.progress,
     )
     decided = mask_plan(surgery.source, surgery.graph, found.masks, budget, NAME, options)
-    made, sidecar = _with_values(*decided, found)
+    made, sidecar = with_values(*decided, {**found.weights, **found.biases}, found.masks)
     predicted = {**made.predicted, "loss": _moved(surgery, made, sidecar)}
     return replace(made, task_sha256=surgery.calibration.sha256(), predicted=predicted), sidecar
-
-
-def _with_values(plan: Plan, sidecar: dict[str, Tensor], found: Fitted) -> tuple[Plan, dict[str, Tensor]]:
-    decisions: list[MaskWeights | Replace] = []
-    for decision in plan.decisions:
-        assert isinstance(decision, MaskWeights)
-        if decision.tensor in found.weights:
-            values = found.weights[decision.tensor][found.masks[decision.tensor]]
-            sidecar[values_key(decision.tensor)] = values
-            decision = replace(decision, values_sha256=values_sha256(values))
-        decisions.append(decision)
-    for name, values in sorted(found.biases.items()):
-        sidecar[values_key(name)] = values
-        decisions.append(Replace(name, values_sha256(values)))
-    return replace(plan, decisions=tuple(decisions)), sidecar
 
 
 def _moved(surgery: _Surgery, plan: Plan, sidecar: Mapping[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import masks_of, values_key, values_sha256
+from ..apply import masks_of, with_values
 from ..budget import Budget
 from ..context import Context
 from ..curvature.network import Network, open_network, predict
@@ -24,7 +24,7 @@ from ..curvature.sample_gradients import sample_gradients
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, saliency
-from ..plan import UNSTRUCTURED, MaskWeights, Plan
+from ..plan import UNSTRUCTURED, Plan
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .magnitude import removed_within
@@ -222,16 +222,11 @@ def _finished(surgery: _Surgery, keep: Tensor, budget: Budget | None) -> tuple[P
     network = surgery.network
     masks = network.split(keep)
     decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, "obs", surgery.options)
-    values = {name: network.weights[name].detach().cpu()[mask] for name, mask in masks.items()}
-    decisions = tuple(
-        replace(decision, values_sha256=values_sha256(values[decision.tensor]))
-        for decision in decided.decisions
-        if isinstance(decision, MaskWeights)
-    )
-    sidecar.update({values_key(name): value for name, value in values.items()})
+    values = {name: network.weights[name].detach().cpu() for name in masks}
+    decided, sidecar = with_values(decided, sidecar, values, masks)
     figures = {**decided.predicted, "loss": _expected_loss(surgery)}
     task_sha256 = surgery.calibration.sha256()
-    return replace(decided, decisions=decisions, task_sha256=task_sha256, predicted=figures), sidecar
+    return replace(decided, task_sha256=task_sha256, predicted=figures), sidecar
 
 
 def _expected_loss(surgery: _Surgery) -> float:

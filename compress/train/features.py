@@ -46,12 +46,13 @@ class Features:
 
     Args:
         channels: Of the dense network; those of a cut network keep their meaning.
-        kept: bool ``[c]``, called in every step: the channels that are compared. The network that is trained has these
-            alone, or all.
+        kept: bool ``[c]``, called in every step: the channels that are compared, all where None. The network that is
+            trained has these alone, or all.
     """
 
-    def __init__(self, channels: Channels, kept: Callable[[], Tensor]) -> None:
-        self._kept = kept
+    def __init__(self, channels: Channels, kept: Callable[[], Tensor] | None = None) -> None:
+        every = torch.ones(channels.count, dtype=torch.bool)
+        self._kept = kept or (lambda: every)
         self._found = {
             key: _Feature(channel_dim(layer), channels.along(operand(layer, 0), channel_dim(layer)))
             for key, layer in _layers(channels.module).items()

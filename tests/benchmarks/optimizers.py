@@ -95,14 +95,10 @@ def trained(
 def accuracy(module: nn.Module, data: Data, device: torch.device) -> float:
     """Percent."""
     assert data.targets is not None
-    right = sum(
-        int(
-            (
-                module(*(x[i : i + 500].to(device) for x in data.inputs)).argmax(1).cpu() == data.targets[i : i + 500]
-            ).sum()
-        )
-        for i in range(0, len(data), 500)
-    )
+    parts = [
+        module(*(x[i : i + 500].to(device) for x in data.inputs)).argmax(1).cpu() for i in range(0, len(data), 500)
+    ]
+    right = int((torch.cat(parts) == data.targets).sum())
     return 100 * right / len(data)
 
 

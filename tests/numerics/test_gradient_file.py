@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.errors import DiskError, NumericsError
 from compress.numerics import mfac
-from compress.numerics.gradient_file import ChunkedGradients, file_gradients, held_gradients
+from compress.numerics.gradient_file import CPU, ChunkedGradients, file_gradients, held_gradients
 from compress.numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, new_gradients
 
 
@@ -123,10 +123,10 @@ def test_chunks_in_memory_give_the_bits_of_one_tensor(monkeypatch: pytest.Monkey
     m, d = 24, 1000
     monkeypatch.setattr(mfac, "PIECE", 100 * m)
     values = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
-    chunked = held_gradients(m, d, torch.float32, mfac.strip_width(m, mfac.CPU), mfac.CPU, is_there=True)
+    chunked = held_gradients(m, d, torch.float32, mfac.strip_width(m, CPU), CPU, is_there=True)
     assert len(chunked.chunks) == 10
     chunked[slice(0, m), slice(0, d)] = values
-    for ours, theirs in zip(results(chunked, mfac.CPU), results(values, mfac.CPU), strict=True):
+    for ours, theirs in zip(results(chunked, CPU), results(values, CPU), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -139,5 +139,5 @@ def test_a_gpu_gives_what_the_processor_gives() -> None:
         held_gradients(m, d, torch.float32, 4096, device, is_there=False),
     ):
         chunked[slice(0, m), slice(0, d)] = values
-        for ours, theirs in zip(results(chunked, device), results(values, mfac.CPU), strict=True):
+        for ours, theirs in zip(results(chunked, device), results(values, CPU), strict=True):
             assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
