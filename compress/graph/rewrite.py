@@ -586,7 +586,7 @@ def to_aten(module: fx.GraphModule) -> None:
             scale, zero_point, low, high = (operand(rounded, i) for i in range(1, 5))
             high = high if top is None else top
             steps = (
-                (aten.div.Tensor, scale),
+                (aten.mul.Tensor, 1.0 / scale),  # not div: the operator multiplies too, and ties must go the same way
                 (aten.round.default,),
                 (aten.add.Tensor, zero_point),
                 (aten.clamp.default, low, high),
