@@ -17,6 +17,7 @@ from .graph.rewrite import (
     IntegerWeight,
     finish,
     fold_batch_norms,
+    is_addend,
     put_tensor,
     quantize_activations,
     set_weight,
@@ -269,8 +270,11 @@ def apply_plan(
     return Compressed(tensors, plan)
 
 
-def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
+def assemble(graph: Graph, compressed: Compressed, *, float_addends: bool = False) -> fx.GraphModule:
     """The network that runs and is exported: batch norms folded, integer weights, rounded activations.
+
+    Args:
+        float_addends: Whether the outputs of convolutions that only sums read stay floats, whatever the plan says.
 
     Raises:
         InputError: The plan names an activation that the graph lacks.
@@ -290,11 +294,14 @@ def assemble(graph: Graph, compressed: Compressed) -> fx.GraphModule:
     for target in sorted(targets & compressed.tensors.keys()):
         axis = layers[target].axis if target in layers else None
         set_weight(module, target, _folded(compressed.tensors[target], factors.get(target), axis))
-    names = {node.name for node in module.graph.nodes}
-    lost = [name for name in activations if name not in names]
+    nodes = {node.name: node for node in module.graph.nodes}
+    lost = [name for name in activations if name not in nodes]
     if lost:
         raise InputError(f"plan: activation {lost[0]} is not in the graph", hint="the plan is for another architecture")
-    quantize_activations(module, activation_grids(activations))
+    grids = activation_grids(activations)
+    if float_addends:
+        grids = {name: grid for name, grid in grids.items() if not is_addend(nodes[name])}
+    quantize_activations(module, grids)
     return finish(module)
 
 

@@ -264,7 +264,9 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
             cuts = (*cuts, Cut(tuple(plan.channels().values()), input_specs(job.graph.example_inputs)))
         compressed = apply_decisions(job.source.module, job.graph.tied, plan, sidecar, pruned)
     form = form_of(job.settings)
-    compressed, module = assemble_stored(graph, compressed, DTYPES[form.float_storage])
+    compressed, module = assemble_stored(
+        graph, compressed, DTYPES[form.float_storage], float_addends=form.float_addends
+    )
     job.progress("export", 0, None)
     dynamic = _dynamic_layers(module) if plan is not None and figures.is_dynamic(plan) else set()
     model = onnx_model(graph, compressed, module, is_cut=bool(cuts), form=form, dynamic=dynamic)

@@ -65,6 +65,10 @@ class Form:
     runtime: str = "onnxruntime"
     float_storage: str = "fp32"
 
+    @property
+    def float_addends(self) -> bool:
+        return find_runtime(self.runtime).float_addends
+
 
 USUAL = Form()
 

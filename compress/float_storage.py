@@ -15,7 +15,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FOLDED = "folded_bias"  # what a batch norm leaves of itself
 
 
-def assemble_stored(graph: Graph, compressed: Compressed, dtype: torch.dtype) -> tuple[Compressed, fx.GraphModule]:
+def assemble_stored(
+    graph: Graph, compressed: Compressed, dtype: torch.dtype, *, float_addends: bool = False
+) -> tuple[Compressed, fx.GraphModule]:
     """The tensors as they will be stored, and the network of them, which computes in float32.
 
     Where a batch norm is folded into a float weight, the network holds the product, rounded once more. Scales stay
@@ -23,15 +25,16 @@ def assemble_stored(graph: Graph, compressed: Compressed, dtype: torch.dtype) ->
 
     Args:
         dtype: Of the float32 tensors: float32 itself leaves all as it is.
+        float_addends: As ``assemble`` takes it.
 
     Raises:
         NumericsError: A value is beyond the dtype; names the tensor.
     """
     if dtype == torch.float32:
-        return compressed, assemble(graph, compressed)
+        return compressed, assemble(graph, compressed, float_addends=float_addends)
     stored = Compressed(_stored(compressed.tensors, dtype), compressed.plan)
     widened = {k: v.float() if isinstance(v, Tensor) and v.dtype == dtype else v for k, v in stored.tensors.items()}
-    module = assemble(graph, Compressed(widened, compressed.plan))
+    module = assemble(graph, Compressed(widened, compressed.plan), float_addends=float_addends)
     for name in sorted(tensor_names(module)):
         if name in widened or name.endswith(FOLDED):
             value = tensor_at(module, name)

@@ -463,7 +463,8 @@ def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
         plan = Plan("latency", {}, 0, "", None, None, (*weights, *rounded), {})
         compressed = apply_plan(job.source.module, job.graph.tied, plan, {})
         form = form_of(job.settings)
-        return serialize(onnx_model(job.graph, compressed, assemble(job.graph, compressed), form=form))
+        module = assemble(job.graph, compressed, float_addends=form.float_addends)
+        return serialize(onnx_model(job.graph, compressed, module, form=form))
 
     return cached_latency_table(
         network,

@@ -234,17 +234,19 @@ class Runtime:
     Attributes:
         packs: Whether weights lie in the file at their bits, to be taken apart when it is loaded.
         has_own_ops: Whether ops of ONNX Runtime's own stand for matrix products that they make faster.
+        float_addends: Whether what a convolution adds to a sum stays float: the runtime adds it before it rounds.
     """
 
     name: str
     summary: str
     packs: bool = True
     has_own_ops: bool = False
+    float_addends: bool = False
 
 
 RUNTIMES = (
     Runtime("onnxruntime", "what ONNX Runtime runs fastest; its own ops where they are faster", has_own_ops=True),
-    Runtime("openvino", "standard ops that OpenVINO and ONNX Runtime fold when they load the file"),
+    Runtime("openvino", "standard ops that OpenVINO and ONNX Runtime fold when they load the file", float_addends=True),
     Runtime("portable", "plain int8 weights of opset 21, unpacked: any runtime since 2024", packs=False),
 )
 

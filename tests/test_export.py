@@ -42,7 +42,8 @@ from compress.formats.checkpoint import read_checkpoint
 from compress.formats.onnx_dynamic import dynamic_weights
 from compress.formats.packed import QuantizedTensor, decode
 from compress.graph.dynamic import integer_linears, round_inputs
-from compress.graph.trace import Graph, trace_graph, trace_module
+from compress.graph.rewrite import SUMS, operand
+from compress.graph.trace import CONVOLUTIONS, Graph, trace_graph, trace_module
 from compress.model import Source
 from compress.quantize import uniform
 from compress.task import Calibration, Classification
@@ -53,7 +54,12 @@ ODD = ("Recurrent", "SqueezeExcite", "Attention", "weight_norm")
 
 
 def build(
-    module: nn.Module, inputs: tuple[Tensor, ...], activations: str, bits: int | None, float_storage: str = "fp32"
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    activations: str,
+    bits: int | None,
+    float_storage: str = "fp32",
+    float_addends: bool = False,
 ) -> tuple[Graph, Compressed, fx.GraphModule]:
     """The network assembled dense (``bits`` None) or uniformly quantized."""
     graph = trace_graph(module, tuple(x[:2] for x in inputs))
@@ -71,7 +77,7 @@ def build(
         }
         plan, tensors = uniform.plan(source, graph, {}, calibration, Budget("bits", bits), options, context)
         compressed = apply_plan(module, graph.tied, plan, tensors)
-    return graph, *assemble_stored(graph, compressed, DTYPES[float_storage])
+    return graph, *assemble_stored(graph, compressed, DTYPES[float_storage], float_addends=float_addends)
 
 
 @functools.cache
@@ -380,10 +386,12 @@ def test_a_value_beyond_16_bits_is_named(value: float, float_storage: str) -> No
 def test_openvino_runs_alike(name: str, activations: str, bits: int, runtime: str) -> None:
     openvino = pytest.importorskip("openvino")
     network = named(name)
-    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits, "fp16")
-    content = serialize(onnx_model(graph, compressed, module, form=Form(runtime, "fp16")))
     if runtime == "onnxruntime" and activations == "float":
         pytest.skip("its matrix products are OpenVINO's own affair")
+    form = Form(runtime, "fp16")
+    graph, compressed, module = build(network.make(), network.inputs(16), activations, bits, "fp16", form.float_addends)
+    content = serialize(onnx_model(graph, compressed, module, form=form))
+    is_exact = activations == "float" or runtime == "openvino"
     exact = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(openvino.Core().read_model(content), "CPU", exact)
     for count in (1, 3, 7):
@@ -392,7 +400,25 @@ def test_openvino_runs_alike(name: str, activations: str, bits: int, runtime: st
         for i, expected in enumerate(tree_leaves(module(*inputs))):
             found, scale = torch.from_numpy(outputs[i]), float(expected.abs().max())
             difference = float((found - expected).abs().max()) / scale
-            assert difference < (1e-5 if activations == "float" else 0.2), (count, difference)
+            assert difference < (1e-5 if is_exact else 0.2), (count, difference)
+
+
+def rounded_sums(form: Form) -> tuple[int, int]:
+    """Operands of the sums of a residual network, and how many of them are rounded on their way from a convolution."""
+    network = named("padded_residual")
+    _, _, module = build(network.make(), network.inputs(16), "4", 4, float_addends=form.float_addends)
+    operands = [a for node in module.graph.nodes if node.target in SUMS for a in node.all_input_nodes]
+    rounded = [a for a in operands if a.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default]
+    written = [operand(a, 0) for a in rounded]
+    through_clamp = [operand(q, 0) if q.target is torch.ops.aten.clamp.default else q for q in written]
+    return len(operands), sum(operand(q, 0).target in CONVOLUTIONS for q in through_clamp)
+
+
+def test_openvino_adds_what_a_convolution_gives_before_it_is_rounded() -> None:
+    (operands, rounded), (as_many, none) = rounded_sums(Form()), rounded_sums(Form("openvino"))
+    assert operands == as_many
+    assert rounded > 0
+    assert none == 0
 
 
 @pytest.mark.data

@@ -42,8 +42,9 @@ ACTIVATIONS = {
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
     aten.clamp.default, aten.clamp_.default, aten.clamp_min.default, aten.clamp_min_.default,
 }  # fmt: skip
+SUMS = {aten.add.Tensor, aten.add_.Tensor}
 ROUNDED = {
-    *WEIGHT_OPS, *ACTIVATIONS, aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default,
+    *WEIGHT_OPS, *ACTIVATIONS, *SUMS, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default,
     aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.batch_norm.default, aten.pad.default,
     aten.sigmoid.default, aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default,
     aten.hardsigmoid.default, aten.gelu.default, aten.leaky_relu.default, aten.leaky_relu_.default, aten.elu.default,
@@ -361,6 +362,11 @@ def feeds_layer(node: fx.Node) -> bool:
         (user.target in WEIGHT_OPS and user.args[0] is node) or (user.target in MOVES and feeds_layer(user))
         for user in node.users
     )
+
+
+def is_addend(node: fx.Node) -> bool:
+    """Whether a node is the output of a convolution that sums alone read."""
+    return node.target in CONVOLUTIONS and all(user.target in SUMS for user in node.users)
 
 
 def reaches_output(node: fx.Node) -> bool:
