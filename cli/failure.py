@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import DiskError, GateError, HCompressError, OutOfMemoryError, UsageError
+from ..errors import DiskError, HCompressError, OutOfMemoryError, UsageError
 
 SCHEMA = "hcompress.error/1"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,6 +28,7 @@ class Terminated(BaseException):
 
 _received: list[int] = []
 _journals: list[Path] = []
+_sweeps: list[Path] = []
 
 
 def note_signal(signum: int) -> None:
@@ -38,6 +39,11 @@ def note_signal(signum: int) -> None:
 def note_journal(path: Path) -> None:
     """Remember where the state of this run's training is kept, if it comes to that."""
     _journals[:] = [path]
+
+
+def note_sweep(folder: Path) -> None:
+    """Remember where the points of this sweep are, once there are any."""
+    _sweeps[:] = [folder]
 
 
 def check_signals() -> None:
@@ -66,6 +72,7 @@ def report(error: BaseException, arguments: Sequence[str]) -> int:
     failure = describe(error)
     _received.clear()
     _journals.clear()
+    _sweeps.clear()
     flags = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     with contextlib.suppress(OSError):  # A closed stderr must not hide the exit code.
         if failure.code == 1 or "--debug" in flags:
@@ -89,8 +96,7 @@ def describe(error: BaseException) -> Failure:
     if _received:
         error = Terminated() if _received[0] == signal.SIGTERM else KeyboardInterrupt()
     if isinstance(error, HCompressError):
-        shown = error.report if isinstance(error, GateError) else None
-        return Failure(error.exit_code, error.title, error.message, error.hint, shown)
+        return Failure(error.exit_code, error.title, error.message, error.hint, error.report)
     if isinstance(error, click.ClickException):
         return _from_click(error)
     if isinstance(error, KeyboardInterrupt | click.Abort):
@@ -119,6 +125,12 @@ def _stopped(code: int, kind: str) -> Failure:
         if journal.is_file():
             hint = "the same command with --resume goes on from there"
             return Failure(code, kind, f"{kind}; the state of the training is in {journal}", hint)
+    for folder in _sweeps:
+        from ..manifest import SWEEP
+
+        if (folder / SWEEP).is_file():
+            hint = "the same command with --resume goes on from there"
+            return Failure(code, kind, f"{kind}; the finished points of the sweep are whole, in {folder}", hint)
     return Failure(code, kind, f"{kind}; nothing was written")
 
 

@@ -14,6 +14,7 @@ from .output import print_line, print_table
 
 REPORT_SCHEMA = "hcompress.report/1"
 REPORT = "report.json"
+SWEEP_SCHEMA = "hcompress.sweep/1"
 NOTHING = "-"
 KEYS = (
     *("method", "seed", "metric", "files", "dense_bytes", "average_bits", "sparsity", "params", "macs", "latency_ms"),
@@ -45,8 +46,21 @@ def print_report(report: dict[str, Any]) -> None:
         print_line(line)
 
 
+def print_sweep(record: dict[str, Any]) -> None:
+    """The points of a sweep, a row each, and what those without a model say."""
+    from ..sweep_report import messages, plain_rows, sweep_head, sweep_text
+
+    print_line(f"{record['method']}: {sweep_text(record)}")
+    print_table(sweep_head(record), plain_rows(record))
+    for message in messages(record):
+        print_line(message)
+
+
 def print_measured(record: dict[str, Any]) -> None:
-    """The record of a run or of a verification: all that it measured."""
+    """The record of a run, of a sweep or of a verification: all that it measured."""
+    if record["schema"] == SWEEP_SCHEMA:
+        print_sweep(record)
+        return
     if record["schema"] == REPORT_SCHEMA:
         print_report(record)
         return

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from ..settings import Value
+from ..settings import Value, swept
 from . import failure, options, preflight
-from .figures import print_report, size
+from .figures import print_report, print_sweep, size
 from .output import print_json, print_line
 from .progress import Progress
 
@@ -47,6 +47,13 @@ def run_job(
     """One ``hcompress prune`` or ``hcompress quantize``."""
     settings = with_out(options.resolve(preset), job, checkpoint)
     preflight.check_method(job, settings)
+    if job == "prune" and plan is None and (points := swept(settings)):
+        preflight.check_effects(job, options.given_flags(), settings, plan=False, resume=False)
+        for point in points:
+            preflight.check_budget(job, point)
+        preflight.check_inputs(checkpoint, settings)
+        _run_sweep(checkpoint, settings, force=force, resume=resume, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
     preflight.check_effects(job, options.given_flags(), settings, plan=plan is not None, resume=resume)
     if plan is None:
         preflight.check_budget(job, settings)
@@ -79,6 +86,46 @@ def run_job(
         _print_dry_run(record)
     else:
         print_run(record, settings)
+
+
+def _run_sweep(
+    checkpoint: Path,
+    settings: dict[str, Value],
+    *,
+    force: bool,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """``hcompress prune`` with a list of sparsities."""
+    if not dry_run:
+        out = Path(settings["out"].value)
+        preflight.check_gathered(out, force=force, resume=resume)
+        failure.note_sweep(out)
+
+    from ..sweep import run_sweep
+
+    with Progress(quiet=quiet) as progress:
+        record = run_sweep(
+            checkpoint,
+            settings,
+            force=force,
+            resume=resume,
+            dry_run=dry_run,
+            command=options.command_line(),
+            progress=progress,
+        )
+    if as_json:
+        print_json(record)
+    elif dry_run:
+        for point in record["points"]:
+            print_line(f"sparsity {point['sparsity']!r}: {point['message'] or 'within reach'}")
+            if point["plan"] is not None:
+                _print_dry_run(point["plan"])
+    else:
+        print_sweep(record)
+        print_line(f"sweep folder: {settings['out'].value}")
 
 
 def with_out(settings: dict[str, Value], job: str, checkpoint: Path) -> dict[str, Value]:

@@ -53,6 +53,15 @@ def check_out(folder: Path, *, force: bool) -> None:
     check_target(folder, force)
 
 
+def check_gathered(folder: Path, *, force: bool, resume: bool) -> None:
+    """The folder of a sweep can be made, gone on with or replaced, and no other run has it."""
+    from ..store import check_gathered as check
+    from ..store import check_unlocked
+
+    check_unlocked(folder)
+    check(folder, force=force, resume=resume)
+
+
 def journal_of(folder: Path) -> Path:
     """Where a run into the folder keeps the state of its training."""
     from ..store import journal_path

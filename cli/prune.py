@@ -12,6 +12,7 @@ from .options import checkpoint_argument, command, force_option, setting_options
 EXAMPLES = """\
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5 --out pruned
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --max-drop 0.5 --out small
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5,0.7,0.9 --out sweep
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --pattern 2:4 --out pruned
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --budget 25% --for safetensors
 hcompress prune model.pt --model net.py:make --data calib.npz --eval test.npz --method structured-obs --budget macs=50%
@@ -34,7 +35,7 @@ hcompress prune nightly.pt --model net.py:make --data calibration.npz --eval tes
 @click.option("--preset", metavar="NAME", help="Start from a preset; hcompress presets lists them.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Keep the decisions of a plan.json or run folder.")
 @force_option
-@click.option("--resume", is_flag=True, help="Go on with the training of an interrupted run.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted training or sweep.")
 @click.option("--dry-run", is_flag=True, help="Decide and predict; write nothing.")
 def prune(
     checkpoint: Path,

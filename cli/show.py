@@ -14,8 +14,9 @@ import click
 from ..errors import InputError, UsageError, escape
 from ..frontier import NAME as FRONTIER
 from ..frontier import UNITS, FrontierRecord, read_frontier
+from ..manifest import SWEEP
 from . import preflight
-from .figures import NOTHING, count, print_report, read_report, share
+from .figures import NOTHING, count, print_report, print_sweep, read_report, share
 from .options import command, run_argument
 from .output import print_json, print_line, print_table
 
@@ -34,8 +35,13 @@ NUM_ROWS = 20  # Points of a frontier in a table, and those that have a name.
 @click.option("--why", metavar="LAYER", help="Why this layer got its decision: its name, or a part that only it has.")
 @click.option("--frontier", is_flag=True, help="What each budget is expected to lose: the points that no other beats.")
 def show(run: Path, why: str | None, frontier: bool, as_json: bool, quiet: bool) -> None:
-    """Print the figures and the layers of RUN, a run folder or a rejected one."""
+    """Print the figures and the layers of RUN, a run folder or a rejected one; of a sweep, its points."""
     preflight.check_run(run)
+    if (run / SWEEP).is_file():
+        if frontier or why is not None:
+            raise UsageError(f"{run} is a sweep, not one run", hint=f"pass one of its points: hcompress show {run}")
+        show_sweep(run, as_json=as_json)
+        return
     if frontier:
         if why is not None:
             raise UsageError("--why and --frontier are two questions", hint="ask them one at a time")
@@ -55,6 +61,20 @@ def show(run: Path, why: str | None, frontier: bool, as_json: bool, quiet: bool)
         print_line(f"{run}: {report['method'] or 'no method'}, seed {report['seed']}")
         print_report(report)
         print_table(("layer", "op", "shape", "bits", "sparsity", "error", "decision"), layer_rows(report["layers"]))
+
+
+def show_sweep(folder: Path, *, as_json: bool) -> None:
+    """Print the points of a sweep."""
+    from ..sweep_report import read_sweep
+
+    record = read_sweep(folder)
+    if as_json:
+        print_json(record)
+        return
+    print_sweep(record)
+    for point in record["points"]:
+        if point["folder"] is not None:
+            print_line(f"run folder: {folder / point['folder']}")
 
 
 def layer_rows(layers: list[dict[str, Any]]) -> list[tuple[str, ...]]:

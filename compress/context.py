@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .frontier import FrontierRecord
+from .saliencies import Saliencies
 from .sensitivity import CostTable
 from .widths import Width
 
@@ -42,6 +43,9 @@ class Context:
         overhead: Bytes that a written file of this run was found to have beyond what was predicted of it.
         memory: Bytes that the gradients of a method may take; more of them lie in a file.
         frontiers: The frontier that the plan is a point of; a method that has one appends it.
+        saliencies: Those of what the plan keeps and removes; a method that has any appends them.
+        is_swept: Whether plans for other goals follow: what a method measured of the dense network goes into ``memo``
+            however large it is.
     """
 
     generator: torch.Generator
@@ -56,3 +60,5 @@ class Context:
     training: Any = None
     latency: Callable[[fx.GraphModule], float] | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    saliencies: list[Saliencies] = field(default_factory=list)
+    is_swept: bool = False

@@ -12,15 +12,17 @@ class HCompressError(Exception):
     Args:
         message: One sentence that names the thing, the value that was wrong and what was allowed.
         hint: What to do next; empty where the message says it all.
+        report: What was measured before, as the command's record has it.
     """
 
     exit_code = 1
     title = "internal error"
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", report: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.report = report
         if hint:
             self.add_note(f"hint: {hint}")  # what a traceback shows of it
 
@@ -40,14 +42,10 @@ class InputError(HCompressError):
 
 
 class GateError(HCompressError):
-    """The result was made and measured, and a check failed; ``report`` is the run's report, where there is one."""
+    """The result was made and measured, and a check failed."""
 
     exit_code = 4
     title = "gate failed"
-
-    def __init__(self, message: str, *, hint: str = "", report: dict[str, Any] | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.report = report
 
 
 class BudgetError(HCompressError):
@@ -60,8 +58,10 @@ class BudgetError(HCompressError):
     exit_code = 5
     title = "infeasible budget"
 
-    def __init__(self, message: str, *, hint: str = "", least: float | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self, message: str, *, hint: str = "", report: dict[str, Any] | None = None, least: float | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, report=report)
         self.least = least
 
 

@@ -38,6 +38,7 @@ from .manifest import NAME as MANIFEST
 from .manifest import Manifest, check_files, describe_files, read_manifest
 from .model import WEIGHTS
 from .plan import Plan
+from .saliencies import Saliencies
 from .sensitivity import Sensitivity
 from .settings import Settings
 from .task import Task, check_targets, divergence, divergence_words, has_logits, load_task
@@ -52,6 +53,7 @@ from .verify import (
 )
 
 DENSE = "dense.onnx"
+EVALUATION, DENSE_METRIC = "evaluation data", "dense metric"  # in the memo of a job
 LATENCY_REPEATS = 150
 LATENCY_TIME_S = 4.0
 LATENCY_TRIES = 3
@@ -61,7 +63,12 @@ LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a run goes and what it has to pass; ``out`` is None where nothing is published."""
+    """Where a run goes and what it has to pass.
+
+    Attributes:
+        out: None where nothing is published.
+        is_alone: Whether it is no point of a sweep, which writes the summary of all.
+    """
 
     stage: Path
     out: Path | None
@@ -73,6 +80,8 @@ class Target:
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
     resume: bool = False
     predictors: Mapping[str, Any] | None = None
+    saliencies: Saliencies | None = None
+    is_alone: bool = True
 
     def journal(self) -> Path | None:
         """Where the state of a training is kept while it runs: beside the run folder."""
@@ -99,7 +108,8 @@ def finish(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Targ
     check_files(stage, read_manifest(stage))
     job.progress("publish", 0, None)
     store.publish(stage, out)
-    publish_summary(record, settings)
+    if target.is_alone:
+        publish_summary(record, settings)
     return record
 
 
@@ -137,7 +147,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         compressed_metric = evaluate(runtime_forward(session), data, task, "evaluate compressed", progress)
         dense_metric = compressed_metric
         if plan is not None:
-            dense_metric = evaluate(runtime_forward(dense_session), data, task, "evaluate dense", progress)
+            dense_metric = _dense_metric(job, dense_session, data, task)
         metric = figures.metric_record(task, dense_metric, compressed_metric, data)
         checks += metric_checks(
             target.gates,
@@ -202,12 +212,20 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
         "loss": None if plan is None else _loss(job, built, plan),
+        "saliencies": canonical.plain(target.saliencies),
         "predictors": None if target.predictors is None else dict(target.predictors),
         "notes": job.notes,
         "versions": figures.versions(),
         "time_s": time.monotonic() - job.started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def _dense_metric(job: Job, session: Session, data: Data, task: Task) -> float:
+    """The dense network's figure, measured once."""
+    if DENSE_METRIC not in job.memo:
+        job.memo[DENSE_METRIC] = evaluate(runtime_forward(session), data, task, "evaluate dense", job.progress)
+    return float(job.memo[DENSE_METRIC])
 
 
 def _num_elements(tensors: Mapping[str, Tensor]) -> int:
@@ -258,7 +276,14 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
 
 
 def read_evaluation(job: Job) -> tuple[Data, Task]:
-    """The evaluation data, checked against the network, and the task that scores them."""
+    """The evaluation data, checked against the network, and the task that scores them; read once."""
+    if EVALUATION not in job.memo:
+        job.memo[EVALUATION] = _read_evaluation(job)
+    found: tuple[Data, Task] = job.memo[EVALUATION]
+    return found
+
+
+def _read_evaluation(job: Job) -> tuple[Data, Task]:
     job.progress("read evaluation data", 0, None)
     data, task = read_named(job.settings, "eval"), job.task
     if job.settings["task"].value is None and job.calibration is None:
@@ -307,7 +332,8 @@ def _reject(target: Target, out: Path, record: dict[str, Any], settings: Setting
             path.unlink()
     store.check_target(rejected, force=True)
     store.publish(target.stage, rejected)
-    publish_summary(record, settings)
+    if target.is_alone:
+        publish_summary(record, settings)
     verdict = Verdict(tuple(Check(**check) for check in record["checks"]))
     raise_if_failed(verdict, f"no model was published; the report is in {rejected}", record)
 

@@ -32,7 +32,8 @@ class Job:
     """A network read and traced, with what the settings say about it.
 
     Attributes:
-        memo: What a later step needs again: of a method, from one plan to the next.
+        memo: What a later step needs again: of a method, from one plan to the next; of a sweep, from point to point.
+        is_swept: Whether plans for other goals follow.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class Job:
     notes: list[str]
     started: float
     memo: dict[str, Any] = field(default_factory=dict)
+    is_swept: bool = False
 
     def value(self, name: str) -> Any:
         """A setting's value."""

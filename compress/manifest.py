@@ -11,6 +11,7 @@ from .errors import InputError, escape
 
 SCHEMA = "hcompress.manifest/1"
 NAME = "manifest.json"
+SWEEP = "sweep.json"  # of a folder that holds runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         InputError: The folder has none, or it isn't one.
     """
+    if (folder / SWEEP).is_file():
+        raise InputError(
+            f"{folder}: a sweep, not a run folder", hint=f"pass one of its points: hcompress show {folder} lists them"
+        )
     if not (folder / NAME).is_file():
         raise InputError(
             f"{folder}: not a run folder ({NAME} is missing)", hint="pass the --out folder of a finished run"

@@ -49,11 +49,15 @@ def take(job: Job, name: str, context: Context) -> Taken:
         raise UsageError(
             f"measure {name} needs calibration data", hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args)"
         )
-    # The same for every file that is delivered, and so may be cached.
-    context = replace(context, model_bytes=_no_model_bytes, notes=[])
-    taken = _recall(job, measure, context) if _is_kept(job, measure) else _measure(job, measure, context)
-    job.notes.extend(note for note in context.notes if note not in job.notes)
-    return taken
+    key = f"measure {name}"
+    if key not in job.memo:
+        # The same for every file that is delivered, and so may be kept.
+        context = replace(context, model_bytes=_no_model_bytes, notes=[])
+        taken = _recall(job, measure, context) if _is_kept(job, measure) else _measure(job, measure, context)
+        job.memo[key] = (taken, context.notes)
+    found: tuple[Taken, list[str]] = job.memo[key]
+    job.notes.extend(note for note in found[1] if note not in job.notes)
+    return found[0]
 
 
 def num_configurations(job: Job) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import canonical, figures, inspection, measuring, planning, store
 from .bench import measure_latency
+from .budget import Budget
 from .build import (
     ONNX,
     PLAN,
@@ -69,6 +70,7 @@ from .verify import (
 )
 
 CONFIG = "config.json"  # of a Hugging Face folder
+DENSE_FILES = "dense files"  # in the memo of a job
 
 
 def run_method(
@@ -99,6 +101,24 @@ def run_method(
         BudgetError: The budget is out of reach.
     """
     out = None if dry_run else out_folder(settings)
+    method, budget = checked_goal(job, settings, dry_run=dry_run, plan=plan)
+    if pick is not None and plan is None:
+        raise UsageError("--pick needs the run whose frontier it means", hint="pass --plan RUN as well")
+    if out is None:
+        with tempfile.TemporaryDirectory() as nowhere:
+            target = Target(Path(nowhere), None, job, gates_of(settings), command, budget)
+            return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
+    with store.staged(out, force, [checkpoint]) as stage:
+        target = Target(stage, out, job, gates_of(settings), command, budget)
+        return _plan_and_finish(method, checkpoint, settings, plan, pick, replace(target, resume=resume), progress)
+
+
+def checked_goal(job: str, settings: Settings, *, dry_run: bool, plan: Path | None) -> tuple[Method, Budget | None]:
+    """The method and the budget of a run, checked against the settings before any work.
+
+    Raises:
+        UsageError: They don't fit, or evaluation data are missing.
+    """
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
     budget = chosen_budget(settings)
     gates_of(settings)
@@ -116,15 +136,7 @@ def run_method(
         )
     if plan is None:
         planning.require_counted_activations(method, budget, settings)
-    if pick is not None and plan is None:
-        raise UsageError("--pick needs the run whose frontier it means", hint="pass --plan RUN as well")
-    if out is None:
-        with tempfile.TemporaryDirectory() as nowhere:
-            target = Target(Path(nowhere), None, job, gates_of(settings), command, budget)
-            return _plan_and_finish(method, checkpoint, settings, plan, pick, target, progress)
-    with store.staged(out, force, [checkpoint]) as stage:
-        target = Target(stage, out, job, gates_of(settings), command, budget)
-        return _plan_and_finish(method, checkpoint, settings, plan, pick, replace(target, resume=resume), progress)
+    return method, budget
 
 
 def _plan_and_finish(
@@ -136,7 +148,7 @@ def _plan_and_finish(
     target: Target,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Plan into the stage and finish it; stop at the plan where there is no folder to publish."""
+    """Read the network, plan into the stage and finish it; stop at the plan where nothing is published."""
     given = None if plan is None else read_plan_files(plan)
     if given is not None:
         _require_job(given[0], method, plan)
@@ -147,10 +159,33 @@ def _plan_and_finish(
         needs_data=plan is None and method.needs_data,
         inputs=() if given is None else given[0].inputs,
     )
+    return run_opened(opened, method, target, plan=plan, given=given, pick=pick)
+
+
+def run_opened(
+    opened: Job,
+    method: Method,
+    target: Target,
+    *,
+    plan: Path | None = None,
+    given: tuple[Plan, dict[str, Tensor]] | None = None,
+    pick: str | None = None,
+) -> dict[str, Any]:
+    """A run of a network that was read: plan into the stage and finish it.
+
+    Args:
+        given: What ``plan`` holds.
+
+    Returns:
+        As for ``run_method``.
+    """
+    settings = opened.settings
     _check_before_work(opened, target, trains=is_asked(settings) or (plan is None and method.trains))
     if plan is None:
         planning.require_groups(opened, method)
-    dense = dense_files(opened)
+    if DENSE_FILES not in opened.memo:
+        opened.memo[DENSE_FILES] = dense_files(opened)
+    dense: Dense = opened.memo[DENSE_FILES]
     sensitivities: dict[str, Sensitivity] = {}
     if given is None or plan is None:
         gates = planning.search_gates(method, target.budget, target.gates, settings, opened.task)
@@ -179,6 +214,8 @@ def _plan_and_finish(
     target = replace(
         target, budget=budget, frontier=decided.frontier, sensitivities=sensitivities, predictors=predictors
     )
+    if target.job == "prune":
+        target = replace(target, saliencies=planning.saliencies_of(opened, decided))
     try:
         record = finish(opened, built, decided.plan, dense, target)
     except GateError:

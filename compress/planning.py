@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from . import canonical, measuring, recovery, store
-from .apply import apply_plan, assemble
+from .apply import apply_plan, assemble, masks_of
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
 from .build import (
@@ -40,12 +41,17 @@ from .figures import LATENCY_SLACK
 from .finish import LATENCY_THREADS, read_evaluation, timed
 from .frontier import FLOAT_BITS, FrontierRecord, read_frontier
 from .frontier import NAME as FRONTIER
+from .graph.groups import find_channels
 from .graph.trace import trace_graph
 from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
 from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
+from .prune.channel_places import find_places
+from .prune.group_saliency import channel_sums
+from .pruned import kept_of
 from .quantize.calibrate import activation_decisions, calibrated
 from .registry import METHODS, Method, find_method, load_module
+from .saliencies import Saliencies, saliency_histogram
 from .sensitivity import CostTable, Sensitivity
 from .settings import DYNAMIC, MIXED, Settings
 from .task import Task
@@ -67,11 +73,12 @@ WIDTHS = (*range(2, 9), FLOAT_BITS)
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """A plan with its sidecar, and the frontier that it is a point of."""
+    """A plan with its sidecar, the frontier that it is a point of, and the saliencies of what it keeps and removes."""
 
     plan: Plan
     sidecar: Mapping[str, Tensor]
     frontier: FrontierRecord | None = None
+    saliencies: Saliencies | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +180,32 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
     return decided, built, sensitivities
 
 
+def saliencies_of(job: Job, decided: Decided) -> Saliencies | None:
+    """Those that the method ranked by; magnitudes where it left none, as a plan that is followed does.
+
+    Returns:
+        None where nothing is removed.
+    """
+    plan, state = decided.plan, job.source.module.state_dict()
+    if decided.saliencies is not None:
+        return decided.saliencies
+    if masks := masks_of(plan, decided.sidecar, state):
+        values = torch.cat([state[name].detach().flatten().abs() for name in masks])
+        kept = torch.cat([mask.flatten() for mask in masks.values()])
+        return saliency_histogram(values, kept, what="magnitude of the checkpoint's weights")
+    if not plan.channels():
+        return None
+    channels = find_channels(job.graph)
+    norms = channel_sums(find_places(channels), state, {}, channels.count).ww.sqrt()
+    kept = kept_of(channels, plan.channels())
+    return saliency_histogram(norms, kept, what="norm of all weights of the channel", of="channels")
+
+
 def recovered(job: Job, decided: Decided, journal: Path | None, *, resume: bool) -> Decided:
     """The plan after training."""
     plan, tensors = recovery.recovered(job, decided.plan, decided.sidecar, journal=journal, resume=resume)
-    return Decided(*sealed(plan, tensors), decided.frontier)
+    plan, tensors = sealed(plan, tensors)
+    return replace(decided, plan=plan, sidecar=tensors)
 
 
 def _decide(
@@ -193,7 +222,7 @@ def _decide(
     job.progress("plan", 0, None)
     context = planning_context(job, goal.dense, overhead)
     latency = partial(_exported_latency, job, goal.dense)
-    context = replace(context, costs=costs, training=training, memo=job.memo, latency=latency)
+    context = replace(context, costs=costs, training=training, memo=job.memo, is_swept=job.is_swept, latency=latency)
     plan, tensors = load_module(goal.method).plan(
         job.source,
         job.graph,
@@ -241,7 +270,8 @@ def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, T
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
     plan, sidecar = sealed(replace(plan, budget=budget or plan.budget, seed=seed, inputs=inputs), tensors)
-    return Decided(plan, sidecar, context.frontiers[-1] if context.frontiers else None)
+    frontier = context.frontiers[-1] if context.frontiers else None
+    return Decided(plan, sidecar, frontier, context.saliencies[-1] if context.saliencies else None)
 
 
 def _moved(job: Job, goal: Goal, decided: Decided, index: int) -> Decided:

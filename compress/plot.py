@@ -1,13 +1,16 @@
-"""A bar for each layer on a logarithmic axis, as one SVG file that needs no script and nothing from the network.
+"""Plots as SVG that needs no script and nothing from the network: bars of layers, a curve, a histogram.
 
+The bars are a file of their own, with its style. The others are part of a page, whose style.css has their colours.
 Names of layers come from untrusted checkpoints: every text is escaped on its way out.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .errors import escape
 
@@ -91,6 +94,142 @@ def decades(values: Iterable[float]) -> tuple[int, int] | None:
 def share(value: float, axis: tuple[int, int]) -> float:
     """Where a positive value lies on a logarithmic axis: 0 at its start, 1 at its end."""
     return (math.log10(value) - axis[0]) / (axis[1] - axis[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A point of a curve.
+
+    Attributes:
+        y: None where there is no value: a cross below the curve stands for it.
+        label: Beside it.
+        title: On hover.
+        is_good: Whether it passed.
+    """
+
+    x: float
+    y: float | None
+    label: str
+    title: str
+    is_good: bool
+
+
+def curve_svg(title: str, axes: tuple[str, str], dots: Sequence[Dot], levels: Sequence[tuple[float, str]]) -> str:
+    """A line through the dots that have a value, and horizontal lines to compare with.
+
+    Args:
+        axes: What x and y are.
+        dots: By ascending x; one or more.
+        levels: Value of y and name of each horizontal line.
+    """
+    left, top, right, bottom = 70.0, 18.0, 560.0, 262.0
+    across = _ends([dot.x for dot in dots])
+    up = _ends([*(dot.y for dot in dots if dot.y is not None), *(value for value, _ in levels)] or [0.0])
+
+    def x_of(value: float) -> float:
+        return left + (right - left) * (value - across[0]) / (across[1] - across[0])
+
+    def y_of(value: float) -> float:
+        return bottom - (bottom - top) * (value - up[0]) / (up[1] - up[0])
+
+    parts = [f'<svg class="chart" viewBox="0 0 720 316" role="img"><title>{_text(title)}</title>']
+    for value in even_ticks(*up):
+        parts += [
+            f'<line class="grid" x1="{left}" y1="{y_of(value):.1f}" x2="{right}" y2="{y_of(value):.1f}"/>',
+            f'<text x="{left - 8}" y="{y_of(value) + 4:.1f}" text-anchor="end">{value:g}</text>',
+        ]
+    for value in even_ticks(*across):
+        parts.append(f'<text x="{x_of(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:g}</text>')
+    turned = f'transform="translate(16 {(top + bottom) / 2}) rotate(-90)"'
+    parts += [
+        f'<text x="{(left + right) / 2}" y="{bottom + 44}" text-anchor="middle">{_text(axes[0])}</text>',
+        f'<text {turned} text-anchor="middle">{_text(axes[1])}</text>',
+    ]
+    for (value, name), shift in zip(levels, _apart([y_of(value) for value, _ in levels]), strict=True):
+        parts += [
+            f'<line class="level" x1="{left}" y1="{y_of(value):.1f}" x2="{right}" y2="{y_of(value):.1f}"/>',
+            f'<text x="{right + 8}" y="{shift + 4:.1f}">{_text(name)}</text>',
+        ]
+    places = [f"{x_of(dot.x):.1f} {y_of(dot.y):.1f}" for dot in dots if dot.y is not None]
+    parts.append(f'<path class="curve" d="M{"L".join(places)}"/>' if places else "")
+    for dot in dots:
+        x, y = x_of(dot.x), bottom - 6 if dot.y is None else y_of(dot.y)
+        mark = f'<circle class="dot {"good" if dot.is_good else "bad"}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+        if dot.y is None:
+            mark = f'<path class="missing" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>'
+        # Below the curve, which falls: there is room.
+        place, anchor = (y + 18, "end") if dot.y is not None and y + 18 < bottom else (y - 10, "middle")
+        label = f'<text class="label" x="{x:.1f}" y="{place:.1f}" text-anchor="{anchor}">{_text(dot.label)}</text>'
+        parts.append(f"<g><title>{_text(dot.title)}</title>{mark}{label}</g>")
+    return "\n".join([*filter(None, parts), "</svg>"])
+
+
+def histogram_svg(
+    title: str, axis: str, low: float, step: float, series: Mapping[str, Sequence[tuple[int, str]]]
+) -> str:
+    """Bars over a logarithmic axis; those of several series stand on one another.
+
+    Args:
+        axis: What the values are.
+        low: Base-ten logarithm of the first bin's lower end; the first bin counts what lies below as well.
+        step: Decades of a bin.
+        series: By name, which is the style of the bars: what each bin counts, and its words on hover.
+    """
+    left, top, right, bottom = 70.0, 12.0, 700.0, 142.0
+    num_bins = max(map(len, series.values()), default=0)
+    most = max((sum(own[place][0] for own in series.values()) for place in range(num_bins)), default=0) or 1
+    wide = (right - left) / max(num_bins, 1)
+    parts = [f'<svg class="chart" viewBox="0 0 720 194" role="img"><title>{_text(title)}</title>']
+    for value in even_ticks(0, most, 3):
+        y = bottom - (bottom - top) * value / most
+        parts += [
+            f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>',
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:,.0f}</text>',
+        ]
+    end = low + step * num_bins
+    powers = range(math.ceil(low), math.floor(end) + 1)
+    for power in powers[:: math.ceil(len(powers) / NUM_TICKS) or 1]:
+        x = left + (power - low) / step * wide
+        label = f"{10.0**power:g}" if abs(power) < 5 else f"1e{power}"
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 42}" text-anchor="middle">{_text(axis)}</text>')
+    for place in range(num_bins):
+        y = bottom
+        for name, own in series.items():
+            count, words = own[place]
+            if count:
+                height = max(1.0, (bottom - top) * count / most)  # a few among millions are still seen
+                y -= height
+                parts.append(
+                    f'<rect class="{name}" x="{left + place * wide + 0.5:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" '
+                    f'height="{height:.1f}"><title>{_text(words)}</title></rect>'
+                )
+    return "\n".join([*parts, "</svg>"])
+
+
+def even_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from ``low`` to ``high``, evenly spaced, ``most`` or fewer."""
+    raw = (high - low) / most
+    scale: float = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of an axis that has room around its values."""
+    low, high = min(values), max(values)
+    room = 0.08 * (high - low) or 0.05 * max(abs(high), 1.0)
+    return low - room, high + room
+
+
+def _apart(places: Sequence[float], room: float = 15.0) -> list[float]:
+    """The places of labels, moved down where one would cover another."""
+    moved = list(places)
+    order = sorted(range(len(moved)), key=lambda number: moved[number])
+    for above, below in itertools.pairwise(order):
+        moved[below] = max(moved[below], moved[above] + room)
+    return moved
 
 
 def _text(value: str) -> str:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from .budget import format_bytes
 from .errors import escape
+from .saliency_plot import saliency_svg, saliency_text
 from .verdict import Check, Verdict
 
 if TYPE_CHECKING:
@@ -50,12 +51,22 @@ MAX_WORD = 60  # Characters of a longer word are cut from its middle.
 
 def render_html(report: dict[str, Any]) -> str:
     """One HTML page that needs no network: inline style and plots, light and dark, for screen and paper."""
-    return _environment(_html_text).get_template("report.html.jinja").render(_view(report))
+    return render_page("report", _view(report))
 
 
 def render_markdown(report: dict[str, Any]) -> str:
     """The same facts as GitHub-flavoured Markdown."""
-    return _environment(_markdown_text).get_template("report.md.jinja").render(_view(report))
+    return render_text("report", _view(report))
+
+
+def render_page(name: str, view: dict[str, Any]) -> str:
+    """The HTML template of a name, whose strings are escaped."""
+    return _environment(_html_text).get_template(f"{name}.html.jinja").render(view)
+
+
+def render_text(name: str, view: dict[str, Any]) -> str:
+    """The Markdown template of a name, whose strings are escaped."""
+    return _environment(_markdown_text).get_template(f"{name}.md.jinja").render(view)
 
 
 def verdict_of(report: dict[str, Any]) -> Verdict:
@@ -389,7 +400,7 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
     worst = sorted((layer for layer in layers if layer["relative_error"]), key=lambda layer: -layer["relative_error"])
     plots = _plots(layers, report.get("activations") or []) if layers else ()
     frontier, loss, predictors = report.get("frontier"), report.get("loss"), report.get("predictors")
-    explained = _explained(layers)
+    explained, saliencies = _explained(layers), report.get("saliencies")
     return {
         "report": report,
         "verdict": verdict,
@@ -410,6 +421,8 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
         "predictors_text": predictors_text(predictors) if predictors else "",
         "predictor_cells": predictor_cells(predictors) if predictors else [],
         "scatter": _scatter(predictors) if predictors else None,
+        "saliency_text": saliency_text(saliencies) if saliencies else "",
+        "saliency_svg": Markup(saliency_svg(saliencies)) if saliencies else "",
         "options": _options(explained),
         "explained": explained,
         "most_sensitive": _most_sensitive(explained)[:NUM_WORST],

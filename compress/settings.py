@@ -32,6 +32,7 @@ TYPES = {
     "path": "a path or name",
     "json": "a JSON object",
     "shape": "a list of sizes such as 3,32,32",
+    "points": "a number, or numbers such as 0.5,0.7,0.9",
 }
 
 
@@ -43,7 +44,8 @@ class Setting:
         name: Flag without dashes, with underscores; also the environment name after ``HCOMPRESS_``.
         key: Dotted key in a config file.
         type: One of ``TYPES``; ``path`` means that a config file's value is relative to it; ``numbers`` and ``words``
-            are separated by commas; ``json`` and ``shape`` are checked, but stay text.
+            are separated by commas; ``json`` and ``shape`` are checked, but stay text. ``points`` is a number, or where
+            several differ a tuple of them, ascending.
         in_preset: Whether a preset may set it. What names code or data may not: a preset is not the user's own file.
         minimum: Least value of a number; None where any will do.
         maximum: Likewise the largest.
@@ -89,7 +91,14 @@ SETTINGS = (
     Setting("task", "task.kind", "path", "classification, regression, causal-lm or FILE.py:Task.", metavar="TASK"),
     Setting("method", "run.method", "str", "Method; hcompress methods lists them.", in_preset=True, metavar="NAME"),
     Setting("budget", "run.budget", "str", "Goal: 0.3MB, 25%, 4bit, sparsity=0.5.", in_preset=True, metavar="BUDGET"),
-    Setting("sparsity", "run.sparsity", "float", "Share of weights to zero, or channels to cut.", in_preset=True),
+    Setting(
+        "sparsity",
+        "run.sparsity",
+        "points",
+        "Share of weights to zero, or channels to cut; several are a sweep.",
+        in_preset=True,
+        metavar="X[,X...]",
+    ),
     Setting("scope", "run.scope", "str", "Where magnitudes compete.", "global", ("global", "layer"), in_preset=True),
     Setting("pattern", "run.pattern", "str", "unstructured, or n:m along inputs.", "unstructured", in_preset=True),
     Setting(
@@ -376,7 +385,31 @@ def chosen_budget(settings: Settings) -> Budget | None:
         )
     if budget.value is not None and (sparsity.value is None or _rank(budget) < _rank(sparsity)):
         return parse_budget(str(budget.value))
+    if isinstance(sparsity.value, tuple):
+        raise UsageError(
+            f"{_listed(sparsity.value)} are {len(sparsity.value)} sparsities, and this takes one",
+            hint="a list is a sweep, which hcompress prune runs, without --plan",
+        )
     return None if sparsity.value is None else parse_budget(f"sparsity={sparsity.value}")
+
+
+def swept(settings: Settings) -> list[dict[str, Value]]:
+    """The settings of each point, if the goal is a list of sparsities: the least sparse first. Else none.
+
+    Raises:
+        UsageError: A sparsity is out of range, or ``budget`` says something else.
+    """
+    budget, sparsity = settings["budget"], settings["sparsity"]
+    if not isinstance(sparsity.value, tuple) or (budget.value is not None and _rank(budget) < _rank(sparsity)):
+        return []
+    points = [dict(settings) | {"sparsity": Value(value, sparsity.origin)} for value in sparsity.value]
+    for point in points:
+        chosen_budget(point)
+    return points
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 def _rank(value: Value) -> int:
@@ -481,9 +514,10 @@ def _convert(setting: Setting, value: Any, origin: str) -> Any:
         raise UsageError(f"{where}: {value!r} is not a choice", hint=f"choices: {', '.join(setting.choices)}")
     low, high = setting.minimum, setting.maximum
     allowed = f"{low:g} to {high:g}" if low is not None and high is not None else f"{low} or more"
-    if low is not None and converted < low:
+    numbers = converted if isinstance(converted, tuple) else (converted,)
+    if low is not None and any(number < low for number in numbers):
         raise UsageError(f"{where}: {value!r} is below {low:g}", hint=f"it is {allowed}")
-    if high is not None and converted > high:
+    if high is not None and any(number > high for number in numbers):
         raise UsageError(f"{where}: {value!r} is above {high:g}", hint=f"it is {allowed}")
     return converted
 
@@ -497,6 +531,12 @@ def _to_type(kind: str, value: Any) -> Any:
         return int(value)
     if kind == "float":
         return _finite(value)
+    if kind == "points":
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        numbers = sorted({_finite(item) for item in items if not isinstance(item, bool)})
+        if not numbers or any(isinstance(item, bool) for item in items):
+            raise ValueError
+        return tuple(numbers) if len(numbers) > 1 else numbers[0]
     if kind in ("numbers", "words"):
         items = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
         return tuple(map(_finite, items)) if kind == "numbers" else tuple(str(item) for item in items if item != "")

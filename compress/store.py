@@ -7,6 +7,7 @@ import ctypes
 import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from .errors import DiskError, LockedError, UsageError, escape
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 REJECTED_FILES = {"plan.json", "report.html", "report.json", "report.md"}  # of a run that failed a gate
+SWEEP_FILES = {manifest.SWEEP, "report.html", "report.md"}
+POINT = re.compile(r"\.?sparsity-[0-9.e-]+(\.rejected|\.journal(\.[0-9]+)?|\.lock|\.partial-.*)*|\..*\.partial")
 SET_ASIDE = ".old"  # suffix of the folder that is being replaced, where there is no exchange
 
 
@@ -69,11 +72,74 @@ def _check_replaceable(out: Path) -> None:
     if manifest.NAME in names:
         ours = {manifest.NAME, *manifest.read_manifest(out).files}
     foreign = sorted(names - ours)
+    if manifest.SWEEP in names:
+        raise UsageError(f"{out} holds a sweep, which no single run replaces", hint="choose another --out")
     if foreign:
         raise UsageError(
             f"{out} holds {escape(foreign[0])}, which no run of hcompress wrote: --force replaces run folders only",
             hint="choose another --out, or move your own files out of it",
         )
+
+
+def check_gathered(out: Path, *, force: bool, resume: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a folder for the runs of a sweep that exists without ``force`` or ``resume``, or holds anything else.
+
+    Raises:
+        UsageError: It exists, holds what no sweep wrote, or mustn't be replaced.
+        DiskError: Its parent isn't a folder that can be written.
+    """
+    is_there = force or resume
+    if not out.is_dir():
+        check_target(out, is_there, inputs)
+        return
+    names = {path.name for path in out.iterdir()}
+    if not is_there:
+        hint = "choose another --out, or pass --force to replace it"
+        if manifest.SWEEP in names:
+            hint = "pass --resume to go on with the sweep there, --force to make it anew, or choose another --out"
+        raise UsageError(f"{out} already exists", hint=hint)
+    foreign = sorted(name for name in names - SWEEP_FILES if not POINT.fullmatch(name))
+    if foreign or (names and manifest.SWEEP not in names):
+        held = escape(foreign[0]) if foreign else f"no {manifest.SWEEP}"
+        raise UsageError(f"{out} holds {held}: it isn't the folder of a sweep alone", hint="choose another --out")
+    for path in sorted(out.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            _check_replaceable(path)
+    target = out.resolve()
+    for kept in (*_own_folders(), *inputs):
+        if kept.resolve().is_relative_to(target):
+            raise UsageError(f"{out} holds {kept}, which a sweep may replace", hint="choose another --out")
+
+
+@contextlib.contextmanager
+def gathered(out: Path, *, force: bool, resume: bool, inputs: Sequence[Path] = ()) -> Iterator[None]:
+    """Hold ``out`` for the runs of a sweep, each of which is ``staged`` in it; it's removed where it stays empty.
+
+    Raises:
+        LockedError: Another sweep writes ``out``.
+        DiskError: The folder can't be made.
+    """
+    check_gathered(out, force=force, resume=resume, inputs=inputs)
+    target = out.resolve()
+    with _made_parents(target), _locked(target, out):
+        check_gathered(out, force=force, resume=resume, inputs=inputs)
+        try:
+            target.mkdir(exist_ok=True)
+        except OSError as error:
+            raise disk_error(out, error) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                target.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Take a folder or a file of ours away, where it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _own_folders() -> Iterator[Path]:

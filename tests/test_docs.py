@@ -198,7 +198,8 @@ def test_a_command_line_parses(page: str, line: str) -> None:
     made = command.make_context(arguments[0], arguments[1:], parent=context)
     given = made.meta.get(FLAGS, {})
     chosen = settings.resolve(given, environment={}, folder=None, preset=made.params.get("preset"))
-    settings.chosen_budget(chosen)
+    if not settings.swept(chosen):
+        settings.chosen_budget(chosen)
     for name in ("max_bytes", "max_latency"):
         if given.get(name):
             parse_budget(f"latency={given[name]}" if name == "max_latency" else given[name])

@@ -51,7 +51,7 @@ def make_layers(count: int) -> list[dict[str, Any]]:
 
 
 def test_junit_has_a_case_a_check_with_value_and_limit() -> None:
-    root = ElementTree.fromstring(junit_xml(make_report()))
+    root = ElementTree.fromstring(junit_xml([make_report()]))
     assert root.tag == "testsuites"
     suite = root[0]
     assert suite.attrib == {
@@ -75,7 +75,7 @@ def test_junit_has_a_case_a_check_with_value_and_limit() -> None:
 def test_junit_of_a_hostile_name_is_valid_xml() -> None:
     name = 'a\x00\x0b\ufffe\ud800<&"]]>'
     report = make_report(checks=[{"name": name, "value": 2, "limit": 1, "unit": name, "ok": False}])
-    text = junit_xml(report)
+    text = junit_xml([report])
     case = ElementTree.fromstring(text.encode())[0][0]
     assert case.get("name") == 'a<&"]]>'
 
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     assert summary.value.hint == "pass --summary a file in a folder that exists and has room"
     missing = tmp_path / "none" / "junit.xml"
     with pytest.raises(DiskError, match=r"junit\.xml: can't be written \(No such file or directory\)") as junit:
-        write_junit(make_report(), missing)
+        write_junit([make_report()], missing)
     assert junit.value.hint == "pass --junit a file in a folder that exists and has room"
 
 
@@ -149,6 +149,6 @@ def test_a_failed_junit_write_keeps_the_old_file(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskError, match="No space left on device"):
-        write_junit(make_report(), path)
+        write_junit([make_report()], path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -26,6 +26,7 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import UNSTRUCTURED, Plan
 from ..pruned import trainable_copy
+from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.features import Features
@@ -40,6 +41,7 @@ RAMP = 0.3  # of the steps, in which the sparsity rises
 HELD = 0.75  # of the steps, after which the masks hold
 EVERY = 0.0125  # of the steps: masks are chosen anew
 SHARE = 0.1  # of its gradient, that moves a weight while it is gone
+SALIENCY = "magnitude at the end of the training; of what is gone, of the value that it kept beneath"
 RATE = 10 / 3  # of the usual learning rate: what goes and what stays has to move far
 
 Choose = Callable[[Mapping[str, Tensor], float], Masks]
@@ -105,6 +107,9 @@ def plan(
     )
     context.notes.append(f"{NAME}: the masks hold after {soft.held_from} of {recipe.steps} steps; {trained.moved()}")
     masks = {name: mask.cpu() for name, mask in soft.masks.items()}
+    values = torch.cat([soft.values[name].abs().flatten().cpu() for name in masks])
+    kept = torch.cat([mask.flatten() for mask in masks.values()])
+    context.saliencies.append(saliency_histogram(values, kept, what=SALIENCY))
     decided, sidecar = mask_plan(source, graph, masks, budget, NAME, recorded)
     options = {**decided.options, "recover": asdict(recipe)}
     decided = replace(decided, task_sha256=calibration.sha256(), options=options)

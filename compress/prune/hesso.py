@@ -158,6 +158,7 @@ class Hesso:
         self._is_trained = torch.zeros(self.count, dtype=torch.bool)
         self._gone = torch.zeros(self.count, dtype=torch.bool)  # at zero
         self._leaving = torch.zeros(self.count, dtype=torch.bool)  # on their way
+        self.ranked = torch.zeros(self.count, dtype=torch.float64)  # the saliencies of the last pick with each channel
 
     @property
     def kept(self) -> dict[str, list[int]]:
@@ -386,6 +387,7 @@ class Hesso:
         share = (period + 1) / (len(self._bounds) - 1)
         scores = self._scores()
         self.scores.begin_anew()
+        self.ranked = torch.where(self._gone, self.ranked, scores)
         self._leaving = self._select(scores, share) & ~self._gone
 
     def _scores(self) -> Tensor:
@@ -447,6 +449,7 @@ class Hesso:
             "groups": [(group.name, group.size) for group in self.channels.groups],
             "gone": self._gone.clone(),
             "leaving": self._leaving.clone(),
+            "ranked": self.ranked.clone(),
             "movable": self._movable.clone(),
             "is_trained": self._is_trained.clone(),
             "target": self.target.state_dict(),
@@ -474,6 +477,7 @@ class Hesso:
                 )
         self.number, self._bounds = int(state["number"]), [int(bound) for bound in state["bounds"]]
         self._gone, self._leaving = state["gone"].clone(), state["leaving"].clone()
+        self.ranked = state.get("ranked", self.ranked).clone()  # older states have none
         self._movable, self._is_trained = state["movable"].clone(), state["is_trained"].clone()
         self.target.load_state_dict(state["target"])
         self.scores.load_state_dict(state["scores"])

@@ -31,6 +31,7 @@ from ..model import Source
 from ..plan import UNSTRUCTURED, Plan
 from ..reconstruct.side_by_side import fitting_examples
 from ..reconstruct.sparse import Cut, prunable_layers, prune_layers, removal_costs
+from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.distill import divergence_from
@@ -47,6 +48,7 @@ from .masks import (
 
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
+SALIENCY = "how far a removal moves the network's outputs, in the order in which weights of a row go"
 PASSES = 1
 
 
@@ -188,7 +190,10 @@ def _cuts(surgery: _Surgery, layers: Sequence[Layer], removed: int) -> dict[str,
         costs = {**context.memo[COSTS], **scores}
         every = torch.cat([costs[layer.tensor].flatten() for layer in layers])
         owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
-        counts = torch.bincount(owner[every.argsort(stable=True)[:removed]], minlength=len(layers)).tolist()
+        goes = every.argsort(stable=True)[:removed]
+        counts = torch.bincount(owner[goes], minlength=len(layers)).tolist()
+        kept = torch.ones(len(every), dtype=torch.bool).index_fill_(0, goes, False)
+        context.saliencies.append(saliency_histogram(every, kept, what=SALIENCY))
     cuts = {}
     for layer, count in zip(layers, counts, strict=True):
         mask = None
@@ -207,9 +212,10 @@ def _scores(surgery: _Surgery, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """
     fitted, context = prunable_layers(surgery.graph), surgery.context
     others = tuple(layer for layer in layers if layer.tensor not in fitted)
-    if others and SCORES not in context.memo:
+    if others:
         listed = ", ".join(layer.tensor for layer in others)
         context.notes.append(f"{listed}: pruned, but not fitted: transposed, shared, or with too many inputs")
+    if others and SCORES not in context.memo:
         traces = row_traces(
             open_network(surgery.graph, layers=others, device=context.device),
             surgery.calibration.task,

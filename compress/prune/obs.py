@@ -25,6 +25,7 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, saliency
 from ..plan import UNSTRUCTURED, Plan
+from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .magnitude import removed_within
@@ -43,6 +44,8 @@ MOST_DRAWS = 4
 SALIENCY_ROWS = 256  # gradients that weights are ranked by; the update, which needs them all, is what matters
 SALIENCY_DAMPING = 1e-3  # of the mean curvature, as are the next
 Dampings = tuple[float, ...]
+DENSE = "obs at the dense weights"  # in the memo of a job
+SALIENCY = "w^2 / (2 [F^-1]_ii), the rise of the loss: in the round in which a weight went, or in the last"
 DAMPINGS: Dampings = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the first round on
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
@@ -73,6 +76,36 @@ class _Surgery:
     protected: Tensor
     options: Mapping[str, Any]
     context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What is left of a network after some rounds.
+
+    Attributes:
+        keep: The survivors, ``[d]``.
+        ranked: Saliency of each weight in the last round that it began, ``[d]``.
+    """
+
+    keep: Tensor
+    ranked: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Curvature:
+    """Of the network as it is.
+
+    Attributes:
+        gradients: ``[m, d]`` of the weights that are left.
+        gram: ``[m, m]``.
+        scores: Saliencies, as for ``_scores``.
+        generator: Its state after them.
+    """
+
+    gradients: Gradients
+    gram: Tensor
+    scores: Tensor
+    generator: Tensor
 
 
 def plan(
@@ -109,8 +142,8 @@ def plan(
         layers = patterned_layers(graph, layers, _pattern(options), budget, context)
         choosers = _groups(layers, *parse_pattern(_pattern(options)), rounds)
     surgery = _open(source, graph, layers, calibration, options, context)
-    *_, keep = _rounds(surgery, choosers)
-    return _finished(surgery, keep, budget)
+    *_, cut = _rounds(surgery, choosers)
+    return _finished(surgery, cut, budget)
 
 
 def candidates(
@@ -126,8 +159,8 @@ def candidates(
     surgery = _open(source, graph, layers, calibration, options, context)
     d = surgery.network.num_weights
     choosers = [_chooser(layers, round(sparsity * d), str(options["scope"])) for sparsity in searched_sparsities()]
-    for keep in _rounds(surgery, choosers, share=1):
-        yield _finished(surgery, keep, None)
+    for cut in _rounds(surgery, choosers, share=1):
+        yield _finished(surgery, cut, None)
 
 
 def refit(
@@ -152,8 +185,8 @@ def refit(
     surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)
     # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
     choosers = _shares(layers, int((~protected).sum()), int(given.options["rounds"]), "global")
-    *_, keep = _rounds(surgery, choosers)
-    return _finished(surgery, keep, given.budget)
+    *_, cut = _rounds(surgery, choosers)
+    return _finished(surgery, cut, given.budget)
 
 
 def _pattern(options: Mapping[str, Any]) -> str:
@@ -217,10 +250,12 @@ def _open(
     return _Surgery(source, graph, network, calibration, network.flat().cpu(), dense, protected, recorded, context)
 
 
-def _finished(surgery: _Surgery, keep: Tensor, budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
+def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of the network as it is now."""
     network = surgery.network
-    masks = network.split(keep)
+    masks = network.split(cut.keep)
+    if not surgery.protected.any():  # by whom a mask was given, no saliency chose
+        surgery.context.saliencies.append(saliency_histogram(cut.ranked, cut.keep, what=SALIENCY, unit="loss"))
     decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, "obs", surgery.options)
     values = {name: network.weights[name].detach().cpu() for name in masks}
     decided, sidecar = with_values(decided, sidecar, values, masks)
@@ -245,27 +280,35 @@ def _expected_loss(surgery: _Surgery) -> float:
     return max(moved, 0.0) / STEP**2  # rounding may put a divergence of zero below it
 
 
-def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[Tensor]:
-    """The survivors ``[d]`` after each round; all but the last search their damping on one example in ``share``."""
+def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[_Cut]:
+    """What is left after each round; all but the last search their damping on one example in ``share``."""
     keep, dampings = torch.ones(surgery.network.num_weights, dtype=torch.bool), DAMPINGS
+    ranked = torch.zeros(keep.shape, dtype=torch.float64)
     for number, choose in enumerate(choosers, start=1):
         if keep.any():
             step = 1 if number == len(choosers) else share
-            keep, dampings = _round(surgery, keep, choose, dampings, step)
-        yield keep
+            found = _dense_curvature(surgery, keep) if number == 1 else _curvature(surgery, keep)
+            ranked = torch.where(keep, found.scores, ranked)
+            keep, dampings = _round(surgery, keep, found, choose, dampings, step)
+        yield _Cut(keep, ranked)
 
 
-def _round(surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, step: int) -> tuple[Tensor, Dampings]:
-    """Remove weights and update the others in place.
+def _dense_curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
+    """That of the first round, which is the same for each point of a sweep: measured once, and kept."""
+    memo, generator = surgery.context.memo, surgery.context.generator
+    if surgery.context.is_swept and DENSE in memo:
+        found: _Curvature = memo[DENSE]
+        generator.set_state(found.generator)  # as if they had been drawn
+        return found
+    found = _curvature(surgery, keep)
+    if surgery.context.is_swept:
+        memo[DENSE] = found
+    return found
 
-    Args:
-        dampings: Of which the best is searched, on every ``step``-th example.
 
-    Returns:
-        The new mask ``[d]``, and the dampings to try in the next round.
-    """
+def _curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
+    """Gradients of the weights that are left, and all saliencies."""
     network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
-    searched, reference = data.every(step), surgery.dense[::step]
     stride, draws = _num_gradients(surgery, keep)
     gradients = sample_gradients(
         network,
@@ -277,12 +320,38 @@ def _round(surgery: _Surgery, keep: Tensor, choose: Choose, dampings: Dampings, 
         keep=keep,
         draws=draws,
         step=stride,
-        memory=surgery.context.memory,
+        memory=_memory_left(surgery),
     )
     surgery.context.progress("saliencies and update", 0, None)
-    weights = network.flat().cpu()
     gram = gram_matrix(gradients)
-    chosen = choose(_scores(surgery, gradients, gram, weights, keep))
+    scores = _scores(surgery, gradients, gram, network.flat().cpu(), keep)
+    return _Curvature(gradients, gram, scores, surgery.context.generator.get_state())
+
+
+def _memory_left(surgery: _Surgery) -> int:
+    """Bytes that gradients may take, less those that are kept for the points of a sweep."""
+    kept: _Curvature | None = surgery.context.memo.get(DENSE)
+    if kept is None or not isinstance(kept.gradients, Tensor):
+        return surgery.context.memory
+    return surgery.context.memory - kept.gradients.numel() * kept.gradients.element_size()
+
+
+def _round(
+    surgery: _Surgery, keep: Tensor, found: _Curvature, choose: Choose, dampings: Dampings, step: int
+) -> tuple[Tensor, Dampings]:
+    """Remove weights and update the others in place.
+
+    Args:
+        found: At the weights as they are.
+        dampings: Of which the best is searched, on every ``step``-th example.
+
+    Returns:
+        The new mask ``[d]``, and the dampings to try in the next round.
+    """
+    network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
+    searched, reference = data.every(step), surgery.dense[::step]
+    gradients, gram, weights = found.gradients, found.gram, network.flat().cpu()
+    chosen = choose(found.scores)
     best, least, used = torch.where(chosen, weights, 0.0), float("inf"), None
     for damping, candidate in _candidates(gradients, gram, weights, keep, chosen, dampings):
         network.set_flat(candidate)

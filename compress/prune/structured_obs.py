@@ -28,12 +28,14 @@ from ..plan import Plan
 from ..pruned import kept_of
 from ..reconstruct.least_squares import refit_layers
 from ..reconstruct.side_by_side import fitting_examples
+from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from .channel_plan import LEAST, UNCUT, channel_plan, cost_figures, movable_channels, terms_of, within_reach
 from .selection import budget_of, choose, require_prunable
 
 NAME = "structured-obs"
+SALIENCY = "rise of the loss when a channel alone is cut, to second order"
 PROBES = 10
 DEFAULT = Budget("macs", 0.5, "dense")
 
@@ -82,6 +84,7 @@ def plan(
         context.memo[NAME] = saliencies(channels, calibration, context)
     scores = context.memo[NAME]
     kept = within(scores)
+    context.saliencies.append(saliency_histogram(scores, kept, what=SALIENCY, unit="loss", of="channels"))
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     if bool(kept.all()):
         context.notes.append(UNCUT)

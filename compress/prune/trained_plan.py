@@ -20,6 +20,7 @@ from ..graph.trace import Graph
 from ..model import Source
 from ..plan import Plan
 from ..pruned import trainable_copy
+from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.features import Features
@@ -29,6 +30,7 @@ from .channel_plan import UNCUT, channel_plan, cost_figures, terms_of, within_re
 from .cut_target import Cost, keep_of
 from .hesso import STEPS, Hesso
 
+SALIENCY = "saliency of a channel over the mean of all that stayed, when channels were picked for the last time with it"
 DEFAULT = Budget("macs", 0.5, "dense")
 FEW_STEPS = 50  # ten picks of at most two gradients each, and as many steps of training
 
@@ -142,6 +144,7 @@ def trained_plan(
     )
     context.notes.append(trained.moved())
     kept = kept_channels(channels, method.kept)
+    context.saliencies.append(saliency_histogram(method.ranked, kept, what=SALIENCY, of="channels"))
     if bool(kept.all()):
         context.notes.append(UNCUT)
     read = tensor_names(module) & state.keys()

@@ -1,0 +1,47 @@
+"""The saliencies of a report in words and as a plot: which ones went, which ones stayed, and where they overlap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .plot import histogram_svg
+
+
+def saliency_text(record: dict[str, Any]) -> str:
+    """What was removed and kept, in a sentence each."""
+    named = f"{record['what']}{_unit(record)}"
+    return f"{named}. Removed: {_part(record, 'removed')}. Kept: {_part(record, 'kept')}"
+
+
+def saliency_svg(record: dict[str, Any]) -> str:
+    """The two histograms, one on the other; what has no place on a logarithmic axis is in the sentence alone."""
+    low, step = float(record["low"]), float(record["step"])
+
+    def bars(name: str) -> list[tuple[int, str]]:
+        return [
+            (count, f"{_range(low, step, number)}: {count:,} {record['of']} {name}")
+            for number, count in enumerate(record[name]["bins"])
+        ]
+
+    title = f"{record['of']} by saliency: {record['what']}"
+    axis = f"saliency{_unit(record)}, logarithmic"
+    return histogram_svg(title, axis, low, step, {name: bars(name) for name in ("removed", "kept")})
+
+
+def _range(low: float, step: float, number: int) -> str:
+    end = f"{10 ** (low + step * (number + 1)):.3g}"
+    return f"{10 ** (low + step * number):.3g} to {end}" if number else f"up to {end}"
+
+
+def _unit(record: dict[str, Any]) -> str:
+    return f" ({record['unit']})" if record["unit"] else ""
+
+
+def _part(record: dict[str, Any], name: str) -> str:
+    part = record[name]
+    text = f"{part['count']:,} {record['of']}"
+    if part["zeros"]:
+        text += f", {part['zeros']:,} of them zero"
+    if part["median"] is None:
+        return text
+    return f"{text}, from {part['least']:.3g} to {part['most']:.3g}, median {part['median']:.3g}"
