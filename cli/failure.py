@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import DiskError, HCompressError, OutOfMemoryError, UsageError
+from ..errors import DiskError, HCompressError, InputError, OutOfMemoryError, UsageError
 
 SCHEMA = "hcompress.error/1"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -126,12 +126,21 @@ def _stopped(code: int, kind: str) -> Failure:
             hint = "the same command with --resume goes on from there"
             return Failure(code, kind, f"{kind}; the state of the training is in {journal}", hint)
     for folder in _sweeps:
-        from ..manifest import SWEEP
-
-        if (folder / SWEEP).is_file():
+        if finished := _finished_points(folder):
             hint = "the same command with --resume goes on from there"
-            return Failure(code, kind, f"{kind}; the finished points of the sweep are whole, in {folder}", hint)
+            return Failure(code, kind, f"{kind}; {finished} of the sweep are finished, in {folder}", hint)
     return Failure(code, kind, f"{kind}; nothing was written")
+
+
+def _finished_points(folder: Path) -> str:
+    """How many of how many, in words; empty where there is no sweep."""
+    from ..sweep_report import PENDING, read_sweep
+
+    try:
+        points = read_sweep(folder)["points"]
+    except InputError:
+        return ""
+    return f"{sum(point['status'] != PENDING for point in points)} of {len(points)} points"
 
 
 def _from_click(error: click.ClickException) -> Failure:

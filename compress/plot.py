@@ -152,14 +152,17 @@ def curve_svg(title: str, axes: tuple[str, str], dots: Sequence[Dot], levels: Se
         ]
     places = [f"{x_of(dot.x):.1f} {y_of(dot.y):.1f}" for dot in dots if dot.y is not None]
     parts.append(f'<path class="curve" d="M{"L".join(places)}"/>' if places else "")
+    values = [dot.y for dot in dots if dot.y is not None]
+    is_rising = bool(values) and values[-1] > values[0]
     for dot in dots:
         x, y = x_of(dot.x), bottom - 6 if dot.y is None else y_of(dot.y)
         mark = f'<circle class="dot {"good" if dot.is_good else "bad"}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
         if dot.y is None:
             mark = f'<path class="missing" d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"/>'
-        # Below the curve, which falls: there is room.
-        place, anchor = (y + 18, "end") if dot.y is not None and y + 18 < bottom else (y - 10, "middle")
-        label = f'<text class="label" x="{x:.1f}" y="{place:.1f}" text-anchor="{anchor}">{_text(dot.label)}</text>'
+        # Where the curve doesn't go on: above it where it falls, below it where it rises.
+        side, anchor, shift = (-9, "end", 4) if dot.y is None else (7, "start", 16 if is_rising else -6)
+        place = f'x="{x + side:.1f}" y="{y + shift:.1f}" text-anchor="{anchor}"'
+        label = f'<text class="label" {place}>{_text(dot.label)}</text>'
         parts.append(f"<g><title>{_text(dot.title)}</title>{mark}{label}</g>")
     return "\n".join([*filter(None, parts), "</svg>"])
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from .plot import histogram_svg
 
+MOST_LOG = 300  # that a float holds
+
 
 def saliency_text(record: dict[str, Any]) -> str:
     """What was removed and kept, in a sentence each."""
-    named = f"{record['what']}{_unit(record)}"
-    return f"{named}. Removed: {_part(record, 'removed')}. Kept: {_part(record, 'kept')}"
+    removed, kept = (_part(record, name) for name in ("removed", "kept"))
+    return f"Saliency: {record['what']}{_unit(record)}. Removed: {removed}. Kept: {kept}"
 
 
 def saliency_svg(record: dict[str, Any]) -> str:
@@ -24,13 +26,17 @@ def saliency_svg(record: dict[str, Any]) -> str:
         ]
 
     title = f"{record['of']} by saliency: {record['what']}"
-    axis = f"saliency{_unit(record)}, logarithmic"
+    axis = f"saliency{_unit(record)}, logarithmic; the bars count {record['of']}"
     return histogram_svg(title, axis, low, step, {name: bars(name) for name in ("removed", "kept")})
 
 
 def _range(low: float, step: float, number: int) -> str:
-    end = f"{10 ** (low + step * (number + 1)):.3g}"
-    return f"{10 ** (low + step * number):.3g} to {end}" if number else f"up to {end}"
+    start, end = (low + step * place for place in (number, number + 1))
+    return f"{_power(start)} to {_power(end)}" if number else f"up to {_power(end)}"
+
+
+def _power(log: float) -> str:
+    return f"{10.0**log:.3g}" if abs(log) < MOST_LOG else f"1e{log:g}"
 
 
 def _unit(record: dict[str, Any]) -> str:

@@ -179,6 +179,27 @@ def test_budget_is_met_by_the_written_file(
     else:
         assert report["sparsity"] == pytest.approx(budget.limit, abs=1e-4)
     assert all(check["ok"] for check in report["checks"])
+    assert (report["saliencies"] is not None) == (method.job == "prune")
+    if method.job == "prune":
+        require_saliencies(report)
+
+
+def require_saliencies(report: dict[str, Any]) -> None:
+    """A histogram of all that the method ranked."""
+    found = report["saliencies"]
+    parts = [found[name] for name in ("removed", "kept")]
+    for part in parts:
+        assert part["count"] == part["zeros"] + sum(part["bins"]) and len(part["bins"]) == len(parts[0]["bins"])
+    if found["of"] == "channels":
+        names, total = ("channels", "kept"), sum(group["channels"] for group in report["groups"])
+        assert sum(part["count"] for part in parts) >= total
+        assert parts[0]["count"] == sum(group[names[0]] - group[names[1]] for group in report["groups"])
+    else:
+        masked = [layer for layer in report["layers"] if layer["decision"] == "mask"]
+        assert sum(part["count"] for part in parts) == sum(layer["elements"] for layer in masked)
+        zeros = sum(round(layer["sparsity"] * layer["elements"]) for layer in masked)
+        assert parts[0]["count"] == pytest.approx(zeros, abs=2 * len(masked))
+    assert parts[0]["median"] < parts[1]["median"]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.plot import BAR_WIDTH, bars_svg, decades, share
+from compress.plot import BAR_WIDTH, Dot, bars_svg, curve_svg, decades, even_ticks, share
 
 SVG = "{http://www.w3.org/2000/svg}"
 ENTRIES = [("conv1", 0.5, 0.1), ("head", 200.0, 20.0), ("stem", 0.003, 0.01)]
@@ -108,3 +108,38 @@ def test_the_axis_has_room_below_the_smallest_value(values: list[float], expecte
 
 def test_a_share_is_measured_in_decades() -> None:
     assert share(10.0, (0, 2)) == 0.5
+
+
+DOTS = [
+    Dot(0.5, 90.0, "90 %", "first", True),
+    Dot(0.6, None, "none", "<why>", False),
+    Dot(0.7, 80.0, "80 %", "x", False),
+]
+
+
+def test_a_curve_goes_through_the_points_that_have_a_value() -> None:
+    root = ElementTree.fromstring(curve_svg("a & b", ("x", "y"), DOTS, [(91.0, "dense")]))
+    circles = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in root.iter("circle")]
+    (line,) = [path.attrib["d"] for path in root.iter("path") if path.attrib["class"] == "curve"]
+    assert line == "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in circles)
+    assert circles[0][0] < circles[1][0] and circles[0][1] < circles[1][1], "up is better"
+    assert [c.attrib["class"] for c in root.iter("circle")] == ["dot good", "dot bad"]
+    assert len([path for path in root.iter("path") if path.attrib["class"] == "missing"]) == 1
+    assert [group.findtext("title") for group in root.iter("g")] == ["first", "<why>", "x"]
+    (level,) = [line for line in root.iter("line") if line.attrib["class"] == "level"]
+    assert float(level.attrib["y1"]) < circles[0][1]
+
+
+@pytest.mark.parametrize("values", [[1.0], [None], [None, None], [5.0, 5.0], [0.0], [-1e-9, 1e9]])
+def test_any_values_give_a_curve(values: list[float | None]) -> None:
+    dots = [Dot(number / 10, value, "", "", True) for number, value in enumerate(values)]
+    root = ElementTree.fromstring(curve_svg("t", ("x", "y"), dots, []))
+    places = [float(c.attrib[name]) for c in root.iter("circle") for name in ("cx", "cy")]
+    assert all(0 <= place <= 720 for place in places)
+
+
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6))
+def test_ticks_are_round_even_and_inside(low: float, width: float) -> None:
+    ticks = even_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 7
+    assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in ticks)

@@ -7,7 +7,7 @@ import json
 import shutil
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,7 @@ from compress.plan import Plan
 from compress.prune import layerwise, obs, structured_obs
 from compress.registry import find_method, load_module
 from compress.sweep_report import read_sweep, sweep_svg
+from compress.train import loop
 
 FOLDER = Path(str(resources.files("compress.demo")))
 NETWORK = """
@@ -134,6 +135,31 @@ def test_every_point_of_every_method_is_the_run_of_its_sparsity_alone(method: st
     out, options = f"{method}-sweep", ["--method", method, *METHODS[method]]
     for point in files.run(*options, "--sparsity", "0.8,0.5", "--out", out)["points"]:
         same_as_alone(files, files.folder / out, point, options)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_of_a_point_goes_on(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--method", "gradual", *METHODS["gradual"], "--sparsity", "0.5,0.8", "--out")
+    files.run(*options, "trained")
+    real, written = loop.write_journal, list[Path]()
+
+    def write_and_stop(path: Path, digest: str, state: Mapping[str, Any]) -> None:
+        real(path, digest, state)
+        written.append(path)
+        if sum(other.name == "sparsity-0.8.journal" for other in written) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_journal", write_and_stop)
+        files.run(*options, "trained-again", code=130)
+    again = files.folder / "trained-again"
+    assert (again / "sparsity-0.8.journal").is_file() and (again / "sparsity-0.5" / "manifest.json").is_file()
+    files.run(*options, "trained-again", "--resume")
+    for name in ("sparsity-0.5", "sparsity-0.8"):
+        assert hashes(again / name) == hashes(files.folder / "trained" / name)
+    notes = json.loads((again / "sparsity-0.8" / "report.json").read_text())["notes"]
+    assert not any("started anew" in note for note in notes)
+    assert not (again / "sparsity-0.8.journal").exists()
 
 
 def opened(files: Files, **given: object) -> Job:
@@ -318,7 +344,7 @@ def test_an_interruption_leaves_what_is_finished_and_says_how_to_go_on(
     with pytest.MonkeyPatch.context() as patch:
         Runs(patch, stop_at=0.4, error=KeyboardInterrupt())
         error = files.run(*line, code=130)["error"]
-    assert error["message"] == "interrupted; the finished points of the sweep are whole, in stopped"
+    assert error["message"] == "interrupted; 1 of 2 points of the sweep are finished, in stopped"
     assert error["hint"] == "the same command with --resume goes on from there"
     folder = files.folder / "stopped"
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "sparsity-0.2", "sweep.json"]

@@ -290,6 +290,7 @@ def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARC
             found = _dense_curvature(surgery, keep) if number == 1 else _curvature(surgery, keep)
             ranked = torch.where(keep, found.scores, ranked)
             keep, dampings = _round(surgery, keep, found, choose, dampings, step)
+            del found  # the next round's gradients take as much again
         yield _Cut(keep, ranked)
 
 

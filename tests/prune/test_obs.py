@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,35 @@ def test_the_source_is_left_as_it_was() -> None:
     prune(module, 0.5)
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_the_gradients_of_a_round_are_gone_when_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taken = obs.sample_gradients, list[weakref.ref[Tensor]]()
+
+    def sample_gradients(*arguments: Any, **keywords: Any) -> Any:
+        assert all(known() is None for known in taken)
+        found = real(*arguments, **keywords)
+        taken.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(obs, "sample_gradients", sample_gradients)
+    prune(network(), 0.5, rounds=3)
+    assert len(taken) == 3
+
+
+def test_saliencies_are_those_of_the_round_in_which_a_weight_went() -> None:
+    surroundings = context()
+    module = network()
+    graph = trace_graph(module, (examples(2),))
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    budget, options = Budget("sparsity", 0.5), {**OPTIONS, "rounds": 1}
+    obs.plan(source_of(module), graph, {}, calibration, budget, options, surroundings)
+    (found,) = surroundings.saliencies
+    assert found.removed.most is not None and found.kept.least is not None
+    assert found.removed.most <= found.kept.least, "one round parts them at a threshold"
+    total = sum(layer.elements for layer in graph.layers)
+    assert found.removed.count + found.kept.count == total and found.removed.count == pytest.approx(total / 2, abs=1)
+    assert found.unit == "loss" and "F^-1" in found.what
 
 
 def test_one_seed_gives_one_plan() -> None:
