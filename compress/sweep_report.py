@@ -21,6 +21,10 @@ SCHEMA = "hcompress.sweep/1"
 PASSED, PENDING = "passed", "not run yet"
 HEAD = ("sparsity", "reached", "bytes", "of dense", "metric", "drop", "verdict")
 NOTHING = "-"
+KEYS = ("command", "argv", "method", "source", "metric", "dense_bytes", "delivered", "code", "time_s")
+KEYS_OF_A_POINT = (
+    *("status", "code", "message", "key", "folder", "sha256", "reached", "bytes", "metric", "drop", "time_s"),
+)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -32,11 +36,20 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     record = canonical.read_record(folder / SWEEP, SCHEMA)
     try:
         for point in record["points"]:
-            _ = (point["sparsity"], point["status"], point["code"], point["key"], point["folder"], point["sha256"])
+            _ = (
+                float(point["sparsity"]),
+                point["status"],
+                point["code"],
+                point["key"],
+                point["folder"],
+                point["sha256"],
+            )
             _ = [point[name] for name in ("reached", "bytes", "metric", "drop", "message")]
         _ = [record[name] for name in ("command", "method", "source", "metric", "dense_bytes", "delivered", "time_s")]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise InputError(f"{folder / SWEEP}: key {error} is missing", hint="make the sweep again") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / SWEEP}: bad value ({error})", hint="make the sweep again") from None
     return record
 
 

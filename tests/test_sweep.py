@@ -20,7 +20,7 @@ import torch
 from command import hcompress, record
 from safetensors.torch import save_file
 
-from compress import canonical, settings, sweep
+from compress import canonical, planning, settings, sweep
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import load_object
@@ -30,7 +30,7 @@ from compress.manifest import check_files, read_manifest
 from compress.plan import Plan
 from compress.prune import layerwise, obs, structured_obs
 from compress.registry import find_method, load_module
-from compress.sweep_report import read_sweep, sweep_svg
+from compress.sweep_report import read_sweep, render_sweep, sweep_svg
 from compress.train import loop
 
 FOLDER = Path(str(resources.files("compress.demo")))
@@ -151,6 +151,7 @@ def test_an_interrupted_training_of_a_point_goes_on(files: Files, monkeypatch: p
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "write_journal", write_and_stop)
+        patch.setattr(loop, "JOURNAL_EVERY_S", 0.0)
         files.run(*options, "trained-again", code=130)
     again = files.folder / "trained-again"
     assert (again / "sparsity-0.8.journal").is_file() and (again / "sparsity-0.5" / "manifest.json").is_file()
@@ -169,6 +170,12 @@ def opened(files: Files, **given: object) -> Job:
         return open_job(Path("network.safetensors"), chosen, lambda *_: None, needs_data=True)
 
 
+def surroundings(memo: dict[str, Any], *, is_swept: bool) -> Context:
+    generator = torch.Generator().manual_seed(0)
+    made = Context(generator, torch.device("cpu"), lambda *_: None, lambda _: 0, [], memo=memo)
+    return replace(made, is_swept=is_swept)
+
+
 MEASURED = {
     "obs": [(obs, "sample_gradients", 4)],  # once at the dense weights, and once in the second round of each point
     "layerwise": [(layerwise, "output_gradients", 1), (layerwise, "removal_costs", 1)],
@@ -184,10 +191,8 @@ def test_plans_of_a_sweep_share_what_is_measured_and_are_the_same_to_the_bit(
     job, calls = opened(files), Counter[str]()
 
     def plan(sparsity: float, memo: dict[str, Any], *, is_swept: bool) -> tuple[Plan, dict[str, torch.Tensor]]:
-        known, generator = find_method("prune", method), torch.Generator().manual_seed(0)
-        surroundings = Context(generator, torch.device("cpu"), lambda *_: None, lambda _: 0, [], memo=memo)
-        context, options = replace(surroundings, is_swept=is_swept), method_options(job, known.options)
-        budget = Budget("sparsity", sparsity)
+        known, context = find_method("prune", method), surroundings(memo, is_swept=is_swept)
+        options, budget = method_options(job, known.options), Budget("sparsity", sparsity)
         made: tuple[Plan, dict[str, torch.Tensor]] = load_module(known).plan(
             job.source, job.graph, {}, job.calibration, budget, options, context
         )
@@ -401,6 +406,65 @@ def test_numbers_are_sorted_and_one_of_them_is_no_sweep() -> None:
     assert given("0.9, 0.5,0.90,0.7") == given([0.9, 0.5, 0.7]) == (0.5, 0.7, 0.9)
     assert given("0.5,0.5") == given("0.5") == given(0.5) == given([0.5]) == 0.5
     assert settings.swept(settings.resolve({"sparsity": "0.5"}, environment={}, folder=None)) == []
+
+
+def test_a_plan_that_is_followed_is_shown_by_magnitude(files: Files) -> None:
+    job = opened(files)
+    for method, of in (("magnitude", "weights"), ("structured-obs", "channels")):
+        known, context = find_method("prune", method), surroundings({}, is_swept=False)
+        options, budget = method_options(job, known.options), Budget("sparsity", 0.5)
+        decided = planning.Decided(
+            *load_module(known).plan(job.source, job.graph, {}, job.calibration, budget, options, context)
+        )
+        found = planning.saliencies_of(job, decided)
+        assert found is not None and found.of == of and found.removed.count > 0
+        total = 49 * 24 + 24 * 10 if of == "weights" else 24
+        assert found.removed.count + found.kept.count == total
+        if of == "weights":
+            assert found.removed.most is not None and found.kept.least is not None
+            assert found.what.startswith("magnitude") and found.removed.most <= found.kept.least
+
+
+def made_up(**changes: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("folder", "sha256", "plan_sha256", "model_sha256", "reached", "bytes", "metric", "drop"))
+    base = {"code": 0, "message": "", "key": "", "time_s": 1.0, **empty}
+    metric = {"name": "loss", "unit": "nats", "higher_is_better": False, "dense": 0.841, "limit": 0.86}
+    return {
+        **{"schema": "hcompress.sweep/1", "command": "prune", "argv": ["hcompress", "prune"], "method": "obs"},
+        **{"seed": 0, "source": {"name": "model.pt", "sha256": ""}, "dense_bytes": 1000, "delivered": "model.onnx"},
+        **{"code": 5, "time_s": 12.0, "metric": {**metric, "num_examples": 617, "runtime": "onnxruntime"}},
+        "points": [
+            {**base, "sparsity": 0.5, "status": "passed", "metric": 0.853, "drop": 0.012, "bytes": 600, "reached": 0.5},
+            {**base, "sparsity": 0.9, "status": "infeasible budget", "code": 5, "message": "out of reach"},
+        ],
+    } | changes
+
+
+def test_a_loss_has_its_unit_and_a_point_without_figures_its_message() -> None:
+    page, text = render_sweep(made_up())
+    assert "| 0.5 | 50.00 % | 600 B | 60.00 % | 0.853 | 0.012 | passed |" in text
+    assert "| 0.9 | - | - | - | - | - | infeasible budget |" in text
+    assert "loss: 617 examples in onnxruntime; lower is better." in text and "- Sparsity 0.9: out of reach" in text
+    assert "sparsity 0.9: out of reach</title>" in page and "limit 0.86" in page and "dense 0.841" in page
+    page, text = render_sweep(made_up(metric=None))
+    assert 'class="chart"' not in page and "| 0.5 |" in text
+
+
+def test_words_cannot_leave_their_place() -> None:
+    evil = "<script>alert(1)</script>|\x1b[31m"
+    record = made_up(source={"name": evil, "sha256": ""}, argv=["hcompress", evil])
+    record["points"][1]["message"] = evil
+    page, text = render_sweep(record)
+    assert "<script" not in page and "<script" not in text.split("## Reproduce")[0] and "\x1b" not in page + text
+
+
+@pytest.mark.parametrize("sparsity", ["many", None])
+def test_a_bad_sparsity_in_a_record_is_refused(sparsity: object, tmp_path: Path) -> None:
+    record = made_up()
+    record["points"][0]["sparsity"] = sparsity
+    (tmp_path / "sweep.json").write_text(canonical.dumps(record))
+    with pytest.raises(InputError, match="bad value"):
+        read_sweep(tmp_path)
 
 
 def test_a_record_that_lacks_a_key_is_named(tmp_path: Path) -> None:
