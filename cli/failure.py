@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import DiskError, HCompressError, InputError, OutOfMemoryError, UsageError
+from ..errors import DiskError, HCompressError, InputError, UsageError, out_of_memory
 
 SCHEMA = "hcompress.error/1"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -105,13 +105,8 @@ def describe(error: BaseException) -> Failure:
         return _stopped(143, "terminated")
     if isinstance(error, OSError) and error.errno in (*FULL, *DENIED):
         return _from_disk(error)
-    if _is_out_of_memory(error):
-        return Failure(
-            OutOfMemoryError.exit_code,
-            OutOfMemoryError.title,
-            f"not enough memory ({error})" if str(error) else "not enough memory",
-            "lower --num-calibration, or close other programs",
-        )
+    if (found := out_of_memory(error)) is not None:
+        return Failure(found.exit_code, found.title, found.message, found.hint)
     return Failure(
         1,
         HCompressError.title,
@@ -166,15 +161,6 @@ def _from_disk(error: OSError) -> Failure:
     reason = os.strerror(error.errno or errno.EACCES).lower()
     hint = "check its owner and mode, or choose another folder with --out"
     return Failure(DiskError.exit_code, DiskError.title, f"{where}{reason}", hint)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's own classes are known by name only, as a failing command need not have imported torch.
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words))
-    )
 
 
 def _print_result(failure: Failure, *, as_json: bool) -> None:

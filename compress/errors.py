@@ -86,6 +86,19 @@ class OutOfMemoryError(HCompressError):
     title = "out of memory"
 
 
+def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """Python's or torch's own error of this kind, in the user's words; None for any other.
+
+    torch's classes are known by name only, as a failing command need not have imported torch.
+    """
+    words = ("can't allocate memory", "not enough memory")
+    is_torch = type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and is_torch):
+        return None
+    message = f"not enough memory ({error})" if str(error) else "not enough memory"
+    return OutOfMemoryError(message, hint="lower --num-calibration, or close other programs")
+
+
 class NumericsError(HCompressError):
     """A number that can't be trusted; the message names the layer."""
 

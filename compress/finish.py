@@ -276,7 +276,9 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
 
 
 def read_evaluation(job: Job) -> tuple[Data, Task]:
-    """The evaluation data, checked against the network, and the task that scores them; read once."""
+    """The evaluation data, checked against the network, and the task that scores them; kept for a sweep's points."""
+    if not job.is_swept:
+        return _read_evaluation(job)
     if EVALUATION not in job.memo:
         job.memo[EVALUATION] = _read_evaluation(job)
     found: tuple[Data, Task] = job.memo[EVALUATION]

@@ -22,7 +22,9 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 REJECTED_FILES = {"plan.json", "report.html", "report.json", "report.md"}  # of a run that failed a gate
 SWEEP_FILES = {manifest.SWEEP, "report.html", "report.md"}
-POINT = re.compile(r"\.?sparsity-[0-9.e-]+(\.rejected|\.journal(\.[0-9]+)?|\.lock|\.partial-.*)*|\..*\.partial")
+# A point of a sweep, and what a killed run leaves beside it.
+BESIDE = r"\.rejected|\.journal(\.[0-9]+)?|\.lock|\.partial-.*|\.[0-9]+\.tmp"
+POINT = re.compile(rf"\.?sparsity-[0-9.e-]+({BESIDE})*|\..*\.partial")
 SET_ASIDE = ".old"  # suffix of the folder that is being replaced, where there is no exchange
 
 

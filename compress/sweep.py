@@ -28,6 +28,7 @@ from .errors import (
     NumericsError,
     OutOfMemoryError,
     UsageError,
+    out_of_memory,
 )
 from .figures import REPORT_SCHEMA
 from .finish import Target, read_evaluation
@@ -51,6 +52,7 @@ OF_A_POINT: tuple[type[HCompressError], ...] = (
     NumericsError,
     OutOfMemoryError,
 )  # that other points need not share
+CAUGHT: tuple[type[Exception], ...] = (*OF_A_POINT, MemoryError, RuntimeError)  # of the last two, a lack of memory
 NOT_IN_KEY = {"out", "summary", "junit", "cache", "sparsity", "budget"}
 REJECTED = ".rejected"
 
@@ -205,8 +207,11 @@ def _run_point(sweep: _Sweep, point: Settings, *, is_begun: bool) -> dict[str, A
             resume = is_begun and journal is not None and journal.is_file()
             report = run_opened(_of_point(sweep.opened, point), sweep.method, replace(target, resume=resume))
         store.remove(out.with_name(out.name + REJECTED))
-    except OF_A_POINT as error:
-        report = error.report if isinstance(error, GateError) else None
+    except CAUGHT as raised:
+        error = raised if isinstance(raised, HCompressError) else out_of_memory(raised)
+        if error is None:
+            raise
+        report = error.report
         message = f"{error.message} ({error.hint})" if error.hint and report is None else error.message
         found = {"status": error.title, "code": error.exit_code, "message": message}
         store.remove(out)

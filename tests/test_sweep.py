@@ -20,11 +20,11 @@ import torch
 from command import hcompress, record
 from safetensors.torch import save_file
 
-from compress import canonical, planning, settings, sweep
+from compress import canonical, planning, settings, store, sweep
 from compress.budget import Budget
 from compress.context import Context
 from compress.data import load_object
-from compress.errors import BudgetError, DiskError, InputError, NumericsError
+from compress.errors import BudgetError, DiskError, InputError, NumericsError, UsageError
 from compress.job import Job, method_options, open_job
 from compress.manifest import check_files, read_manifest
 from compress.plan import Plan
@@ -294,6 +294,38 @@ def test_resume_keeps_what_is_finished_and_unchanged(
         runs.sparsities.clear()
         files.run(*OBS, "--sparsity", "0.5,0.8", "--resume", *more, code=9)
         assert runs.sparsities == [0.5, 0.8], f"{more[0]} makes another run"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_point_that_has_no_memory_leaves_the_others(
+    error: BaseException, files: Files, again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Runs(monkeypatch, stop_at=0.9, error=error)
+    found = files.run(*OBS, "--sparsity", "0.5,0.8,0.9", "--resume", code=8)["report"]
+    assert [point["code"] for point in found["points"]] == [0, 0, 8]
+    assert "not enough memory" in found["points"][2]["message"]
+
+
+def test_a_bug_in_a_point_ends_the_sweep(files: Files, again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Runs(monkeypatch, stop_at=0.9, error=RuntimeError("shape mismatch"))
+    error = files.run(*OBS, "--sparsity", "0.5,0.8,0.9", "--resume", code=1)["error"]
+    assert "shape mismatch" in error["message"]
+    assert [point["status"] for point in read_sweep(again)["points"]] == ["passed", "passed", "not run yet"]
+
+
+def test_what_a_killed_sweep_leaves_is_gone_on_with(files: Files, again: Path) -> None:
+    for name in (
+        ".sparsity-0.8.partial-x_1",
+        ".sparsity-0.8.lock",
+        ".sparsity-0.8.journal.12.tmp",
+        ".report.md.partial",
+    ):
+        (again / name).touch()
+    (again / "sparsity-0.8.journal.2").touch()
+    store.check_gathered(again, force=False, resume=True)
+    (again / "notes.partial").touch()
+    with pytest.raises(UsageError, match=r"holds notes\.partial"):
+        store.check_gathered(again, force=False, resume=True)
 
 
 def test_resume_adds_points_and_loses_none(files: Files, again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
