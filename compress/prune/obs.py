@@ -254,7 +254,7 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     """The plan of the network as it is now."""
     network = surgery.network
     masks = network.split(cut.keep)
-    if not surgery.protected.any():  # by whom a mask was given, no saliency chose
+    if not surgery.protected.any():  # a mask that was given is chosen by no saliency
         surgery.context.saliencies.append(saliency_histogram(cut.ranked, cut.keep, what=SALIENCY, unit="loss"))
     decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, "obs", surgery.options)
     values = {name: network.weights[name].detach().cpu() for name in masks}
