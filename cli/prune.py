@@ -14,6 +14,7 @@ hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --max-drop 0.5 --out small
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5,0.7,0.9 --out sweep
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --pattern 2:4 --out pruned
+hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --sparsity 0.5 --pattern 4x1
 hcompress prune model.pt --model net.py:make --data calibration.npz --eval test.npz --budget 25% --for safetensors
 hcompress prune model.pt --model net.py:make --data calib.npz --eval test.npz --method structured-obs --budget macs=50%
 hcompress prune model.pt --model net.py:make --data calib.npz --eval test.npz --train train.npz --recover-steps 250

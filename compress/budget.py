@@ -83,14 +83,12 @@ def parse_budget(text: str) -> Budget:
     match = re.fullmatch(r"(?:([a-z]+)\s*=\s*)?(-?[0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z%]*)", text.strip().lower())
     if match is None:
         raise UsageError(f"budget {text!r} is not understood", hint=f"examples: {EXAMPLES}")
-    name, number, unit = match.group(1), float(match.group(2)), match.group(3)
+    name, number, unit = match.group(1), float(match.group(2)) + 0.0, match.group(3)  # no -0
     quantity = name or ("bits" if unit in UNITS["bits"] else "bytes")
     if quantity not in QUANTITIES:
         raise UsageError(f"budget {text!r}: unknown quantity {name!r}", hint=f"one of {', '.join(QUANTITIES)}")
-    outside = UsageError(
-        f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; all others are above 0"
-    )
-    if number <= 0:
+    outside = UsageError(f"budget {text!r} is out of range", hint="sparsity lies in 0..1; all others are above 0")
+    if number < 0 or (number == 0 and quantity != "sparsity"):
         raise outside
     budget = _with_unit(text, quantity, number, unit)
     if budget.of == "dense" and budget.limit > 1:
@@ -98,7 +96,7 @@ def parse_budget(text: str) -> Budget:
             f"budget {text!r} is more than the whole network",
             hint="give the share that remains, below 100%; hcompress export writes the network as it is",
         )
-    if budget.quantity == "sparsity" and budget.limit >= 1:
+    if budget.quantity == "sparsity" and budget.limit > 1:
         raise outside
     return budget
 

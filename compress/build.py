@@ -25,7 +25,7 @@ from .formats.planes import packed_size
 from .graph.dynamic import integer_linears, round_inputs
 from .graph.trace import Graph
 from .job import Job, device_of, input_specs, memory_of
-from .model import PROGRAM, WEIGHTS
+from .model import PROGRAM, WEIGHTS, Source
 from .plan import Plan, read_plan
 from .pruned import Cut, check_cut, prune
 from .quantize.points import group_sizes_of
@@ -274,9 +274,35 @@ def build(job: Job, plan: Plan | None, sidecar: Mapping[str, Tensor], stage: Pat
         round_inputs(module, rounded)
     onnx = serialize(model)
     store.write_file(stage / ONNX, onnx)
-    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts))
+    weights = None if plan is None else unchanged_bytes(job.source, compressed, plan)
+    store.write_file(stage / WEIGHTS, safetensors_bytes(compressed, cuts) if weights is None else weights)
     sizes = {name: (stage / name).stat().st_size for name in (ONNX, WEIGHTS)}
     return Built(compressed, module, onnx, sizes, graph, original, group_sparsity, form_notes(model, dynamic))
+
+
+def unchanged_bytes(source: Source, compressed: Compressed, plan: Plan) -> bytes | None:
+    """The bytes of a checkpoint in safetensors of which a plan leaves every bit; None where it is something else.
+
+    So that what comes out is what went in, metadata and order of tensors included. With a budget of bytes the file is
+    written anew, as our own form may take fewer.
+    """
+    state = source.module.state_dict()
+    is_file = source.format in ("safetensors", "run") and source.example_inputs is None
+    is_small = plan.budget is not None and plan.budget.quantity == "bytes"
+    if not is_file or is_small or compressed.tensors.keys() != state.keys():
+        return None
+    for name, value in compressed.tensors.items():
+        if not isinstance(value, Tensor) or not _same_bits(value, state[name]):
+            return None
+    data = (source.path / WEIGHTS if source.path.is_dir() else source.path).read_bytes()
+    return data if canonical.sha256_of_bytes(data) == source.sha256 else None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    one, other = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(one, other)
 
 
 def with_program(job: Job, built: Built, stage: Path) -> Built:

@@ -20,6 +20,7 @@ from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.rewrite import layer_reads, operand
 from .graph.trace import WEIGHT_ARGUMENT, Graph
+from .pattern import parse_pattern
 from .plan import BY_CHANNEL, Plan, Replace
 from .sensitivity import Sensitivity
 from .settings import DYNAMIC
@@ -307,15 +308,17 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: f
     if decision == "mask":
         mask = plan.masks()[tensor]
         kept = f"{mask.total - mask.kept} of {mask.total} weights zeroed"
-        if mask.pattern != "unstructured":
-            moved = mask.values_sha256 is not None
-            least = "least salient" if moved else "smallest"
-            made_up = "; the others moved to make up for them" if moved else ""
+        pattern, moved = parse_pattern(mask.pattern), mask.values_sha256 is not None
+        least = "least salient" if moved else "smallest"
+        made_up = "; the others moved to make up for them" if moved else ""
+        if pattern.quota is not None:
             return f"{kept}: the {least} of each group along the inputs, pattern {mask.pattern}{made_up}"
         shared = plan.options.get("scope") == "global"
-        if mask.values_sha256 is not None:
-            where = "all layers" if shared else "this layer"
-            return f"{kept}: the least salient of {where}; the others moved to make up for them"
+        where = "all layers" if shared else "this layer"
+        if pattern.is_block:
+            return f"{kept}: the {least} of the {mask.pattern} blocks of {where}{made_up}"
+        if moved:
+            return f"{kept}: the {least} of {where}{made_up}"
         if shared:
             return f"{kept}: those below the magnitude that all layers share"
         return f"{kept}: the smallest of this layer"
@@ -373,4 +376,6 @@ def describe_origin(origin: Mapping[str, Any]) -> str:
 def warnings(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is right but surprising: layers that are all zero."""
     empty = [str(layer["tensor"]) for layer in layers if layer["sparsity"] == 1]
+    if layers and len(empty) == len(layers):
+        return ["nothing is left: every weight of every layer is zero"]
     return [f"every weight of {', '.join(empty)} is zero"] if empty else []

@@ -12,7 +12,8 @@ from typing import Any
 
 from . import canonical
 from .budget import Budget, budget_from_json
-from .errors import InputError, escape
+from .errors import InputError, UsageError, escape
+from .pattern import parse_pattern
 from .widths import BY_CHANNEL as BY_CHANNEL
 from .widths import WIDTHS, Width, is_mixed, is_width, shown
 
@@ -22,7 +23,6 @@ SCHEMA = "hcompress.plan/1"
 CLIPS = {f"clip{0.2 + 0.04 * step:.2f}": chr(ord("A") + step) for step in range(26)}
 RANGES = {"minmax": "m", "mse": "s", "p99.9": "a", "p99.5": "b", "p99": "c", "p98": "d", **CLIPS}
 RANGE_NAMES = "minmax, mse, p99.9, p99.5, p99, p98, clip0.20 to clip1.20 by 0.04"
-UNSTRUCTURED = "unstructured"
 WIDEST = 8
 SYMMETRIC, REDUCED, ASYMMETRIC = ("symmetric", "symmetric_reduced", "asymmetric")
 GROUP_SIZES = (32, 64, 128)
@@ -34,7 +34,8 @@ class MaskWeights:
 
     Attributes:
         tensor: State-dict key.
-        pattern: ``unstructured`` or ``n:m`` (at most n of m consecutive weights along the input dimension).
+        pattern: ``unstructured``, ``n:m`` (at most n of m consecutive weights along the input dimension), or ``RxC``
+            (blocks of R outputs by C inputs that go together).
         mask_sha256: Hash of the packed mask bits, which lie in the sidecar under the tensor's key.
         values_sha256: Hash of the survivors' new values, which lie in the sidecar under the key and ``#values``; None
             where they keep the checkpoint's.
@@ -283,6 +284,10 @@ def _check(path: Path, decision: Decision) -> None:
     if isinstance(decision, MaskWeights):
         if not 0 <= decision.kept <= decision.total:
             raise InputError(f"{path}: {name} keeps {decision.kept} of {decision.total}", hint="kept lies in 0..total")
+        try:
+            parse_pattern(str(decision.pattern))
+        except UsageError as error:
+            raise InputError(f"{path}: {name} has pattern {escape(str(decision.pattern))}", hint=error.hint) from None
         return
     if isinstance(decision, PruneChannels):
         _check_channels(path, name, decision)

@@ -45,7 +45,8 @@ from .graph.groups import find_channels
 from .graph.trace import trace_graph
 from .job import Job, input_specs, method_options
 from .latency import cached_latency_table
-from .plan import UNSTRUCTURED, Plan, Quantize, weight_scheme
+from .pattern import UNSTRUCTURED, parse_pattern
+from .plan import Plan, Quantize, weight_scheme
 from .prune.channel_places import find_places
 from .prune.group_saliency import channel_sums
 from .pruned import kept_of
@@ -102,8 +103,8 @@ class Goal:
 
 def is_searched(method: Method, budget: Budget | None, settings: Settings) -> bool:
     """Whether the smallest model within the gates is looked for: nothing else says how small it is to be."""
-    pattern = settings["pattern"].value if "pattern" in method.options else None
-    return method.searches and budget is None and pattern in (None, UNSTRUCTURED)
+    pattern = settings["pattern"].value if "pattern" in method.options else UNSTRUCTURED
+    return method.searches and budget is None and parse_pattern(str(pattern)).quota is None
 
 
 def require_counted_activations(method: Method, budget: Budget | None, settings: Settings) -> None:

@@ -43,7 +43,7 @@ class Saliencies:
     Attributes:
         what: The saliency in words.
         unit: Of it; may be empty.
-        of: What has one: ``weights`` or ``channels``.
+        of: What has one: ``weights``, ``blocks`` or ``channels``.
         low: Base-ten logarithm of the lower end of the first bin, which also counts what lies below.
         step: Decades of each bin.
     """

@@ -100,7 +100,14 @@ SETTINGS = (
         metavar="X[,X...]",
     ),
     Setting("scope", "run.scope", "str", "Where magnitudes compete.", "global", ("global", "layer"), in_preset=True),
-    Setting("pattern", "run.pattern", "str", "unstructured, or n:m along inputs.", "unstructured", in_preset=True),
+    Setting(
+        "pattern",
+        "run.pattern",
+        "str",
+        "unstructured; n:m along inputs; or blocks, 4x1.",
+        "unstructured",
+        in_preset=True,
+    ),
     Setting(
         "multiple_of",
         "run.multiple_of",

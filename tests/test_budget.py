@@ -22,6 +22,10 @@ from compress.errors import UsageError
         ("bits=2.5bits", Budget("bits", 2.5)),
         ("sparsity=0.5", Budget("sparsity", 0.5)),
         ("sparsity=50%", Budget("sparsity", 0.5)),
+        ("sparsity=0", Budget("sparsity", 0.0)),
+        ("sparsity=0.0", Budget("sparsity", 0.0)),
+        ("sparsity=1", Budget("sparsity", 1.0)),
+        ("sparsity=100%", Budget("sparsity", 1.0)),
         ("macs=50%", Budget("macs", 0.5, "dense")),
         ("MACs = 20M", Budget("macs", 2e7)),
         ("params=1e5", Budget("params", 1e5)),
@@ -54,7 +58,9 @@ def test_every_example_of_the_messages_is_a_budget(text: str) -> None:
         ("latency=2", "unit 'missing' does not fit latency", "use us, ms, s or a percentage"),
         ("sparsity=2MB", "unit 'mb' does not fit sparsity", "use a plain number or a percentage"),
         ("0MB", "budget '0MB' is out of range", "above 0"),
-        ("sparsity=1", "budget 'sparsity=1' is out of range", "sparsity lies between 0 and 1"),
+        ("macs=0%", "budget 'macs=0%' is out of range", "above 0"),
+        ("sparsity=-0.1", "budget 'sparsity=-0.1' is out of range", "sparsity lies in 0..1"),
+        ("sparsity=1.01", "budget 'sparsity=1.01' is out of range", "sparsity lies in 0..1"),
     ],
 )
 def test_what_is_no_budget_is_refused_with_the_forms_that_are(text: str, message: str, hint: str) -> None:

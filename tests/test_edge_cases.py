@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import compress
 from compress import pipeline
 from compress.data import load_object
-from compress.errors import HCompressError, NumericsError, UsageError
+from compress.errors import BudgetError, HCompressError, NumericsError, UsageError
+from compress.registry import METHODS
 from compress.settings import Value, resolve
 
 NETWORKS = """
@@ -282,3 +286,120 @@ def test_a_budget_in_a_unit_that_does_not_apply_names_those_that_do(run: Run, me
 def test_a_budget_that_only_one_configuration_meets_is_met_by_it(run: Run, method: str) -> None:
     report = run("quantize", method, "odd", budget="2bit", channel_widths="equal")
     assert {layer["bits"] for layer in report["layers"]} == {2}
+
+
+# -- both ends of pruning: the files --------------------------------------------------------------------------------
+
+ZEROING = [
+    pytest.param(method.name, marks=[] if method.name == "layerwise" else [pytest.mark.slow])
+    for method in METHODS
+    if "pattern" in method.options
+]
+
+
+@pytest.fixture(scope="module")
+def ordered(folder: Path) -> Path:
+    """A checkpoint whose bytes no writer would repeat: tensors in an order of their own, and metadata of the user's."""
+    settings(folder, "plain", {})
+    state = load_file(folder / "plain.safetensors")
+    header: dict[str, Any] = {"__metadata__": {"trained": "on a rainy day"}}
+    data = b""
+    for name in sorted(state, key=lambda key: key[::-1]):
+        value = state[name].numpy().tobytes()
+        kind = {"float32": "F32", "int64": "I64"}[str(state[name].numpy().dtype)]
+        span = [len(data), len(data) + len(value)]
+        header[name] = {"dtype": kind, "shape": list(state[name].shape), "data_offsets": span}
+        data += value
+    text = json.dumps(header, indent=1).encode()
+    path = folder / "ordered.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def prune_plain(folder: Path, checkpoint: Path, out: Path, method: str, **given: Any) -> dict[str, Any]:
+    flags = {
+        "method": method,
+        "out": str(out),
+        "sparsity": 0,
+        "recover_steps": 4 if method == "gradual" else 0,
+        **given,
+    }
+    return pipeline.run_method(
+        "prune", checkpoint, settings(folder, "plain", flags), force=False, dry_run=False, plan=None, command=[],
+        progress=quiet,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ZEROING)
+def test_sparsity_zero_gives_the_bytes_of_the_input(method: str, folder: Path, ordered: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = prune_plain(folder, ordered, out, method)
+    assert (out / "model.safetensors").read_bytes() == ordered.read_bytes()
+    assert (out / "model.onnx").read_bytes() == (out / "dense.onnx").read_bytes()
+    assert report["metric"]["dense"] == report["metric"]["compressed"]
+    assert all(check["ok"] for check in report["checks"])
+    pipeline.apply_plan(
+        ordered,
+        out / "plan.json",
+        settings(folder, "plain", {"out": str(tmp_path / "applied")}),
+        force=False,
+        command=[],
+        progress=quiet,
+    )
+    assert (tmp_path / "applied" / "model.safetensors").read_bytes() == ordered.read_bytes()
+
+
+def test_sparsity_zero_of_another_format_gives_its_tensors(folder: Path, ordered: Path, tmp_path: Path) -> None:
+    state = load_file(ordered)
+    torch.save(state, tmp_path / "plain.pt")
+    prune_plain(folder, tmp_path / "plain.pt", tmp_path / "out", "layerwise")
+    found = load_state(tmp_path / "out", folder)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in state.items())
+
+
+@pytest.mark.slow
+def test_sparsity_zero_of_a_run_gives_its_file(folder: Path, ordered: Path, tmp_path: Path) -> None:
+    prune_plain(folder, ordered, tmp_path / "half", "magnitude", sparsity=0.5)
+    prune_plain(folder, tmp_path / "half", tmp_path / "again", "magnitude")
+    half, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "again"))
+    assert half == again != ordered.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_file_in_other_floats_is_written_anew(folder: Path, ordered: Path, tmp_path: Path) -> None:
+    prune_plain(folder, ordered, tmp_path / "out", "magnitude", float_storage="fp16")
+    state, found = load_file(ordered), load_state(tmp_path / "out", folder)
+    assert all(torch.equal(found[key], value.half().float()) for key, value in state.items() if value.dim())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < ordered.stat().st_size
+
+
+@pytest.mark.parametrize("method", ZEROING)
+def test_sparsity_one_leaves_nothing_and_says_so(method: str, folder: Path, ordered: Path, tmp_path: Path) -> None:
+    report = prune_plain(folder, ordered, tmp_path / "out", method, sparsity=1.0)
+    assert report["sparsity"] == 1
+    assert "nothing is left: every weight of every layer is zero" in report["notes"]
+    state = load_state(tmp_path / "out", folder)
+    assert not any(bool(state[layer["tensor"]].any()) for layer in report["layers"])
+
+
+def load_state(run: Path, folder: Path) -> Mapping[str, torch.Tensor]:
+    return compress.load(run, load_object(f"{folder / 'net.py'}:make", "--model")).state_dict()
+
+
+def test_sparsity_one_is_out_of_reach_where_layers_stay(folder: Path, ordered: Path, tmp_path: Path) -> None:
+    def go() -> object:
+        return prune_plain(folder, ordered, tmp_path / "out", "layerwise", sparsity=1, exclude="head*")
+
+    refusal(go, BudgetError, r"sparsity 1 is out of reach: --exclude leaves at most 0\.\d+")
+
+
+def test_methods_that_cut_channels_cut_none_or_say_what_must_stay(folder: Path, ordered: Path, tmp_path: Path) -> None:
+    report = prune_plain(folder, ordered, tmp_path / "whole", "structured-obs", max_drop=100)
+    assert all(group["kept"] == group["channels"] for group in report["groups"])
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == ordered.read_bytes()
+    refusal(
+        lambda: prune_plain(folder, ordered, tmp_path / "none", "structured-obs", sparsity=1),
+        BudgetError,
+        "out of reach",
+    )

@@ -113,6 +113,37 @@ def test_totals_weigh_layers_by_their_elements(dense: tuple[Source, Graph]) -> N
     assert totals["sparsity"] == pytest.approx((1 + 12) / 48)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "scope", "values", "why"),
+    [
+        ("4x1", "global", None, "the smallest of the 4x1 blocks of all layers"),
+        ("1x4", "layer", None, "the smallest of the 1x4 blocks of this layer"),
+        (
+            "4x1",
+            "global",
+            "0" * 64,
+            "the least salient of the 4x1 blocks of all layers; the others moved to make up for them",
+        ),
+        ("2:4", "global", None, "the smallest of each group along the inputs, pattern 2:4"),
+    ],
+)
+def test_a_masked_layer_says_which_of_its_weights_went(
+    pattern: str, scope: str, values: str | None, why: str, dense: tuple[Source, Graph]
+) -> None:
+    source, graph = dense
+    mask = MaskWeights("2.weight", 8, 16, pattern, "0" * 64, values)
+    plan = Plan("layerwise", {"scope": scope}, 0, source.sha256, None, None, (mask,), {})
+    state = dict(source.module.state_dict())
+    assert figures.layer_records(state, graph, state, plan)[1]["why"] == f"8 of 16 weights zeroed: {why}"
+
+
+def test_a_network_of_which_nothing_is_left_says_so() -> None:
+    layers = [{"tensor": name, "sparsity": 1} for name in ("a", "b")]
+    assert figures.warnings(layers) == ["nothing is left: every weight of every layer is zero"]
+    assert figures.warnings([*layers, {"tensor": "c", "sparsity": 0.9}]) == ["every weight of a, b is zero"]
+    assert figures.warnings([]) == []
+
+
 def test_a_layer_has_its_own_sensitivity_and_what_else_there_was(dense: tuple[Source, Graph]) -> None:
     source, graph = dense
     whole = {("0.weight", ""): Estimate(2.0, 0.5)}

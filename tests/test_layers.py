@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = (
     ("errors", "canonical"),
-    ("widths", "budget", "plan", "frontier", "sensitivity", "verdict", "manifest", "registry", "settings"),
+    ("widths", "budget", "pattern", "plan", "frontier", "sensitivity", "verdict", "manifest", "registry", "settings"),
     ("numerics", "graph", "formats", "demo"),
     ("saliencies", "context", "data", "task", "pruned", "model", "train"),
     ("apply", "float_storage", "curvature", "reconstruct"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -383,6 +385,70 @@ def test_a_run_that_trains_twice_for_its_bytes_is_resumed_in_the_second_training
     for name in ("plan.json", "model.onnx"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list(tmp_path.glob("*.journal*"))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ctrl-C, as the process of a command meets it: the tests' own process would end at once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "given"),
+    [
+        ("gradual", 4, {}),  # while the sparsity rises
+        pytest.param("gradual", 17, {}, marks=pytest.mark.slow),  # the masks hold
+        pytest.param("gradual", 9, {"pattern": "4x1", "optimizer": "adam"}, marks=pytest.mark.slow),
+        ("magnitude", 6, {"pattern": "1x4", "sparsity": 0.9, "lr": 0.05}),
+        pytest.param(
+            "magnitude",
+            11,
+            {"pattern": "1x4", "sparsity": 0.9, "lr": 0.003, "optimizer": "adam"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_that_ctrl_c_stops_goes_on_to_the_same_bytes(
+    name: str, stop: int, given: dict[str, Any], data: Data, tmp_path: Path, ctrl_c: Callable[[], None]
+) -> None:
+    """A signal that arrives in a step, and a training that moves the weights."""
+    method = next(method for method in METHODS if method.name == name)
+
+    def go(out: Path, at: int | None, *, resume: bool = False) -> list[int]:
+        steps: list[int] = []
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage == "recover":
+                steps.append(done)
+                if done == at:
+                    ctrl_c()
+
+        chosen = settings(
+            data, out, method=name, **{"sparsity": 0.75, "recover_steps": 20, "lr": 0.002, "optimizer": "sgd", **given}
+        )
+        pipeline.run_method(
+            method.job, data.checkpoint, chosen, force=False, dry_run=False, resume=resume, plan=None, command=[],
+            progress=progress,
+        )  # fmt: skip
+        return steps
+
+    assert go(tmp_path / "whole", None)[-1] == 20
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", stop)
+    assert not (tmp_path / "run").exists() and (tmp_path / "run.journal").is_file()
+    assert go(tmp_path / "run", None, resume=True)[0] == stop + 2, "no step is made twice"
+    for file in ("plan.json", "plan.safetensors", "model.safetensors", "model.onnx", "model.pt2"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    plan = read_plan(tmp_path / "run" / "plan.json")
+    assert "recover" in plan.options and plan.replaced()
+    sidecar, dense = load_file(tmp_path / "run" / "plan.safetensors"), load_file(data.checkpoint)
+    for tensor, decision in plan.masks().items():
+        bits = np.unpackbits(sidecar[tensor].numpy(), bitorder="little")[: decision.total]
+        assert bits.sum() == decision.kept < decision.total
+        before = dense[tensor].flatten()[torch.from_numpy(bits).bool()]
+        assert not torch.equal(sidecar[f"{tensor}#values"], before), "training moved the weights that stay"
 
 
 def test_a_journal_of_another_budget_is_refused(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SHA = "0" * 64
 def masks(draw: st.DrawFn) -> MaskWeights:
     total = draw(st.integers(0, 10**9))
     return MaskWeights(
-        draw(NAMES), draw(st.integers(0, total)), total, draw(st.sampled_from(["unstructured", "2:4"])), SHA
+        draw(NAMES), draw(st.integers(0, total)), total, draw(st.sampled_from(["unstructured", "2:4", "16x1"])), SHA
     )
 
 
@@ -115,6 +115,10 @@ def decision(**changes: Any) -> dict[str, Any]:
         (
             {"kind": "mask", "tensor": "w", "kept": 5, "total": 4, "pattern": "unstructured", "mask_sha256": SHA},
             "w keeps 5 of 4",
+        ),
+        (
+            {"kind": "mask", "tensor": "w", "kept": 1, "total": 4, "pattern": "4by1", "mask_sha256": SHA},
+            "w has pattern 4by1",
         ),
     ],
 )

@@ -392,6 +392,7 @@ def test_a_pattern_says_how_small_the_model_is_to_be() -> None:
     obs, pattern = find_method("prune", "obs"), resolve({"pattern": "2:4"}, environment={}, folder=None)
     assert planning.is_searched(obs, None, ANY) and planning.is_searched(HAWQ, None, pattern)
     assert not planning.is_searched(obs, None, pattern)
+    assert planning.is_searched(obs, None, resolve({"pattern": "4x1"}, environment={}, folder=None)), "blocks don't"
     assert planning.search_gates(obs, None, Gates(), pattern, Regression()) == Gates()
 
 

@@ -60,7 +60,7 @@ class Layer:
         elements: Number of its weights.
         macs: Multiply-accumulates of one example, over all uses of the weight.
         axis: Output-channel dimension of the weight; None where it has none of its own (grouped transposed).
-        input_axis: Dimension that the layer sums over, and n:m patterns run along.
+        input_axis: Dimension that the layer sums over, and patterns count as columns.
         activations: Elements of the layer's output for one example, over all uses of the weight.
     """
 

@@ -154,6 +154,25 @@ class InverseFisher:
                 result[here[:, None], there] = m * _entries(system, factor, row_at[here], column_at[there])
         return result
 
+    def diagonal_blocks(self, units: Tensor) -> Tensor:
+        """``(F^-1)_QQ`` of sets ``Q`` of parameters, ``[u, s, s]``, float64: symmetric, positive definite.
+
+        Args:
+            units: int64 ``[u, s]``, the parameters of each; -1 where a set has fewer, whose row and column are those of
+                a parameter without gradients.
+
+        Raises:
+            ValueError: ``F`` was factorised in blocks.
+        """
+        m, s = len(self.gradients), units.shape[1]
+        if len(self.blocks) > 1 or len(self.blocks[0].columns) > 1:
+            raise ValueError("diagonal_blocks is for the full matrix, and F was factorised in blocks")
+        system, factor = self._system(self.blocks[0], slice(0, 1))
+        result = torch.empty(len(units), s, s, dtype=torch.float64, device=self.gradients.device)
+        for part in _parts(units, m):
+            result[part] = _unit_blocks(system, factor, units[part].to(self.gradients.device))
+        return m * result
+
     def _systems(self, width: int = 1) -> Iterator[tuple[_System, Tensor]]:
         for group in self.blocks:
             for part in _parts(group.columns, len(self.gradients), width):
@@ -374,6 +393,27 @@ def solve_beyond_span(gradients: Gradients, u: float, solve_small: Solve, x: Ten
 def saliency(weights: Tensor, diagonal: Tensor) -> Tensor:
     """Loss increase ``w^2 / (2 (F^-1)_ii)`` of removing each weight with the optimal update of all others."""
     return weights.square() / (2 * diagonal)
+
+
+def joint_saliency(inverse: InverseFisher, weights: Tensor, units: Tensor) -> Tensor:
+    """Loss increase ``w_Q^T ((F^-1)_QQ)^-1 w_Q / 2`` of removing each unit ``Q`` with the optimal update of all others.
+
+    Args:
+        weights: ``[d]``.
+        units: int64 ``[u, s]``, the parameters of each; -1 where a unit has fewer.
+
+    Returns:
+        ``[u]``, on the gradients' device; of single parameters in the weights' dtype, else float64.
+
+    Raises:
+        ValueError: Units have several parameters, and ``F`` was factorised in blocks.
+    """
+    if units.shape[1] == 1:
+        return saliency(weights, inverse.diagonal().to(weights.device))[units[:, 0]]
+    factor = torch.linalg.cholesky(inverse.diagonal_blocks(units))
+    own = torch.where(units < 0, 0.0, weights[units].double()).to(factor.device)
+    across: Tensor = torch.linalg.solve_triangular(factor, own[..., None], upper=False)
+    return across.square().sum((1, 2)) / 2
 
 
 # Blocks and their columns.
@@ -627,6 +667,30 @@ def _diagonal(system: _System, factor: Tensor) -> Tensor:
             # A bound of every element: float32's G G^T may be too inexact for the damping.
             norms_at = _gather(gradients, columns[block, at][None])[0].to(torch.float64).square().sum(0)
             result[block, at] = torch.maximum(exact, 1 / (system.u + norms_at)).clamp(max=1 / system.u)
+    return result
+
+
+def _unit_blocks(system: _System, factor: Tensor, units: Tensor) -> Tensor:
+    """Of sets ``[u, s]`` inside the one block, ``[u, s, s]``: every eigenvalue is within its bounds."""
+    gradients, (count, s), u = system.gradients, units.shape, float(system.u)
+    is_real, at = units >= 0, units.clamp(min=0)
+    both = is_real[:, :, None] & is_real[:, None]
+    eye = torch.eye(s, dtype=torch.float64, device=units.device)
+    own = gradients.index_select(1, system.columns[0, at.flatten()]).to(torch.float64)
+    if system.columns.shape[1] <= len(gradients):
+        scaled = torch.where(both, u * factor[0, at[:, :, None], at[:, None]], eye)
+    else:
+        root = (factor[0] @ own).T.reshape(count, s, -1)
+        scaled = torch.where(both, eye - root @ root.mT, eye)
+        for one in torch.nonzero(torch.linalg.eigvalsh(scaled)[:, 0] < SMALL_GAP)[:, 0].tolist():
+            columns = at[one][is_real[one]]
+            exact = u * _inverse_columns(system, columns)[columns]
+            scaled[one].masked_scatter_(both[one], (exact + exact.mT) / 2)
+    values, vectors = torch.linalg.eigh(scaled)
+    # (F^-1)_QQ >= (F_QQ)^-1: float32's G G^T may be too inexact for the damping.
+    squares = own.square().sum(0).reshape(count, s) * is_real
+    values = torch.maximum(values, u / (u + squares.sum(1, keepdim=True))).clamp(max=1)
+    result: Tensor = (vectors * values[:, None]) @ vectors.mT / u
     return result
 
 

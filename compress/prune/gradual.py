@@ -10,6 +10,7 @@ Cost: of a step, that of training and two copies of the weights; a sort of them 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,9 +23,11 @@ from ..budget import Budget
 from ..context import Context
 from ..errors import UsageError
 from ..graph.groups import find_channels
-from ..graph.trace import Graph, Layer
+from ..graph.trace import Graph
 from ..model import Source
-from ..plan import UNSTRUCTURED, Plan
+from ..numerics.units import Units, masks_of_most
+from ..pattern import Pattern
+from ..plan import Plan
 from ..pruned import trainable_copy
 from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
@@ -34,7 +37,7 @@ from ..train.loop import Hooks, train
 from ..train.optimizers import RATES
 from ..train.recipe import Recipe, Training
 from . import magnitude
-from .masks import Masks, mask_plan, n_of_m_mask, parse_pattern, patterned_layers, recorded_options
+from .masks import Masks, cut_layers, mask_plan, num_removed, recorded_options, units_of, whole_plan
 
 NAME = "gradual"
 RAMP = 0.3  # of the steps, in which the sparsity rises
@@ -61,7 +64,7 @@ def plan(
 
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
-        options: ``scope`` (``global`` or ``layer``), ``pattern`` (``unstructured`` or ``n:m``), ``exclude`` (globs).
+        options: ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude`` (globs).
         context: Its ``training`` says on what and for how long.
 
     Returns:
@@ -76,13 +79,20 @@ def plan(
     if training is None:
         raise UsageError(f"method {NAME} trains", hint="pass --train DATA")
     recorded = recorded_options(options)
-    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
-    layers, choose = _chooser(source, graph, layers, budget, recorded, context)
+    layers, pattern = cut_layers(graph, recorded, budget, context)
+    removed = None
+    if pattern.quota is None:
+        removed = magnitude.removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
+    if removed == 0:
+        context.notes.append(f"{NAME}: nothing has to go, so that nothing was trained")
+        return whole_plan(source, graph, layers, budget, NAME, recorded)
+    units = units_of(layers, pattern)
+    choose = _chooser(units, pattern, removed, recorded["scope"])
     recipe = _of_gradual(training.recipe)
     state = dict(source.module.state_dict())
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    soft = SoftMasks({layer.tensor: parameters[layer.tensor] for layer in layers}, choose, recipe.steps)
+    soft = SoftMasks({tensor: parameters[tensor] for tensor in units}, choose, recipe.steps)
     trained = train(
         module,
         training.data,
@@ -188,28 +198,16 @@ def _of_gradual(recipe: Recipe) -> Recipe:
     return recipe if recipe.lr is not None else replace(recipe, lr=RATE * RATES[recipe.optimizer])
 
 
-def _chooser(
-    source: Source,
-    graph: Graph,
-    layers: tuple[Layer, ...],
-    budget: Budget | None,
-    recorded: Mapping[str, Any],
-    context: Context,
-) -> tuple[tuple[Layer, ...], Choose]:
-    """The layers that weights go from, and how masks are chosen."""
-    pattern, scope = recorded["pattern"], recorded["scope"]
-    if pattern == UNSTRUCTURED:
-        removed = magnitude.removed_within(source, graph, layers, budget, scope, context)
-        most = removed / sum(layer.elements for layer in layers)
-        return layers, lambda values, share: magnitude.smallest(values, share * most, scope)
-    n, m = parse_pattern(pattern)
-    fitting = patterned_layers(graph, layers, pattern, budget, context)
-    axes = {layer.tensor: layer.input_axis for layer in fitting}
+def _chooser(units: Mapping[str, Units], pattern: Pattern, removed: int | None, scope: str) -> Choose:
+    """How masks are chosen: ``removed`` weights go in the end, or all that the pattern's quota doesn't keep."""
+    total = sum(math.prod(own.shape) for own in units.values())
 
     def choose(values: Mapping[str, Tensor], share: float) -> Masks:
-        kept = m - round((m - n) * share)
-        if kept == m:
-            return {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
-        return {name: n_of_m_mask(value.abs(), kept, m, axes[name]) for name, value in values.items()}
+        costs = magnitude.squares(units, values)
+        if pattern.quota is None:
+            assert removed is not None
+            return magnitude.smallest(units, costs, num_removed(share * removed / total, total), scope)
+        n, m = pattern.quota
+        return masks_of_most(units, costs, m - round((m - n) * share))
 
-    return fitting, choose
+    return choose

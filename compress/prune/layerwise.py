@@ -2,7 +2,8 @@
 
 How much goes where is decided first, for the whole network: on calibration data every row of every layer is eliminated
 to its end, and what each removal costs the layer's output is weighed by how much the network's outputs react to it. The
-cheapest removals of all are made. As the costs of a row never fall, that is the exact frontier of their sum. Then
+cheapest removals of all are made. As the costs of a row never fall, that is the exact frontier of their sum. Blocks of
+weights are eliminated like weights, in bands of their rows, and compete by what they cost for each weight. Then
 which weights those are, and what the others become, is decided layer by layer on the inputs that the pruned network
 makes (``reconstruct.sparse``). Layers that can't be fitted compete by the diagonal of the same curvature.
 Source: Frantar, Singh, Alistarh 2022, Optimal Brain Compression (arXiv:2208.11580), for the costs that rows and layers
@@ -28,7 +29,9 @@ from ..data import Data
 from ..graph.rewrite import on_device
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import UNSTRUCTURED, Plan
+from ..numerics.units import cheapest, masks_of_most, masks_without
+from ..pattern import Pattern, parse_pattern
+from ..plan import Plan
 from ..reconstruct.side_by_side import fitting_examples
 from ..reconstruct.sparse import Cut, prunable_layers, prune_layers, removal_costs
 from ..saliencies import saliency_histogram
@@ -36,15 +39,7 @@ from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.distill import divergence_from
 from .magnitude import removed_within
-from .masks import (
-    mask_plan,
-    n_of_m_mask,
-    num_removed,
-    parse_pattern,
-    patterned_layers,
-    recorded_options,
-    searched_sparsities,
-)
+from .masks import cut_layers, mask_plan, num_removed, recorded_options, searched_sparsities, units_of, whole_plan
 
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
@@ -84,7 +79,7 @@ def plan(
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
         options: ``scope`` (``global``: layers compete; ``layer``: each loses the same share), ``pattern``
-            (``unstructured`` or ``n:m``), ``exclude`` (globs).
+            (``pattern.FORMS``), ``exclude`` (globs).
 
     Returns:
         The plan and its sidecar: packed masks, the survivors' values by tensor, and whole biases.
@@ -94,19 +89,20 @@ def plan(
         UsageError: Nothing to prune, or no pattern.
     """
     recorded = recorded_options(options)
-    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
-    if recorded["pattern"] == UNSTRUCTURED:
-        removed = removed_within(source, graph, layers, budget, recorded["scope"], context)
+    layers, pattern = cut_layers(graph, recorded, budget, context)
+    if pattern.quota is None:
+        removed = removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
+        if not removed:
+            return whole_plan(source, graph, layers, budget, NAME, recorded)
         surgery = _open(source, graph, layers, calibration, recorded, context)
-        return _pruned(surgery, _cuts(surgery, layers, removed), budget)
-    n, m = parse_pattern(recorded["pattern"])
-    layers = patterned_layers(graph, layers, recorded["pattern"], budget, context)
+        return _pruned(surgery, _cuts(surgery, layers, pattern, removed), budget)
+    n, m = pattern.quota
     surgery = _open(source, graph, layers, calibration, recorded, context)
-    scores = _scores(surgery, layers)
+    scores, units = _scores(surgery, layers, pattern), units_of(layers, pattern)
     cuts = {}
     for layer in layers:
-        score = scores.get(layer.tensor)
-        mask = None if score is None else n_of_m_mask(score, n, m, layer.input_axis)
+        score, own = scores.get(layer.tensor), {layer.tensor: units[layer.tensor]}
+        mask = None if score is None else masks_of_most(own, {layer.tensor: score}, n)[layer.tensor]
         cuts[layer.tensor] = Cut(layer.elements // m * (m - n), mask)
     return _pruned(surgery, cuts, budget)
 
@@ -121,11 +117,11 @@ def candidates(
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, as long as they are asked for."""
     recorded = recorded_options(options)
-    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    layers, pattern = cut_layers(graph, recorded, None, context)
     surgery = _open(source, graph, layers, calibration, recorded, context)
     for sparsity in searched_sparsities():
         removed = num_removed(sparsity, sum(layer.elements for layer in layers))
-        yield _pruned(surgery, _cuts(surgery, layers, removed), None)
+        yield _pruned(surgery, _cuts(surgery, layers, pattern, removed), None)
 
 
 def refit(
@@ -170,45 +166,44 @@ def _open(
     return _Surgery(source, graph, calibration, inputs, context.memo[NAME], options, context)
 
 
-def _cuts(surgery: _Surgery, layers: Sequence[Layer], removed: int) -> dict[str, Cut]:
-    """How many weights each layer loses; which ones, where a layer can't be fitted."""
-    context, scores = surgery.context, _scores(surgery, layers)
+def _cuts(surgery: _Surgery, layers: Sequence[Layer], pattern: Pattern, removed: int) -> dict[str, Cut]:
+    """How many weights each layer loses at least; which ones, where a layer can't be fitted."""
+    context, scores, units = surgery.context, _scores(surgery, layers, pattern), units_of(layers, pattern)
     total = sum(layer.elements for layer in layers)
     if surgery.options["scope"] == "layer":
         counts = [num_removed(removed / total, layer.elements) for layer in layers]
     else:
         if COSTS not in context.memo:
-            fitted = {layer.tensor for layer in layers} - scores.keys()
             context.memo[COSTS] = removal_costs(
                 surgery.graph,
                 surgery.reactions,
-                fitted,
+                {tensor: own for tensor, own in units.items() if tensor not in scores},
                 surgery.inputs,
                 device=context.device,
                 progress=context.progress,
             )
-        costs = {**context.memo[COSTS], **scores}
-        every = torch.cat([costs[layer.tensor].flatten() for layer in layers])
-        owner = torch.arange(len(layers)).repeat_interleave(torch.tensor([layer.elements for layer in layers]))
-        goes = every.argsort(stable=True)[:removed]
-        counts = torch.bincount(owner[goes], minlength=len(layers)).tolist()
-        kept = torch.ones(len(every), dtype=torch.bool).index_fill_(0, goes, False)
-        context.saliencies.append(saliency_histogram(every, kept, what=SALIENCY))
+        costs = context.memo[COSTS] | {tensor: (score, units[tensor].sizes()) for tensor, score in scores.items()}
+        each, sizes = (torch.cat([costs[layer.tensor][part].flatten() for layer in layers]) for part in (0, 1))
+        owner = torch.arange(len(layers)).repeat_interleave(
+            torch.tensor([costs[layer.tensor][1].numel() for layer in layers])
+        )
+        gone = cheapest(each, sizes, removed)
+        counts = torch.zeros(len(layers), dtype=torch.long).index_add_(0, owner[gone], sizes[gone].long()).tolist()
+        kept = torch.ones(len(each), dtype=torch.bool).index_fill_(0, gone, False)
+        context.saliencies.append(saliency_histogram(each, kept, what=SALIENCY, of=pattern.units))
     cuts = {}
     for layer, count in zip(layers, counts, strict=True):
-        mask = None
-        if layer.tensor in scores:
-            mask = torch.ones(layer.elements, dtype=torch.bool)
-            mask[scores[layer.tensor].flatten().argsort(stable=True)[:count]] = False
-            mask = mask.reshape(layer.shape)
-        cuts[layer.tensor] = Cut(count, mask)
+        tensor, mask = layer.tensor, None
+        if tensor in scores:
+            mask = masks_without({tensor: units[tensor]}, {tensor: scores[tensor]}, count)[tensor]
+        cuts[tensor] = Cut(count, mask)
     return cuts
 
 
-def _scores(surgery: _Surgery, layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """What each weight costs alone where a layer can't be fitted, float64 in its shape; a note names such layers.
+def _scores(surgery: _Surgery, layers: Sequence[Layer], pattern: Pattern) -> dict[str, Tensor]:
+    """What each unit costs for each of its weights where a layer can't be fitted, ``[b, n]``; a note names such layers.
 
-    The mean curvature of its row times its square: in the units of the other layers' costs.
+    The mean curvature of a weight's row times its square, float64: in the units of the other layers' costs.
     """
     fitted, context = prunable_layers(surgery.graph), surgery.context
     others = tuple(layer for layer in layers if layer.tensor not in fitted)
@@ -226,8 +221,9 @@ def _scores(surgery: _Surgery, layers: Sequence[Layer]) -> dict[str, Tensor]:
         )
         state = surgery.source.module.state_dict()
         squares = {layer.tensor: state[layer.tensor].detach().double().cpu().flatten(1).square() for layer in others}
+        units = units_of(others, pattern)
         context.memo[SCORES] = {
-            layer.tensor: (squares[layer.tensor] * traces[layer.tensor][:, None]).reshape(layer.shape)
+            layer.tensor: units[layer.tensor].means(squares[layer.tensor] * traces[layer.tensor][:, None])
             * (layer.shape[0] / layer.elements)
             for layer in others
         }
@@ -242,7 +238,7 @@ def _pruned(surgery: _Surgery, cuts: Mapping[str, Cut], budget: Budget | None) -
         cuts,
         surgery.reactions,
         surgery.inputs,
-        pattern=None if options["pattern"] == UNSTRUCTURED else parse_pattern(str(options["pattern"])),
+        pattern=parse_pattern(str(options["pattern"])),
         device=context.device,
         progress=context.progress,
     )

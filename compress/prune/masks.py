@@ -1,9 +1,8 @@
-"""What every pruning method shares: which weights may go, n:m patterns, and the plan that a set of masks makes."""
+"""What every pruning method shares: which weights may go, in which units, and the plan that a set of masks makes."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ from ..context import Context
 from ..errors import BudgetError, UsageError
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..plan import UNSTRUCTURED, MaskWeights, Plan
+from ..numerics.units import Units
+from ..pattern import UNSTRUCTURED, Pattern, parse_pattern
+from ..plan import MaskWeights, Plan
 
 DEFAULT_SPARSITY = 0.5
 FIRST_SPARSITY = 0.3  # of a search; a step then leaves this share of what is left
@@ -95,31 +96,50 @@ def mask_plan(
     return Plan(method, dict(options), 0, source.sha256, None, budget, decisions, predicted), sidecar
 
 
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """``n`` and ``m`` of an n:m pattern.
+def units_of(layers: Sequence[Layer], pattern: Pattern) -> dict[str, Units]:
+    """The units of removal of each layer's weight, by tensor."""
+    return {layer.tensor: Units(layer.shape, 1 - layer.input_axis, layer.input_axis, pattern) for layer in layers}
+
+
+def cut_layers(
+    graph: Graph, recorded: Mapping[str, Any], budget: Budget | None, context: Context
+) -> tuple[tuple[Layer, ...], Pattern]:
+    """The layers that weights go from, as the recorded options say it, and the pattern in which they do.
 
     Raises:
-        UsageError: It is none.
+        BudgetError: The budget asks for more zeros than the pattern makes.
+        UsageError: It is no pattern, or there is nothing to prune.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if match is None:
-        raise UsageError(f"--pattern {pattern!r} is not a pattern", hint="unstructured, or n:m such as 2:4")
-    n, m = int(match.group(1)), int(match.group(2))
-    if not 0 < n < m:
-        raise UsageError(f"--pattern {pattern}: keeps {n} of {m}", hint="n lies between 1 and m - 1")
-    return n, m
+    pattern = parse_pattern(str(recorded["pattern"]))
+    layers = graph.compressible(tuple(recorded["exclude"]), "prune")
+    if pattern.quota is not None:
+        layers = patterned_layers(graph, layers, pattern.quota, budget, context)
+    return layers, pattern
+
+
+def whole_plan(
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    budget: Budget | None,
+    method: str,
+    options: Mapping[str, Any],
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan that removes nothing, where nothing has to go: every weight stays as it is, bit for bit."""
+    masks = {layer.tensor: torch.ones(layer.shape, dtype=torch.bool) for layer in layers}
+    return mask_plan(source, graph, masks, budget, method, options)
 
 
 def patterned_layers(
-    graph: Graph, layers: Sequence[Layer], pattern: str, budget: Budget | None, context: Context
+    graph: Graph, layers: Sequence[Layer], quota: tuple[int, int], budget: Budget | None, context: Context
 ) -> tuple[Layer, ...]:
     """The layers that an n:m pattern fits; the others are named in a note.
 
     Raises:
         BudgetError: The budget asks for more zeros than the pattern makes.
-        UsageError: It is no pattern, or fits no layer.
+        UsageError: It fits no layer.
     """
-    n, m = parse_pattern(pattern)
+    (n, m), pattern = quota, f"{quota[0]}:{quota[1]}"
     fitting = tuple(layer for layer in layers if layer.shape[layer.input_axis] % m == 0)
     if not fitting:
         raise UsageError(
@@ -138,12 +158,3 @@ def patterned_layers(
             hint=f"{dense if skipped else 'the pattern fixes it'}; choose a sparser pattern, or --pattern unstructured",
         )
     return fitting
-
-
-def n_of_m_mask(scores: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """True at the n largest of every m consecutive scores along ``axis``; of equal ones, the first."""
-    moved = scores.movedim(axis, -1)
-    groups = moved.reshape(-1, m)
-    order = torch.argsort(groups, dim=1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-    return keep.reshape(moved.shape).movedim(-1, axis).contiguous()

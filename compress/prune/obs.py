@@ -1,7 +1,8 @@
 """OBS pruning by M-FAC: remove the weights that the loss misses least, and move the others to make up for them.
 
 In rounds of growing sparsity: per-sample gradients at the current weights, saliencies ``w^2 / (2 [F^-1]_ii)`` of the
-damped Fisher matrix ``F``, a mask, and the exact joint update of the survivors. The update's damping is the one that
+damped Fisher matrix ``F``, of blocks ``Q`` of weights ``w_Q^T ([F^-1]_QQ)^-1 w_Q / 2``, a mask, and the exact joint
+update of the survivors. The update's damping is the one that
 leaves the outputs nearest to the dense network's on the calibration data, and no update is made where none helps.
 Source: Frantar, Kurtic, Alistarh 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, Optimal Brain Surgeon.
 Cost: a round takes a pass with per-sample gradients, two products of m^2 d, and seven forward passes.
@@ -9,6 +10,7 @@ Cost: a round takes a pass with per-sample gradients, two products of m^2 d, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,21 +25,17 @@ from ..curvature.network import Network, open_network, predict
 from ..curvature.sample_gradients import sample_gradients
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_update, saliency
-from ..plan import UNSTRUCTURED, Plan
-from ..saliencies import saliency_histogram
+from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_saliency, joint_update
+from ..numerics.units import Units, masks_of_most
+from ..pattern import parse_pattern
+from ..plan import Plan
+from ..saliencies import Saliencies, saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .magnitude import removed_within
-from .masks import (
-    mask_plan,
-    n_of_m_mask,
-    num_removed,
-    parse_pattern,
-    patterned_layers,
-    searched_sparsities,
-)
+from .magnitude import removed_within, smallest
+from .masks import Masks, cut_layers, mask_plan, recorded_options, searched_sparsities, units_of, whole_plan
 
+NAME = "obs"
 MANY_LEFT = 0.6  # of the weights: while more are left, every second example has a gradient
 FEW_LEFT = 0.8  # over the share of the weights that is left: gradients of an example
 MOST_DRAWS = 4
@@ -51,8 +49,9 @@ LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the 
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
-RECORDED = ("rounds", "scope", "fisher", "pattern")
-Choose = Callable[[Tensor], Tensor]  # scores [d] to the mask of survivors [d]
+RECORDED = ("rounds", "fisher")
+Costs = dict[str, Tensor]  # of a weight of each unit, by tensor [b, n]
+Choose = Callable[[Costs], Masks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ class _Surgery:
         network: Its weights change from round to round.
         start: Its weights before the first, ``[d]``.
         dense: Its outputs before the first.
+        units: What goes together, by tensor in the network's order.
         protected: Weights that stay, ``[d]``.
         options: As recorded in the plan.
     """
@@ -73,6 +73,7 @@ class _Surgery:
     calibration: Calibration
     start: Tensor
     dense: Tensor
+    units: Mapping[str, Units]
     protected: Tensor
     options: Mapping[str, Any]
     context: Context
@@ -84,11 +85,11 @@ class _Cut:
 
     Attributes:
         keep: The survivors, ``[d]``.
-        ranked: Saliency of each weight in the last round that it began, ``[d]``.
+        ranked: Saliency of a weight of each unit in the last round that the unit began.
     """
 
     keep: Tensor
-    ranked: Tensor
+    ranked: Costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,13 @@ class _Curvature:
     Attributes:
         gradients: ``[m, d]`` of the weights that are left.
         gram: ``[m, m]``.
-        scores: Saliencies, as for ``_scores``.
+        costs: Saliencies, as for ``_costs``.
         generator: Its state after them.
     """
 
     gradients: Gradients
     gram: Tensor
-    scores: Tensor
+    costs: Costs
     generator: Tensor
 
 
@@ -121,7 +122,7 @@ def plan(
 
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
-        options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``unstructured`` or ``n:m``), ``exclude``
+        options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude``
             (globs), ``fisher``.
 
     Returns:
@@ -132,16 +133,18 @@ def plan(
         UsageError: Nothing to prune, or no pattern.
         DiskError: The gradients fit neither in ``context.memory`` nor on the disk.
     """
-    layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
-    rounds = int(options["rounds"])
+    recorded, rounds = recorded_options(options), int(options["rounds"])
+    layers, pattern = cut_layers(graph, recorded, budget, context)
+    units = units_of(layers, pattern)
     choosers: list[Choose]
-    if _pattern(options) == UNSTRUCTURED:
-        removed = removed_within(source, graph, layers, budget, str(options["scope"]), context)
-        choosers = _shares(layers, removed, rounds, str(options["scope"]))
+    if pattern.quota is None:
+        removed = removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
+        if not removed:
+            return whole_plan(source, graph, layers, budget, NAME, _recorded(options))
+        choosers = _shares(units, removed, rounds, recorded["scope"])
     else:
-        layers = patterned_layers(graph, layers, _pattern(options), budget, context)
-        choosers = _groups(layers, *parse_pattern(_pattern(options)), rounds)
-    surgery = _open(source, graph, layers, calibration, options, context)
+        choosers = _groups(units, *pattern.quota, rounds)
+    surgery = _open(source, graph, layers, units, calibration, options, context)
     *_, cut = _rounds(surgery, choosers)
     return _finished(surgery, cut, budget)
 
@@ -155,10 +158,12 @@ def candidates(
     context: Context,
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, a round each, as long as they are asked for."""
-    layers = graph.compressible(tuple(options.get("exclude") or ()), "prune")
-    surgery = _open(source, graph, layers, calibration, options, context)
+    recorded = recorded_options(options)
+    layers, pattern = cut_layers(graph, recorded, None, context)
+    units = units_of(layers, pattern)
+    surgery = _open(source, graph, layers, units, calibration, options, context)
     d = surgery.network.num_weights
-    choosers = [_chooser(layers, round(sparsity * d), str(options["scope"])) for sparsity in searched_sparsities()]
+    choosers = [_chooser(units, round(sparsity * d), recorded["scope"]) for sparsity in searched_sparsities()]
     for cut in _rounds(surgery, choosers, share=1):
         yield _finished(surgery, cut, None)
 
@@ -182,54 +187,36 @@ def refit(
     masks = masks_of(given, sidecar, source.module.state_dict())
     layers = tuple(layer for layer in graph.layers if layer.tensor in masks)
     protected = torch.cat([masks[layer.tensor].flatten() for layer in layers])
-    surgery = replace(_open(source, graph, layers, calibration, given.options, context), protected=protected)
+    if protected.all():
+        return whole_plan(source, graph, layers, given.budget, NAME, given.options)
     # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
-    choosers = _shares(layers, int((~protected).sum()), int(given.options["rounds"]), "global")
+    units = units_of(layers, replace(parse_pattern(recorded_options(given.options)["pattern"]), quota=None))
+    surgery = replace(_open(source, graph, layers, units, calibration, given.options, context), protected=protected)
+    choosers = _shares(units, int((~protected).sum()), int(given.options["rounds"]), "global")
     *_, cut = _rounds(surgery, choosers)
     return _finished(surgery, cut, given.budget)
 
 
-def _pattern(options: Mapping[str, Any]) -> str:
-    return str(options.get("pattern") or UNSTRUCTURED)
-
-
-def _shares(layers: Sequence[Layer], removed: int, rounds: int, scope: str) -> list[Choose]:
+def _shares(units: Mapping[str, Units], removed: int, rounds: int, scope: str) -> list[Choose]:
     """An exponential schedule: each round leaves the same share of what is left."""
-    d = sum(layer.elements for layer in layers)
+    d = sum(math.prod(own.shape) for own in units.values())
     left = [(1 - removed / d) ** (number / rounds) for number in range(1, rounds + 1)]
-    return [_chooser(layers, round((1 - share) * d), scope) for share in left]
+    return [_chooser(units, round((1 - share) * d), scope) for share in left]
 
 
-def _chooser(layers: Sequence[Layer], removed: int, scope: str) -> Choose:
-    """Removes the least salient weights, of the network or of each layer, until ``removed`` are gone."""
-    d = sum(layer.elements for layer in layers)
-    sizes = [d] if scope == "global" else [layer.elements for layer in layers]
-
-    def choose(scores: Tensor) -> Tensor:
-        masks = []
-        for part in torch.split(scores, sizes):
-            mask = torch.ones(len(part), dtype=torch.bool)
-            mask[torch.argsort(part, stable=True)[: num_removed(removed / d, len(part))]] = False
-            masks.append(mask)
-        return torch.cat(masks)
-
-    return choose
+def _chooser(units: Mapping[str, Units], removed: int, scope: str) -> Choose:
+    """Removes the least salient units, of the network or of each layer, until ``removed`` weights are gone."""
+    return lambda costs: smallest(units, costs, removed, scope)
 
 
-def _groups(layers: Sequence[Layer], n: int, m: int, rounds: int) -> list[Choose]:
+def _groups(units: Mapping[str, Units], n: int, m: int, rounds: int) -> list[Choose]:
     """Ever fewer weights of each m, down to n, where the rounds are enough one by one."""
     counts = sorted(
         {max(n, round(m - (m - n) * number / rounds)) for number in range(1, rounds + 1)} - {m}, reverse=True
     )
 
     def chooser(kept: int) -> Choose:
-        def choose(scores: Tensor) -> Tensor:
-            parts = torch.split(scores, [layer.elements for layer in layers])
-            shaped = [part.reshape(layer.shape) for part, layer in zip(parts, layers, strict=True)]
-            masks = [n_of_m_mask(s, kept, m, layer.input_axis) for s, layer in zip(shaped, layers, strict=True)]
-            return torch.cat([mask.flatten() for mask in masks])
-
-        return choose
+        return lambda costs: masks_of_most(units, costs, kept)
 
     return [chooser(kept) for kept in counts]
 
@@ -238,16 +225,20 @@ def _open(
     source: Source,
     graph: Graph,
     layers: Sequence[Layer],
+    units: Mapping[str, Units],
     calibration: Calibration,
     options: Mapping[str, Any],
     context: Context,
 ) -> _Surgery:
     network = open_network(graph, layers=tuple(layers), device=context.device)
-    recorded = {name: options.get(name) for name in RECORDED} | {"pattern": _pattern(options)}
-    recorded["exclude"] = list(options.get("exclude") or ())
     dense = predict(network, calibration.data)
     protected = torch.zeros(network.num_weights, dtype=torch.bool)
-    return _Surgery(source, graph, network, calibration, network.flat().cpu(), dense, protected, recorded, context)
+    start = network.flat().cpu()
+    return _Surgery(source, graph, network, calibration, start, dense, units, protected, _recorded(options), context)
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options.get(name) for name in RECORDED} | recorded_options(options)
 
 
 def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan, dict[str, Tensor]]:
@@ -255,13 +246,22 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     network = surgery.network
     masks = network.split(cut.keep)
     if not surgery.protected.any():  # a mask that was given is chosen by no saliency
-        surgery.context.saliencies.append(saliency_histogram(cut.ranked, cut.keep, what=SALIENCY, unit="loss"))
-    decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, "obs", surgery.options)
+        surgery.context.saliencies.append(_histogram(surgery.units, cut))
+    decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, NAME, surgery.options)
     values = {name: network.weights[name].detach().cpu() for name in masks}
     decided, sidecar = with_values(decided, sidecar, values, masks)
     figures = {**decided.predicted, "loss": _expected_loss(surgery)}
     task_sha256 = surgery.calibration.sha256()
     return replace(decided, task_sha256=task_sha256, predicted=figures), sidecar
+
+
+def _histogram(units: Mapping[str, Units], cut: _Cut) -> Saliencies:
+    """Of the units, by what they cost when they were looked at last."""
+    parts = torch.split(cut.keep, [math.prod(own.shape) for own in units.values()])
+    kept = [own.blocks(part).any(3).any(2).flatten() for own, part in zip(units.values(), parts, strict=True)]
+    ranked = torch.cat([cut.ranked[tensor].flatten() for tensor in units])
+    name = next(iter(units.values())).pattern.units
+    return saliency_histogram(ranked, torch.cat(kept), what=SALIENCY, unit="loss", of=name)
 
 
 def _expected_loss(surgery: _Surgery) -> float:
@@ -283,12 +283,14 @@ def _expected_loss(surgery: _Surgery) -> float:
 def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[_Cut]:
     """What is left after each round; all but the last search their damping on one example in ``share``."""
     keep, dampings = torch.ones(surgery.network.num_weights, dtype=torch.bool), DAMPINGS
-    ranked = torch.zeros(keep.shape, dtype=torch.float64)
+    ranked = {tensor: torch.zeros(own.sizes().shape, dtype=torch.float64) for tensor, own in surgery.units.items()}
     for number, choose in enumerate(choosers, start=1):
         if keep.any():
             step = 1 if number == len(choosers) else share
             found = _dense_curvature(surgery, keep) if number == 1 else _curvature(surgery, keep)
-            ranked = torch.where(keep, found.scores, ranked)
+            ranked = {
+                tensor: torch.where(found.costs[tensor] < 0, ranked[tensor], found.costs[tensor]) for tensor in ranked
+            }
             keep, dampings = _round(surgery, keep, found, choose, dampings, step)
             del found  # the next round's gradients take as much again
         yield _Cut(keep, ranked)
@@ -325,8 +327,8 @@ def _curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
     )
     surgery.context.progress("saliencies and update", 0, None)
     gram = gram_matrix(gradients)
-    scores = _scores(surgery, gradients, gram, network.flat().cpu(), keep)
-    return _Curvature(gradients, gram, scores, surgery.context.generator.get_state())
+    costs = _costs(surgery, gradients, gram, network.flat().cpu(), keep)
+    return _Curvature(gradients, gram, costs, surgery.context.generator.get_state())
 
 
 def _memory_left(surgery: _Surgery) -> int:
@@ -352,7 +354,8 @@ def _round(
     network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
     searched, reference = data.every(step), surgery.dense[::step]
     gradients, gram, weights = found.gradients, found.gram, network.flat().cpu()
-    chosen = choose(found.scores)
+    masks = choose(found.costs)
+    chosen = torch.cat([masks[tensor].flatten() for tensor in surgery.units])
     best, least, used = torch.where(chosen, weights, 0.0), float("inf"), None
     for damping, candidate in _candidates(gradients, gram, weights, keep, chosen, dampings):
         network.set_flat(candidate)
@@ -384,18 +387,35 @@ def _near(damping: float | None) -> Dampings:
     return DAMPINGS[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
 
 
-def _scores(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
-    """Saliency of every weight ``[d]``, float64: below zero where it is gone, infinite where it is protected."""
-    alive = weights[keep]
-    scale = _mean_curvature(gradients, gram)
-    scores = torch.full(keep.shape, -1.0, dtype=torch.float64)
-    scores[keep] = alive.double().square()
+def _costs(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor) -> Costs:
+    """What each unit costs for each of its weights: below zero where it is gone, infinite where it is protected."""
+    places = _places(surgery.units, keep)
+    sizes = torch.cat([own.sizes().flatten() for own in surgery.units.values()])
+    alive, scale, is_there = weights[keep], _mean_curvature(gradients, gram), places[:, 0] >= 0
+    costs = torch.full((len(places),), -1.0, dtype=torch.float64)
     if scale > 0:
         step = -(-len(gradients) // SALIENCY_ROWS)
         inverse = inverse_fisher(gradients[::step], SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous())
-        scores[keep] = saliency(alive, inverse.diagonal().cpu()).double()
-    scores[surgery.protected & keep] = float("inf")
-    return scores
+        found = joint_saliency(inverse, alive, places[is_there]).cpu()
+    else:
+        found = torch.where(places < 0, 0.0, alive.double()[places])[is_there].square().sum(1)
+    costs[is_there] = found.double() / sizes[is_there]
+    is_protected = torch.where(places < 0, False, surgery.protected[keep][places]).any(1)
+    costs[is_protected] = float("inf")
+    shapes = {tensor: own.sizes().shape for tensor, own in surgery.units.items()}
+    parts = torch.split(costs, [shape.numel() for shape in shapes.values()])
+    return {tensor: part.reshape(shape) for (tensor, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _places(units: Mapping[str, Units], keep: Tensor) -> Tensor:
+    """Of each unit, which of the weights that are left it has, int64 ``[u, s]``; -1 where it has fewer, or is gone."""
+    numbers, parts = torch.where(keep, keep.cumsum(0) - 1, -1), []
+    for own, part in zip(
+        units.values(), torch.split(numbers, [math.prod(o.shape) for o in units.values()]), strict=True
+    ):
+        parts.append(own.blocks(part, -1).flatten(0, 1).flatten(1))
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1]), value=-1) for part in parts])
 
 
 def _mean_curvature(gradients: Gradients, gram: Tensor) -> float:

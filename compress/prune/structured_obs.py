@@ -9,7 +9,7 @@ Cost: ten passes over the data and back, two forward passes, and for a layer wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,7 +140,9 @@ def _fitted(
 ) -> tuple[Plan, dict[str, Tensor]]:
     module = masked(channels, channels.module, kept)
     data = fitting_examples(graph, calibration.data)
-    changed = refit_layers(channels, kept, module, data.inputs, progress=context.progress)
+    changed: Iterable[str] = ()
+    if not bool(kept.all()):  # else there is nothing to make up for
+        changed = refit_layers(channels, kept, module, data.inputs, progress=context.progress)
     return channel_plan(
         method,
         source,

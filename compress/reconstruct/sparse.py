@@ -2,9 +2,9 @@
 
 Two networks run side by side. When a layer is reached, it is fitted to what it should give by least squares, from the
 inputs that the layers before it now make; positions count by how much the network's outputs react to them. Then its
-weights go, row by row, in the order of what that does to its outputs; which row loses how many follows from how much
-the network's outputs react to each of them. The survivors are solved for anew, and the mean that is still missing goes
-into the layer's bias, or its batch norm's.
+weights go, row by row or in blocks, in the order of what that does to its outputs; which row loses how many follows
+from how much the network's outputs react to each of them. The survivors are solved for anew, and the mean that is still
+missing goes into the layer's bias, or its batch norm's.
 Source: Frantar and Alistarh 2023, SparseGPT (arXiv:2301.00774), for layers one by one; He et al. 2017
 (arXiv:1707.06168), for the fit to the dense outputs. Cost: two forward passes, ``k^2`` products a position for a layer
 of k inputs, and those of ``numerics.elimination``.
@@ -12,7 +12,7 @@ of k inputs, and those of ``numerics.elimination``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,8 @@ from ..errors import NumericsError
 from ..graph.rewrite import on_device, tensor_at, unlift
 from ..graph.trace import Graph, Layer
 from ..numerics.elimination import Elimination, eliminate, fit_survivors
+from ..numerics.units import Units, cheapest
+from ..pattern import Pattern
 from .layer_moments import SMALLEST_RIDGE, Moments, Place, add_offset, layer_places, moments_of
 from .side_by_side import SideBySide, walk
 
@@ -60,26 +62,35 @@ class _Rows:
 
     Attributes:
         weight: ``[r, k]``, nearest to the wanted outputs.
-        moment: ``[k, k]``, or ``[r, k, k]`` where groups have inputs of their own.
-        order: int64 ``[k]``: columns of the layer's weight in the order of ``weight``.
+        moment: ``[g, k, k]``, one for each group of outputs.
+        units: What goes together.
+        importance: How much the network's outputs react to each row's, ``[r]``.
         moments: That they come from.
         zeros: bool ``[r, k]``: weights that were zero before; they cost nothing, and stay zero.
     """
 
     weight: Tensor
     moment: Tensor
-    order: Tensor
+    units: Units
+    importance: Tensor
     moments: Moments
     zeros: Tensor
 
-    def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Values ``[r, k]`` in the weight's own shape."""
-        return torch.empty_like(rows).scatter_(1, self.order.expand_as(rows), rows).reshape(shape)
+    def eliminated(self, steps: int) -> Elimination:
+        """The order in which the units of each band go, and what that costs the network's outputs."""
+        unit = self.moment.diagonal(dim1=-2, dim2=-1).mean(-1)  # squares of small inputs are no floats
+        per_row = unit.repeat_interleave(len(self.weight) // len(unit))
+        counts = _in_bands(self.importance * per_row, self.units.rows)
+        mean = counts.mean(1, keepdim=True)
+        shares = torch.where(mean > 0, counts / mean, 1.0).sqrt().flatten()[: len(self.weight), None]
+        moment = (self.moment / unit[:, None, None]).float()
+        found = eliminate((self.weight * shares).float(), moment, steps, units=self.units)
+        return replace(found, costs=found.costs.double() * mean)
 
-    def eliminated(self, steps: int, pattern: tuple[int, int] | None) -> Elimination:
-        unit = self.moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]  # squares of small inputs are no floats
-        found = eliminate(self.weight.float(), (self.moment / unit[..., None]).float(), steps, pattern=pattern)
-        return replace(found, costs=found.costs.double() * unit)
+
+def _in_bands(values: Tensor, rows: int) -> Tensor:
+    """Values ``[r]`` of rows as ``[b, rows]``, with zeros for those that the last band lacks."""
+    return torch.nn.functional.pad(values, (0, -len(values) % rows)).reshape(-1, rows)
 
 
 def prunable_layers(graph: Graph) -> dict[str, Layer]:
@@ -96,17 +107,20 @@ def prunable_layers(graph: Graph) -> dict[str, Layer]:
 def removal_costs(
     graph: Graph,
     reactions: OutputGradients,
-    tensors: Collection[str],
+    units: Mapping[str, Units],
     inputs: tuple[Tensor, ...],
     *,
     device: torch.device,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """What each removal costs in each row of the dense network, ``[r, k]`` in the order in which they come.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each removal costs in each band of the dense network, in the order in which they come.
 
     Args:
         reactions: Of the network's outputs to each row and position, on these inputs.
-        tensors: Of the layers that are looked at.
+        units: Of the layers that are looked at, by tensor.
+
+    Returns:
+        By tensor: what it costs for each of the weights that go, ``[b, n]``, and how many those are, ``[b, n]``.
     """
     dense = on_device(unlift(graph.program, graph.tied), device)
     pair = SideBySide(dense, on_device(unlift(graph.program, graph.tied), device))
@@ -114,10 +128,10 @@ def removal_costs(
 
     def visit(node: fx.Node) -> None:
         place = places.get(node)
-        if place is not None and place.layer.tensor in tensors:
-            rows = _rows_of(pair, place, reactions, None)
-            costs = rows.eliminated(rows.weight.shape[1], None).costs.cpu()
-            found[place.layer.tensor] = costs * reactions.channels[place.layer.tensor][:, None]
+        if place is not None and place.layer.tensor in units:
+            own = units[place.layer.tensor]
+            done = _rows_of(pair, place, reactions, own).eliminated(own.sizes().shape[1])
+            found[place.layer.tensor] = done.costs.cpu(), done.sizes.cpu()
 
     walk(pair, inputs, visit, progress=progress, what="what weights cost")
     return found
@@ -129,7 +143,7 @@ def prune_layers(
     reactions: OutputGradients,
     inputs: tuple[Tensor, ...],
     *,
-    pattern: tuple[int, int] | None = None,
+    pattern: Pattern,
     device: torch.device,
     progress: Progress,
 ) -> Fitted:
@@ -140,7 +154,7 @@ def prune_layers(
             among ``prunable_layers``, with a mask: it is applied before all else.
         reactions: As for ``removal_costs``.
         inputs: Calibration examples ``[n, ...]``.
-        pattern: ``n`` and ``m``: of ``m`` neighbours along the inputs, ``n`` stay in each layer that loses any.
+        pattern: In which weights go.
     """
     dense = on_device(unlift(graph.program, graph.tied), device)
     pair = SideBySide(dense, on_device(unlift(graph.program, graph.tied), device))
@@ -162,18 +176,11 @@ def prune_layers(
         if cut.removed == 0 and torch.equal(pair.before[x_node], pair.after[x_node]):
             found.masks[tensor] = torch.ones(weight.shape, dtype=torch.bool)
             return
-        rows = _rows_of(pair, place, reactions, pattern)
-        if cut.mask is not None:
-            kept = cut.mask.to(weight.device).flatten(1)[:, rows.order]
-        elif pattern is not None:
-            steps = cut.removed // len(rows.weight)
-            kept = (rows.eliminated(steps, pattern).place >= steps) & ~rows.zeros
-        elif cut.removed == 0:
-            kept = ~rows.zeros
-        else:
-            kept = _kept(rows, cut.removed, reactions.channels[tensor].to(weight.device)) & ~rows.zeros
-        solved = fit_survivors(rows.weight, rows.moment, kept)
-        fresh, mask = rows.back(solved, weight.shape), rows.back(kept, weight.shape)
+        rows = _rows_of(pair, place, reactions, Units(place.layer.shape, 0, 1, pattern))
+        kept = _kept(rows, cut).to(weight.device).reshape(rows.weight.shape)
+        if cut.mask is None:
+            kept &= ~rows.zeros
+        fresh, mask = (values.reshape(weight.shape) for values in (fit_survivors(rows.weight, rows.moment, kept), kept))
         pair.put(place.weight, fresh)
         found.masks[tensor], found.weights[tensor] = mask.cpu(), pair.after[place.weight].cpu()
         if place.bias is not None:
@@ -184,32 +191,35 @@ def prune_layers(
     return found
 
 
-def _kept(rows: _Rows, removed: int, importance: Tensor) -> Tensor:
-    """bool ``[r, k]``: what is left where the cheapest of all rows go first."""
-    r, k = rows.weight.shape
-    elimination = rows.eliminated(k, None)
-    costs = elimination.costs * importance[:, None].to(elimination.costs)
-    first = costs.flatten().argsort(stable=True)[:removed]
-    return elimination.kept(torch.bincount(first // k, minlength=r))
+def _kept(rows: _Rows, cut: Cut) -> Tensor:
+    """What a layer keeps, bool of its weight's shape: what was decided, or all but the cheapest units of its bands."""
+    units, quota = rows.units, rows.units.pattern.quota
+    if cut.mask is not None:
+        return cut.mask
+    bands, n = units.sizes().shape
+    if cut.removed == 0:
+        return torch.ones(units.shape, dtype=torch.bool)
+    if quota is not None:
+        steps = n // quota[1] * (quota[1] - quota[0])
+        return units.spread(rows.eliminated(steps).place >= steps)
+    done = rows.eliminated(n)
+    first = cheapest(done.costs.flatten(), done.sizes.flatten(), cut.removed)
+    return units.spread(done.kept(torch.bincount(first // n, minlength=bands)))
 
 
-def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, pattern: tuple[int, int] | None) -> _Rows:
-    """A layer's rows, fitted; with a pattern, its columns in the order in which ``m`` neighbours are inputs."""
+def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, units: Units) -> _Rows:
+    """A layer's rows, fitted."""
     moments = moments_of(pair, place, _counts(pair, place, reactions))
     assert moments is not None, "of prunable layers there are moments"
     weight = pair.after[place.weight]
     (groups, c), k = moments.mean_y.shape, moments.mean_x.shape[1]
     fitted, damped = moments.fitted(weight.reshape(groups, c, k).double())
-    damped = _positive(damped, moments.power, place)
-    order = torch.arange(k, device=weight.device)
-    if pattern is not None:
-        order = order.reshape(weight.shape[1], -1).T.flatten()
-    moment = damped[:, order][:, :, order]
-    rows, zeros = (values.reshape(groups * c, k)[:, order] for values in (fitted, weight == 0))
-    moment = moment[0] if groups == 1 else moment.repeat_interleave(c, 0)
+    moment = _positive(damped, moments.power, place)
+    rows, zeros = (values.reshape(groups * c, k) for values in (fitted, weight == 0))
     if bool(zeros.any()):
         rows = fit_survivors(rows, moment, ~zeros)
-    return _Rows(rows, moment, order, moments, zeros)
+    importance = reactions.channels[place.layer.tensor].to(rows)
+    return _Rows(rows, moment, units, importance, moments, zeros)
 
 
 def _counts(pair: SideBySide, place: Place, reactions: OutputGradients) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import NumericsError
 from compress.numerics import mfac
-from compress.numerics.mfac import gram_matrix, inverse_fisher, joint_update, saliency
+from compress.numerics.mfac import gram_matrix, inverse_fisher, joint_saliency, joint_update, saliency
 
 Array = NDArray[Any]
 Blocks = int | Sequence[int] | None
@@ -278,6 +278,65 @@ def test_removing_one_weight_is_the_optimal_brain_surgeon() -> None:
     torch.testing.assert_close(delta, -weights[7] / column[7] * column, rtol=1e-11, atol=1e-13)
     increase = delta @ (gradients.T @ (gradients @ delta) / 20 + 0.01 * delta) / 2
     torch.testing.assert_close(saliency(weights, fisher.diagonal())[7], increase, rtol=1e-11, atol=0)
+
+
+UNITS = torch.tensor([[0, 5, 9, 2], [3, 7, 1, -1], [18, 19, -1, -1], [4, -1, -1, -1], [14, 13, 12, 11]])
+
+
+@needs_wide
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_saliency_of_units_is_that_of_the_dense_inverse(kind: str, shape: tuple[int, int]) -> None:
+    gradients, weights = gradients_of(kind, *shape), normal(9, shape[1])
+    damping = 1e-6 * norm_of(gradients)
+    found = joint_saliency(inverse_fisher(gradients, damping), weights, UNITS)
+    fisher, expected = dense_fisher(gradients, damping, [shape[1]]), []
+    for unit in UNITS.tolist():
+        # What ([F^-1]_QQ)^-1 is without an inverse: F_QQ - F_QR F_RR^-1 F_RQ, R being all others.
+        q = [i for i in unit if i >= 0]
+        others = np.setdiff1d(np.arange(shape[1]), q)
+        across = fisher[np.ix_(others, q)]
+        schur = fisher[np.ix_(q, q)] - across.T @ dense_solve(fisher[np.ix_(others, others)], across)
+        own = weights.numpy().astype(WIDE)[q]
+        expected.append(own @ schur @ own / 2)
+    assert error(found, np.array(expected)) < 1e-8
+
+
+def test_removing_a_unit_is_the_optimal_brain_surgeon() -> None:
+    """Its saliency is the least increase of all moves that zero it: that of the joint update."""
+    for m in (20, 64):
+        gradients, weights = normal(1, m, 50), normal(2, 50)
+        found = joint_saliency(inverse_fisher(gradients, 0.01), weights, UNITS)
+        for unit, increase in zip(UNITS.tolist(), found.tolist(), strict=True):
+            keep = torch.ones(50, dtype=torch.bool)
+            keep[[i for i in unit if i >= 0]] = False
+            delta = joint_update(gradients, weights, keep).solve(0.01)
+            least = delta @ (gradients.T @ (gradients @ delta) / m + 0.01 * delta) / 2
+            assert increase == pytest.approx(float(least), rel=1e-9)
+
+
+def test_units_of_one_weight_have_its_saliency() -> None:
+    gradients, weights = normal(1, 20, 50), normal(2, 50)
+    fisher, alone = inverse_fisher(gradients, 0.01), torch.tensor([[7], [31], [0]])
+    single = joint_saliency(fisher, weights, alone)
+    assert torch.equal(single, saliency(weights, fisher.diagonal())[[7, 31, 0]])
+    padded = joint_saliency(fisher, weights, torch.cat([alone, torch.full_like(alone, -1)], 1))
+    torch.testing.assert_close(padded, single, rtol=1e-11, atol=0)
+
+
+def test_units_keep_their_bounds_where_float32_does_not_resolve_the_damping() -> None:
+    gradients, weights = gradients_of("three spikes", 64, 90).float(), normal(2, 90).float()
+    fisher = inverse_fisher(gradients, 1e-12 * norm_of(gradients))
+    found = joint_saliency(fisher, weights, UNITS)
+    own = torch.where(UNITS < 0, 0.0, weights[UNITS].double().square()).sum(1)
+    squares = torch.where(UNITS < 0, 0.0, gradients.double().square().mean(0)[UNITS]).sum(1)
+    assert bool((2 * found >= (1 - 1e-9) * fisher.damping * own).all())
+    assert bool((2 * found <= (1 + 1e-9) * (fisher.damping + squares) * own).all())
+
+
+def test_units_are_refused_where_the_matrix_is_in_blocks() -> None:
+    with pytest.raises(ValueError, match="factorised in blocks"):
+        joint_saliency(inverse_fisher(normal(1, 8, 20), 0.1, blocks=5), normal(2, 20), UNITS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

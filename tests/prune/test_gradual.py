@@ -8,15 +8,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from compress.numerics.units import Units
+from compress.pattern import Pattern
 from compress.prune.gradual import HELD, RAMP, SHARE, SoftMasks
-from compress.prune.magnitude import smallest
+from compress.prune.magnitude import smallest, squares
+from compress.prune.masks import num_removed
 
 LR = 0.1
 
 
 def chosen(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Half of the weights go in the end."""
-    return smallest(values, 0.5 * share, "global")
+    units = {name: Units((len(value), 1), 0, 1, Pattern()) for name, value in values.items()}
+    removed = num_removed(0.5 * share, sum(map(len, values.values())))
+    return {n: mask.flatten() for n, mask in smallest(units, squares(units, values), removed, "global").items()}
 
 
 def opened(steps: int) -> tuple[nn.Parameter, SoftMasks, torch.optim.Optimizer]:
