@@ -331,7 +331,8 @@ def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | 
     if factor is None:
         return value
     assert axis is not None
-    return value * factor.reshape([-1 if dim == axis else 1 for dim in range(value.dim())])
+    # Plus zero, so that a weight that was zeroed is +0.0 whatever the factor's sign.
+    return value * factor.reshape([-1 if dim == axis else 1 for dim in range(value.dim())]) + 0.0
 
 
 def float_module(graph: Graph) -> fx.GraphModule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +19,11 @@ from .apply import apply_plan as apply_decisions
 from .budget import Budget
 from .context import Context, Storage
 from .errors import BudgetError, InputError, UsageError
-from .export import USUAL, Form, form_notes, onnx_model, safetensors_bytes, serialize, write_program
+from .export import USUAL, Form, compact_size, form_notes, onnx_model, safetensors_bytes, serialize, write_program
 from .float_storage import DTYPES, assemble_stored
 from .formats.checkpoint import read_checkpoint
 from .formats.onnx_dynamic import dynamic_weights
+from .formats.onnx_sparse import expected_bits, expected_bytes
 from .formats.planes import packed_size
 from .graph.dynamic import integer_linears, round_inputs
 from .graph.trace import Graph
@@ -32,7 +35,7 @@ from .quantize.points import group_sizes_of
 from .registry import find_runtime
 from .sensitivity import Sensitivity
 from .settings import Settings
-from .widths import CHANNEL_BYTES, Width, is_mixed
+from .widths import CHANNEL_BYTES, Width, is_mixed, mean_bits
 
 ONNX, PLAN, SIDECAR = "model.onnx", "plan.json", "plan.safetensors"
 
@@ -43,7 +46,8 @@ class Dense:
 
     Attributes:
         onnx: As it is, in float32: what relative budgets mean, and what others are compared with.
-        sizes: Bytes of its files, by name, in the form that the run writes.
+        sizes: Bytes of its files, by name, in the form that the run writes, in which what it has beside its weights
+            takes what it takes in a compressed network.
     """
 
     onnx: bytes
@@ -57,7 +61,8 @@ def dense_files(job: Job) -> Dense:
     usual = plain_onnx(job.graph, module, is_cut=is_cut)
     written = usual if form == USUAL else plain_onnx(job.graph, module, is_cut=is_cut, form=form)
     stored, _ = assemble_stored(job.graph, compressed, DTYPES[form.float_storage])
-    return Dense(usual, {ONNX: len(written), WEIGHTS: len(safetensors_bytes(stored))})
+    size = compact_size(written) if _packs(job) else len(written)
+    return Dense(usual, {ONNX: size, WEIGHTS: len(safetensors_bytes(stored))})
 
 
 def plain_onnx(graph: Graph, module: nn.Module, *, is_cut: bool = False, form: Form = USUAL) -> bytes:
@@ -97,9 +102,17 @@ def planning_context(job: Job, dense: Dense, overhead: int) -> Context:
             return packed_size(elements[name], storage.bits) + (4 + CHANNEL_BYTES) * channels[name]
         whole = size(elements[name], storage.bits)
         scales = 0 if storage.bits == 32 else (2 * groups[name] if name in groups else 4) * channels[name]
-        if not packs or (not is_safetensors and storage.bits != 32):
+        if not packs or storage.kept == elements[name]:
             return whole + scales
-        return min(whole, size(storage.kept, storage.bits) + packed_size(elements[name], 1)) + scales
+        if is_safetensors:
+            return min(whole, size(storage.kept, storage.bits) + packed_size(elements[name], 1)) + scales
+        bits = survivor_bits(name) if storage.bits == 32 else mean_bits(storage.bits)
+        return min(whole, expected_bytes(elements[name], storage.kept, bits)) + scales
+
+    @functools.cache
+    def survivor_bits(name: str) -> float:
+        dtype = DTYPES[form_of(job.settings).float_storage]
+        return expected_bits(state[name].to(dtype).float().cpu().numpy(), 1 - round(math.log2(torch.finfo(dtype).eps)))
 
     def model_bytes(choices: Mapping[str, Storage]) -> int:
         now = sum(stored(name, Storage(int(torch.count_nonzero(state[name])), 32)) for name in choices)

@@ -34,12 +34,15 @@ from .formats import pt2
 from .formats.onnx_blocks import as_blocks, is_faster_in_blocks
 from .formats.onnx_decoded import decode_through_int32
 from .formats.onnx_dynamic import INTEGER_PRODUCT, as_dynamic, is_faster_as_integers
-from .formats.onnx_graph import drop_unused, shorten
+from .formats.onnx_graph import drop_unused, merge_equal, shorten
 from .formats.onnx_half import store_halves
-from .formats.onnx_packed import pack_weights, sparsify
+from .formats.onnx_packed import pack_weights
 from .formats.onnx_products import find_products
 from .formats.onnx_shortcuts import shortcuts_as_convolutions
+from .formats.onnx_sparse import sparse_bytes, sparsify
+from .formats.onnx_vectors import share_vectors
 from .formats.packed import QuantizedTensor, encode
+from .formats.planes import packed_size
 from .graph.rewrite import operand, to_aten
 from .graph.trace import Graph, trace_module
 from .pruned import Cut, cuts_metadata
@@ -49,7 +52,16 @@ from .widths import Width
 OPSET = 21
 IR_VERSION = 10  # what opset 21 came with, so that runtimes of 2024 load the file
 BATCH_NAME = "batch"
-SPARSE_NODE_BYTES = 400  # of the nodes that put a masked weight together
+DECODING = (
+    "Cast",
+    "Div",
+    "Mod",
+    "Mul",
+    "Range",
+    "Reshape",
+    "Sub",
+)  # what tables and steps of several streams are made by
+NODE_BYTES = 60  # of the nodes of one masked weight, beside those that all share
 EXTERNAL_DATA_BYTES = 2**31 - 2**20  # protobuf's limit, less the graph
 
 
@@ -246,27 +258,55 @@ def onnx_model(
     """
     runtime, dtype = find_runtime(form.runtime), DTYPES[form.float_storage]
     model = to_onnx(module, graph.example_inputs)
-    sparse = _sparse_initializers(model, dtype.itemsize) if runtime.packs else []
-    if sparse:
-        model = sparsify(model, sparse)
-    has_integer_activations = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-    if is_cut and not has_integer_activations:
+    if is_cut and not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         model = shortcuts_as_convolutions(model)
     # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
     stored = {tensor.name for tensor in model.graph.initializer}
     bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
-    widths = bits if runtime.packs else dict.fromkeys(bits, 8)
-    if has_integer_activations:
-        model = pack_weights(model, widths)
-    else:
-        model = _with_float_activations(model, widths, dynamic, runtime)
-    if any(isinstance(value, QuantizedTensor) and value.group_size for value in compressed.tensors.values()):
-        model = store_halves(model, torch.bfloat16)  # the scales of groups are such values
-    if dtype != torch.float32:
-        model = store_halves(model, dtype)
-    shorten(model, named=(INTEGER_PRODUCT,))
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    sparse = _sparse_initializers(model, bits, dtype.itemsize) if runtime.packs else []
+    is_packed = runtime.packs and bool(bits or sparse)
+    has_groups = any(isinstance(value, QuantizedTensor) and value.group_size for value in compressed.tensors.values())
+
+    def written(sparse: Sequence[str]) -> ModelProto:
+        widths = {name: 8 if name in sparse or not runtime.packs else width for name, width in bits.items()}
+        made = _with_integers(model, widths, dynamic, runtime)
+        if sparse:
+            made = sparsify(made, sparse)
+        if is_packed:
+            made = _compact(made)
+        if has_groups:
+            made = store_halves(made, torch.bfloat16)  # the scales of groups are such values
+        if dtype != torch.float32:
+            made = store_halves(made, dtype)
+        shorten(made, named=(INTEGER_PRODUCT,), has_own_names=not is_packed)
+        return made
+
+    smallest = min((written(names) for names in ([sparse, []] if sparse else [[]])), key=ModelProto.ByteSize)
+    onnx.checker.check_model(smallest, full_check=True)
+    return smallest
+
+
+def _compact(model: ModelProto) -> ModelProto:
+    """What the layers of a compressed network have beside their weights, in few constants and nodes."""
+    compact = share_vectors(model)
+    merge_equal(compact, DECODING)
+    return compact
+
+
+def compact_size(dense: bytes) -> int:
+    """Bytes that a dense file would have with all but its weights written as in a compressed one's."""
+    model = _compact(ModelProto.FromString(dense))
+    shorten(model, has_own_names=False)
+    return int(model.ByteSize())
+
+
+def _with_integers(
+    model: ModelProto, widths: Mapping[str, Width], dynamic: Collection[str], runtime: Runtime
+) -> ModelProto:
+    """The integer weights at their widths, in the form that the activations ask for."""
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return pack_weights(model, widths)
+    return _with_float_activations(model, widths, dynamic, runtime)
 
 
 def _with_float_activations(
@@ -315,19 +355,24 @@ def form_notes(model: ModelProto, dynamic: Collection[str] = ()) -> list[str]:
     return notes
 
 
-def _sparse_initializers(model: ModelProto, element_size: int) -> list[str]:
-    """Float weights with enough zeros that a mask and the survivors are smaller.
+def _sparse_initializers(model: ModelProto, bits: Mapping[str, Width], element_size: int) -> list[str]:
+    """Weights that take fewer bytes without their zeros.
 
     Args:
-        element_size: Bytes of a value in the file.
+        bits: Of the integer ones.
+        element_size: Bytes of a float in the file.
     """
     names = []
     for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) >= 2:
-            values = numpy_helper.to_array(tensor)
-            zeros = values.size - int(np.count_nonzero(values))
-            if element_size * zeros > values.size / 8 + SPARSE_NODE_BYTES:
-                names.append(tensor.name)
+        width = bits.get(tensor.name)
+        if width is None and (tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2):
+            continue
+        values = numpy_helper.to_array(tensor)
+        whole = element_size * values.size if width is None else packed_size(values.size, width)
+        # Levels with few zeros are left at their bits, which is what plans count on.
+        least = 1 if width is None else values.size / 2
+        if values.size - np.count_nonzero(values) >= least and sparse_bytes(values) + NODE_BYTES < whole:
+            names.append(tensor.name)
     return names
 
 

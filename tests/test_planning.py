@@ -177,7 +177,7 @@ def test_a_picked_size_is_that_of_the_written_file(files: Files, tmp_path: Path)
     for share in (0.6, 0.9):
         limit = int(frontier.amount(frontier.costs[int(share * len(frontier.costs))]))
         report = quantize(files, tmp_path / f"{share}", plan=tmp_path / "run", pick=f"{limit}B", data=None)
-        assert limit - 500 < report["files"]["model.onnx"] <= limit  # what nodes of widths that aren't used would take
+        assert limit - 800 < report["files"]["model.onnx"] <= limit  # what nodes of widths that aren't used would take
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,9 @@ def test_a_frontier_beside_another_method_s_plan_is_refused(files: Files, tmp_pa
 
 
 def test_the_written_file_is_within_and_hardly_smaller_than_it_may_be(files: Files, tmp_path: Path) -> None:
-    report = quantize(files, tmp_path / "run", budget="4500B")
+    report = quantize(files, tmp_path / "run", budget="6000B")
     size = (tmp_path / "run" / "model.onnx").stat().st_size
-    assert 0.9 * 4500 < size == report["files"]["model.onnx"] <= 4500
+    assert 0.9 * 6000 < size == report["files"]["model.onnx"] <= 6000
     frontier = read_frontier(tmp_path / "run" / "frontier.json")
     assert frontier.amount(frontier.costs[frontier.index]) == size
 

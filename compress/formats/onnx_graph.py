@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import string
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 DIGITS = string.ascii_letters + string.digits
+WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")
+USUAL = {"strides": 1, "dilations": 1, "pads": 0}  # what each of a window's numbers is where they are left out
 
 
 def reads(graph: GraphProto) -> Iterator[str]:
@@ -35,20 +39,63 @@ def drop_unused(model: ModelProto) -> None:
         graph.initializer.remove(tensor)
 
 
-def shorten(model: ModelProto, *, named: Collection[str] = ()) -> None:
+def merge_equal(model: ModelProto, kinds: Collection[str]) -> None:
+    """Keep one, in place, of initializers that are equal, and of nodes of these kinds that compute the same.
+
+    Args:
+        kinds: Ops of one output that give the same for the same inputs.
+    """
+    graph = model.graph
+    known: dict[tuple[str, bytes], str] = {}
+    same: dict[str, str] = {}
+    for tensor in graph.initializer:
+        kept = known.setdefault(("", _but_names(tensor)), tensor.name)
+        if kept != tensor.name:
+            same[tensor.name] = kept
+    ends = {value.name for value in graph.output}
+    nodes = []
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type in kinds and node.output[0] not in ends:
+            kept = known.setdefault((node.op_type, _but_names(node)), node.output[0])
+            if kept != node.output[0]:
+                same[node.output[0]] = kept
+                continue
+        nodes.append(node)
+    constants = [tensor for tensor in graph.initializer if tensor.name not in same]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
+    _rename(graph, same)
+
+
+def _but_names(item: NodeProto | TensorProto) -> bytes:
+    """What a node or an initializer is, aside from its own name and that of its output."""
+    bare = type(item)()
+    bare.CopyFrom(item)
+    bare.name = ""
+    if isinstance(bare, NodeProto):
+        bare.output[:] = []
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
+
+
+def shorten(model: ModelProto, *, named: Collection[str] = (), has_own_names: bool = True) -> None:
     """Leave out, in place, what no runtime reads: 7 % of the file of a small network.
 
     Nodes lose their names, and attributes that are as the op has them anyway; values between the nodes get short names.
-    Inputs, outputs and initializers keep theirs.
+    Inputs and outputs keep theirs.
 
     Args:
         named: Ops whose nodes keep their names.
+        has_own_names: Whether initializers keep theirs.
     """
     graph = model.graph
-    kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    if has_own_names:
+        kept |= {tensor.name for tensor in graph.initializer}
     taken = kept | {name for node in graph.node for body in _bodies(node) for name in _names(body)}
     free = (name for name in _short_names() if name not in taken)
-    made = dict.fromkeys(name for node in graph.node for name in node.output if name and name not in kept)
+    made = dict.fromkeys(name for name in _made(graph) if name and name not in kept)
     _rename(graph, {name: next(free) for name in made})
     versions = {entry.domain: entry.version for entry in model.opset_import}
     for node in graph.node:
@@ -59,14 +106,22 @@ def shorten(model: ModelProto, *, named: Collection[str] = ()) -> None:
         known = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain).attributes
         for attribute in list(node.attribute):
             usual = known[attribute.name].default_value if attribute.name in known else None
-            if usual is not None and usual.type and usual == attribute:
+            is_usual = usual is not None and usual.type and usual == attribute
+            if is_usual or (node.op_type in WINDOWS and set(attribute.ints) == {USUAL.get(attribute.name)}):
                 node.attribute.remove(attribute)
 
 
+def _made(graph: GraphProto) -> Iterator[str]:
+    """What nodes and initializers make, those first that are read most."""
+    names = [*(name for node in graph.node for name in node.output), *(tensor.name for tensor in graph.initializer)]
+    counts = Counter(reads(graph))
+    yield from sorted(names, key=lambda name: -counts[name])
+
+
 def _short_names() -> Iterator[str]:
-    for length in itertools.count(1):
-        for letters in itertools.product(DIGITS, repeat=length - 1):
-            yield from ("_" + "".join(letters) + last for last in DIGITS)
+    for length in itertools.count(0):
+        for rest in itertools.product(DIGITS, repeat=length):
+            yield from (first + "".join(rest) for first in string.ascii_letters)
 
 
 def _bodies(node: NodeProto) -> Iterator[GraphProto]:
@@ -91,5 +146,5 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
                 fields[place] = names.get(name, name)
         for body in _bodies(node):
             _rename(body, names)
-    for value in graph.output:
+    for value in (*graph.output, *graph.initializer):
         value.name = names.get(value.name, value.name)

@@ -1,4 +1,4 @@
-"""Low-bit and sparse weights in a standard ONNX file, restored by nodes that the runtime folds when it loads the file.
+"""Low-bit weights in a standard ONNX file, restored by nodes that the runtime folds when it loads the file.
 
 An int8 initializer becomes fields of 1, 2 or 4 bits (``planes.py``), and one stream of bytes for each field holds all
 initializers of one width. Nodes take them apart again: Cast, Gather in a table of 256 rows, Reshape, Add where there
@@ -10,15 +10,15 @@ bit for bit; without them it unpacks in every run.
 
 Cost: packing, one pass over the weights. ONNX Runtime keeps what it folds until it has folded the whole graph: loading
 takes 2 to 5 bytes of memory a weight more than the plain file at 2 and 4 bits, and 24 to 53 at the other widths, which
-have several fields. A stream takes no further layer beyond ``STREAM_WEIGHTS`` weights.
+have several fields. A stream takes no further layer beyond ``onnx_build.STREAM_WEIGHTS`` weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -27,13 +27,9 @@ from onnx import helper, numpy_helper
 
 from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
 from . import planes
+from .onnx_build import Builder, digits, free_prefix, insert, look_up, runs, split, table
 
-STREAM_WEIGHTS = 4_000_000
-TWO_LEVEL_NODES = 300  # Bytes of the nodes of a mask's upper level.
-
-Array = NDArray[np.generic]
 Dequantize = Literal["linear", "fold"]
-T = TypeVar("T")
 
 
 def pack_weights(
@@ -58,44 +54,20 @@ def pack_weights(
     packed.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in packed.graph.initializer}
     weights = [_weight(packed.graph, constants, name, width) for name, width in sorted(bits.items())]
-    build = _Builder(_free_prefix(packed.graph))
+    build = Builder(free_prefix(packed.graph))
     narrow = [weight for weight in weights if weight.bits != 8]
     groups = list(_groups(weight for weight in narrow if is_mixed(weight.bits)))
     segments = [_whole(weight) for weight in narrow if not is_mixed(weight.bits)]
     segments += [segment for group in groups for segment in group.segments()]
-    for stream in _runs(sorted(segments, key=_Segment.kind), _Segment.size, _Segment.kind):
+    for stream in runs(sorted(segments, key=_Segment.kind), _Segment.size, _Segment.kind):
         _add_stream(build, stream)
     for group in groups:
         _add_rows(build, group)
     replaced = {weight.name for weight in narrow}
     if dequantize == "fold":
         replaced |= _fold(build, packed.graph, weights)
-    _insert(build, packed.graph, replaced)
+    insert(build, packed.graph, replaced)
     return packed
-
-
-def sparsify(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A model of the same outputs whose float32 initializers ``names`` are stored without their zeros.
-
-    A bit mask and the survivors take their place; TopK and ScatterElements put them together when the runtime loads the
-    file. The mask has two levels (a bit for each byte of the mask, then its bytes that are not zero) where that is
-    smaller. +0.0 is a zero, -0.0 a survivor.
-
-    Raises:
-        ValueError: A name is no float32 initializer.
-    """
-    sparse = onnx.ModelProto()
-    sparse.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in sparse.graph.initializer}
-    for name in names:
-        if name not in constants or constants[name].data_type != onnx.TensorProto.FLOAT:
-            raise ValueError(f"{name} is not a float32 initializer of the model")
-    build = _Builder(_free_prefix(sparse.graph))
-    weights = [(name, numpy_helper.to_array(constants[name])) for name in sorted(set(names))]
-    for stream in _runs(weights, lambda weight: weight[1].size, lambda weight: None):
-        _add_sparse(build, stream)
-    _insert(build, sparse.graph, set(names))
-    return sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +110,7 @@ class _Segment:
     width: Width
     levels: planes.Bytes
     is_flipped: bool
-    finish: Callable[[_Builder, str], None]
+    finish: Callable[[Builder, str], None]
 
     def size(self) -> int:
         return self.levels.size
@@ -175,37 +147,8 @@ class _Group:
                     width, rows[letters == letter].reshape(-1), self.is_flipped(), partial(self._take, letter)
                 )
 
-    def _take(self, letter: str, build: _Builder, name: str) -> None:
+    def _take(self, letter: str, build: Builder, name: str) -> None:
         self.taken[letter] = name
-
-
-@dataclass
-class _Builder:
-    """Nodes and constants to put before a graph's own; equal ones are made once."""
-
-    prefix: str
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[object, onnx.TensorProto] = field(default_factory=dict)
-    known: dict[object, str] = field(default_factory=dict)
-
-    def constant(self, array: Array) -> str:
-        """The name of an initializer that holds ``array``."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self.constants:
-            self.constants[key] = numpy_helper.from_array(array, f"{self.prefix}c{len(self.constants)}")
-        return str(self.constants[key].name)
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """The output of such a node."""
-        key = (kind, inputs, *attributes.items())
-        if key not in self.known:
-            self.known[key] = f"{self.prefix}{len(self.nodes)}"
-            self.emit(kind, inputs, [self.known[key]], **attributes)
-        return self.known[key]
-
-    def emit(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
-        name = f"{self.prefix}n{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
 
 
 def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], name: str, bits: Width) -> _Weight:
@@ -262,25 +205,13 @@ def _signs(levels: NDArray[np.int8], shape: tuple[int, ...], offset: NDArray[np.
     return np.where((largest == offset) & (offset > 1), np.int8(-1), np.int8(1)).astype(np.int8)
 
 
-def _runs(weights: Iterable[T], size: Callable[[T], int], kind: Callable[[T], object]) -> Iterator[list[T]]:
-    """Runs of weights of one kind, of at most ``STREAM_WEIGHTS`` weights or one initializer."""
-    run: list[T] = []
-    for weight in weights:
-        if run and (kind(weight) != kind(run[0]) or sum(map(size, run)) + size(weight) > STREAM_WEIGHTS):
-            yield run
-            run = []
-        run.append(weight)
-    if run:
-        yield run
-
-
 def _whole(weight: _Weight) -> _Segment:
     """A weight of one width."""
     flat = weight.levels.reshape(-1)
     return _Segment(weight.bits, flat, weight.is_flipped(), partial(_add_whole, weight))
 
 
-def _add_whole(weight: _Weight, build: _Builder, part: str) -> None:
+def _add_whole(weight: _Weight, build: Builder, part: str) -> None:
     """The initializer from its levels in one dimension."""
     shape = build.constant(np.array(weight.levels.shape, np.int64))
     if weight.is_flipped():
@@ -293,11 +224,11 @@ def _add_whole(weight: _Weight, build: _Builder, part: str) -> None:
 def _groups(weights: Iterable[_Weight]) -> Iterator[_Group]:
     """Weights of one length of rows, at most ``STREAM_WEIGHTS`` weights or one initializer."""
     ordered = sorted(weights, key=lambda weight: weight.rows().shape[1])
-    for run in _runs(ordered, lambda weight: weight.levels.size, lambda weight: weight.rows().shape[1]):
+    for run in runs(ordered, lambda weight: weight.levels.size, lambda weight: weight.rows().shape[1]):
         yield _Group(tuple(run))
 
 
-def _add_rows(build: _Builder, group: _Group) -> None:
+def _add_rows(build: Builder, group: _Group) -> None:
     """The initializers of a group, from the segments that its widths have taken."""
     letters = np.array(list(group.letters()))
     rows = [weight.levels.shape[weight.axis] for weight in group.weights]
@@ -316,12 +247,12 @@ def _add_rows(build: _Builder, group: _Group) -> None:
     flat = build.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
     matrix = build.op("Reshape", flat, build.constant(np.array([-1, length])))
     order = np.argsort(np.concatenate(places)).astype(np.min_scalar_type(len(letters)))
-    matrix = build.op("Gather", matrix, build.op("Cast", build.constant(order), to=onnx.TensorProto.INT32))
+    matrix = build.op("Gather", matrix, build.int32(order))
     if group.is_flipped():
         signs = np.concatenate([weight.signs.reshape(-1) for weight in group.weights])
         matrix = build.op("Mul", matrix, _signs_of(build, signs[:, None]))
         matrix = build.op("Cast", matrix, to=onnx.TensorProto.INT8)
-    names = _split(build, matrix, rows, padding=0) if len(rows) > 1 else [matrix]
+    names = split(build, matrix, rows, padding=0) if len(rows) > 1 else [matrix]
     for weight, name in zip(group.weights, names, strict=True):
         moved = np.moveaxis(weight.levels, weight.axis, 0).shape
         shape = build.constant(np.array(moved, np.int64))
@@ -332,7 +263,7 @@ def _add_rows(build: _Builder, group: _Group) -> None:
             build.emit("Transpose", [build.op("Reshape", name, shape)], [weight.name], perm=back.tolist())
 
 
-def _add_stream(build: _Builder, segments: Sequence[_Segment]) -> None:
+def _add_stream(build: Builder, segments: Sequence[_Segment]) -> None:
     """The stream of ``segments``, all of one width, and the nodes that make their levels."""
     width, is_flipped = segments[0].width, segments[0].is_flipped
     merged = _padded(
@@ -342,16 +273,16 @@ def _add_stream(build: _Builder, segments: Sequence[_Segment]) -> None:
     fields = planes.fields(width) if isinstance(width, int) else (8,)
     for bits, plane in zip(fields, planes.pack_planes(merged, width), strict=True):
         offset = 0 if shift else _stored_levels(str(width))[0]
-        table = _table(build, bits, shift, offset) if isinstance(width, int) else _digits(build, width, offset)
+        rows = table(build, bits, shift, offset) if isinstance(width, int) else _digits(build, width, offset)
         if len(fields) == 1 and not is_flipped:
-            table = build.op("Cast", table, to=onnx.TensorProto.INT8)
-        flat = _look_up(build, table, build.op("Cast", build.constant(plane), to=onnx.TensorProto.INT32))
+            rows = build.op("Cast", rows, to=onnx.TensorProto.INT8)
+        flat = look_up(build, rows, build.int32(plane))
         total = build.op("Add", total, flat) if total else flat
         shift += bits
     if len(fields) > 1 and not is_flipped:
         total = build.op("Cast", total, to=onnx.TensorProto.INT8)
     sizes = [segment.size() for segment in segments]
-    parts = _split(build, total, sizes, padding=merged.size - sum(sizes))
+    parts = split(build, total, sizes, padding=merged.size - sum(sizes))
     for segment, part in zip(segments, parts, strict=True):
         segment.finish(build, part)
 
@@ -361,85 +292,21 @@ def _padded(parts: Sequence[planes.Bytes], multiple: int = 8) -> planes.Bytes:
     return np.concatenate([*parts, np.zeros(-sum(part.size for part in parts) % multiple, np.uint8)])
 
 
-def _look_up(build: _Builder, table: str, every_byte: str) -> str:
-    """The fields of each byte, in one dimension."""
-    return build.op("Reshape", build.op("Gather", table, every_byte), build.constant(np.array([-1])))
-
-
-def _split(build: _Builder, value: str, sizes: Sequence[int], *, padding: int) -> list[str]:
-    """``value`` in parts of ``sizes``; padding is a part that nobody reads."""
-    every = [*sizes, padding] if padding else list(sizes)
-    parts = [f"{build.prefix}{len(build.nodes)}_{i}" for i in range(len(every))]
-    build.emit("Split", [value, build.constant(np.array(every))], parts)
-    return parts[: len(sizes)]
-
-
-def _signs_of(build: _Builder, signs: NDArray[np.int8]) -> str:
+def _signs_of(build: Builder, signs: NDArray[np.int8]) -> str:
     """int32 signs from one byte a channel; by Gather, as OpenVINO keeps a Mul right behind a Cast from int8."""
     choices = build.constant(np.array([1, -1], np.int32))
-    chosen = build.constant((signs < 0).astype(np.uint8))
-    return build.op("Gather", choices, build.op("Cast", chosen, to=onnx.TensorProto.INT32))
+    chosen = (signs < 0).astype(np.uint8)
+    return build.op("Gather", choices, build.int32(chosen))
 
 
-def _table(build: _Builder, width: int, shift: int, offset: int) -> str:
-    """int32 ``[256, 8 / width]``: for each byte its fields, times ``2**shift``, minus ``offset``."""
-    table = _base(build, 1 << np.arange(0, 8, width, dtype=np.int32), 1 << width)
-    if shift:
-        table = build.op("Mul", table, build.constant(np.array(1 << shift, np.int32)))
-    return build.op("Sub", table, build.constant(np.array(offset, np.int32))) if offset else table
-
-
-def _digits(build: _Builder, letter: str, offset: int) -> str:
+def _digits(build: Builder, letter: str, offset: int) -> str:
     """int32 ``[256, d]``: for each byte its digits, minus ``offset``."""
     levels = levels_of(letter)
     powers = levels.count() ** np.arange(levels.per_byte, dtype=np.int32)
-    return build.op("Sub", _base(build, powers, levels.count()), build.constant(np.array(offset, np.int32)))
+    return build.op("Sub", digits(build, powers, levels.count()), build.number(offset))
 
 
-def _base(build: _Builder, powers: Array, base: int) -> str:
-    """int32 ``[256, d]``: for each byte, the digits of these powers."""
-    every_byte = build.op("Cast", build.constant(np.arange(256, dtype=np.uint8)[:, None]), to=onnx.TensorProto.INT32)
-    return build.op(
-        "Mod", build.op("Div", every_byte, build.constant(powers)), build.constant(np.array(base, np.int32))
-    )
-
-
-def _add_sparse(build: _Builder, weights: Sequence[tuple[str, NDArray[np.float32]]]) -> None:
-    """One mask and one vector of survivors, and the nodes that make the initializers of the same names."""
-    flat = np.concatenate([array.reshape(-1) for _, array in weights])
-    alive = flat.view(np.uint32) != 0
-    bits = _padded([alive.astype(np.uint8)])
-    dense = build.op("Expand", build.constant(np.array(0, np.float32)), build.constant(np.array([bits.size])))
-    if alive.any():
-        mask = _look_up(build, _table(build, 1, 0, 0), _mask_bytes(build, planes.pack(bits, 1)))
-        dense = build.op("ScatterElements", dense, _ones(build, mask, int(alive.sum())), build.constant(flat[alive]))
-    sizes = [array.size for _, array in weights]
-    parts = _split(build, dense, sizes, padding=bits.size - sum(sizes))
-    for (name, array), part in zip(weights, parts, strict=True):
-        build.emit("Reshape", [part, build.constant(np.array(array.shape, np.int64))], [name])
-
-
-def _mask_bytes(build: _Builder, mask: planes.Bytes) -> str:
-    """int32 bytes of a mask, in two levels where those with their nodes are smaller."""
-    upper = planes.pack(_padded([(mask != 0).astype(np.uint8)]), 1)
-    filled = mask[mask != 0]
-    if upper.size + filled.size + TWO_LEVEL_NODES > mask.size:
-        return build.op("Cast", build.constant(mask), to=onnx.TensorProto.INT32)
-    every_byte = build.op("Cast", build.constant(upper), to=onnx.TensorProto.INT32)
-    where = _ones(build, _look_up(build, _table(build, 1, 0, 0), every_byte), filled.size)
-    empty = build.op("Expand", build.constant(np.array(0, np.int32)), build.constant(np.array([mask.size])))
-    values = build.op("Cast", build.constant(filled), to=onnx.TensorProto.INT32)
-    return build.op("ScatterElements", empty, where, values)
-
-
-def _ones(build: _Builder, mask: str, count: int) -> str:
-    """Indices of the ``count`` ones of an int32 mask, rising: TopK breaks ties so."""
-    outputs = [f"{build.prefix}{len(build.nodes)}_{part}" for part in ("values", "indices")]
-    build.emit("TopK", [mask, build.constant(np.array([count]))], outputs)
-    return outputs[1]
-
-
-def _fold(build: _Builder, graph: onnx.GraphProto, weights: Iterable[_Weight]) -> set[str]:
+def _fold(build: Builder, graph: onnx.GraphProto, weights: Iterable[_Weight]) -> set[str]:
     """Cast and Mul in place of each DequantizeLinear of ``weights``; returns the constants that those read."""
     removed: set[str] = set()
     for weight in weights:
@@ -451,40 +318,3 @@ def _fold(build: _Builder, graph: onnx.GraphProto, weights: Iterable[_Weight]) -
             removed |= set(node.input[1:])
             graph.node.remove(node)
     return removed
-
-
-def _insert(build: _Builder, graph: onnx.GraphProto, replaced: Container[str]) -> None:
-    """The builder's nodes before the graph's own, without the ``replaced`` initializers that no node needs any more."""
-    nodes = [*build.nodes, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    read = set(_inputs(graph)) - _made(nodes)
-    kept = [tensor for tensor in graph.initializer if tensor.name not in replaced or tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *build.constants.values()])
-
-
-def _made(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    return {name for node in nodes for name in node.output}
-
-
-def _inputs(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every name that a node reads, in subgraphs too."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _inputs(attribute.g)
-
-
-def _free_prefix(graph: onnx.GraphProto) -> str:
-    """A prefix that no name of the graph starts with."""
-    names = [
-        *(value.name for value in (*graph.initializer, *graph.input)),
-        *(node.name for node in graph.node),
-        *_inputs(graph),
-    ]
-    prefix = "hc"
-    while any(name.startswith(prefix) for name in [*names, *_made(graph.node)]):
-        prefix += "_"
-    return prefix

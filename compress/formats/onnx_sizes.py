@@ -24,8 +24,9 @@ Reader = tuple[onnx.NodeProto, int]  # and the place of what it reads
 def onnx_sizes(data: bytes) -> dict[str, int]:
     """Bytes of each of ``PARTS`` in a serialized model.
 
-    ``weights`` are levels, those of a mask included; ``scales`` those of weights and activations; ``constants`` are
-    integers such as shapes, the order of channels, and biases; ``rest`` is what names and describes all of it.
+    ``weights`` are levels, and the places and parts of survivors; ``scales`` those of weights and activations;
+    ``constants`` are integers such as shapes, the order of channels, and biases; ``rest`` is what names and describes
+    all of it.
     """
     graph = onnx.load_model_from_string(data).graph
     readers: dict[str, list[Reader]] = {}

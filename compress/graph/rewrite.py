@@ -28,6 +28,7 @@ BATCH_NORMS = (aten.batch_norm.default,)
 M = TypeVar("M", bound=nn.Module)
 LEAST_FLOAT = -torch.finfo(torch.float32).max
 LARGEST_BIAS = 2**30  # levels of an int32 bias, with room for the sum that is added to it
+ZERO_CHANNEL_BIAS = 2**10  # levels of the bias of a channel of zeros
 SMALLEST_PRODUCT = 1e-30  # of a weight's scale and its input's, well inside float32
 # An op whose output keeps its input's grid: rounding again would change nothing.
 MOVES = {
@@ -536,7 +537,7 @@ def _fit_scales(module: fx.GraphModule, fed: Sequence[tuple[fx.Node, Grid]]) -> 
 
     A bias that would overflow is 2**30 steps of a weight or more: what the weights lose as their levels are rounded
     again is beyond float32 beside it. Leaving the bias float is no way out, as runtimes round it themselves, unchecked.
-    A channel of zeros has any scale; one made for its bias keeps the bias exact.
+    A channel of zeros has any scale; one made for its bias keeps the bias exact, in levels of few bits.
     """
     needed: dict[str, Tensor] = {}
     weights = {}
@@ -550,7 +551,8 @@ def _fit_scales(module: fx.GraphModule, fed: Sequence[tuple[fx.Node, Grid]]) -> 
         scale_target, axis = operand(weight, 1).target, operand(weight, 3)
         levels, scale = tensor_at(module, target), tensor_at(module, scale_target).double()
         is_zero = levels.movedim(axis, 0).flatten(1).count_nonzero(1) == 0
-        fitted = torch.where(is_zero, needed[target], torch.maximum(scale, needed[target]))
+        own = needed[target] * (LARGEST_BIAS // ZERO_CHANNEL_BIAS)
+        fitted = torch.where(is_zero, own, torch.maximum(scale, needed[target]))
         ratio = (scale / fitted).reshape([-1 if d == axis else 1 for d in range(levels.dim())])
         put_tensor(module, target, torch.round(levels * ratio).to(torch.int8))
         put_tensor(module, scale_target, fitted.float())
@@ -566,7 +568,9 @@ def _integer_bias(module: fx.GraphModule, layer: fx.Node, grid: Grid) -> None:
     """An int32 bias at scale ``input scale * weight scale``."""
     if layer.target in TRANSPOSED:
         return
-    scale = tensor_at(module, operand(operand(layer, WEIGHT_ARGUMENT), 1).target).double() * grid.scale
+    # The product of what a file has, two float32 values, so that a runtime can compute it as well.
+    step = torch.tensor(grid.scale, dtype=torch.float32).double()
+    scale = tensor_at(module, operand(operand(layer, WEIGHT_ARGUMENT), 1).target).double() * step
     levels = torch.round(_float_bias(module, layer) / scale).to(torch.int32)
     prefix = f"{layer.name}_bias"
     names = [f"{prefix}_{part}" for part in ("levels", "scale", "zero_point")]

@@ -8,24 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx_networks import AXES, SHAPES, Array, Levels, assert_same_network, finish, network, of_levels, run
 
-from compress.formats import onnx_packed
-from compress.formats.onnx_packed import pack_weights, sparsify
+from compress.formats import onnx_build, onnx_packed
+from compress.formats.onnx_packed import pack_weights
 from compress.numerics.rounding import level_range
 from compress.widths import Width
-
-Array = NDArray[np.generic]
-Levels = dict[str, NDArray[np.int8]]
-
-SHAPES = {"conv1": (8, 3, 3, 3), "conv2": (12, 8, 3, 3), "conv3": (5, 12, 1, 1), "head": (5, 7)}
-AXES = {"conv1": 0, "conv2": 0, "conv3": 0, "head": 1}
 
 
 def channels_of(name: str, letters: str) -> str:
@@ -56,85 +49,6 @@ def random_levels(bits: dict[str, int] | dict[str, Width], seed: int, *, flipped
             channels *= -1
         levels[name] = values
     return levels
-
-
-def network(levels: Levels, kind: str) -> onnx.ModelProto:
-    """Three convolutions and a MatMul; ``kind``: integer (quantized activations), weights (only those), or float."""
-    nodes: list[onnx.NodeProto] = []
-    constants: dict[str, Array] = {"axes": np.array([2, 3])}
-
-    def activation(name: str) -> str:
-        if kind != "integer":
-            return name
-        zero = "middle" if name in ("x", "product") else "least"  # The rest follow a Relu.
-        constants.update(step=np.array(0.05, np.float32), middle=np.array(128, np.uint8), least=np.array(0, np.uint8))
-        nodes.append(helper.make_node("QuantizeLinear", [name, "step", zero], [f"{name}.q"]))
-        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.q", "step", zero], [f"{name}.d"]))
-        return f"{name}.d"
-
-    def weight(name: str) -> str:
-        num_channels = SHAPES[name][AXES[name]]
-        scale = np.linspace(0.01, 0.03, num_channels, dtype=np.float32)
-        if kind == "float":
-            along = [-1 if dim == AXES[name] else 1 for dim in range(len(SHAPES[name]))]
-            constants[f"{name}.w"] = levels[name].astype(np.float32) * scale.reshape(along)
-        else:
-            constants[name] = levels[name]
-            constants[f"{name}.scale"] = scale
-            constants[f"zeros{num_channels}"] = np.zeros(num_channels, np.int8)
-            inputs = [name, f"{name}.scale", f"zeros{num_channels}"]
-            nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.w"], axis=AXES[name]))
-        return f"{name}.w"
-
-    x = activation("x")
-    for name in ("conv1", "conv2", "conv3"):
-        nodes.append(helper.make_node("Conv", [x, weight(name)], [f"{name}.y"]))
-        nodes.append(helper.make_node("Relu", [f"{name}.y"], [f"{name}.r"]))
-        x = activation(f"{name}.r")
-    nodes.append(helper.make_node("ReduceMean", [x, "axes"], ["mean"], keepdims=0))
-    nodes.append(helper.make_node("MatMul", [activation("mean"), weight("head")], ["product"]))
-    nodes.append(helper.make_node("Identity", [activation("product")], ["y"]))
-    return finish(nodes, constants, [("x", ["n", 3, 12, 12])], [("y", ["n", 7])])
-
-
-def finish(
-    nodes: list[onnx.NodeProto],
-    constants: dict[str, Array],
-    inputs: list[tuple[str, list[str | int]]],
-    outputs: list[tuple[str, list[str | int]]],
-) -> onnx.ModelProto:
-    infos = [
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in io] for io in (inputs, outputs)
-    ]
-    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "network", infos[0], infos[1], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-
-
-def run(model: onnx.ModelProto, path: Path | None = None) -> list[Array]:
-    """Outputs for batches of 1 and 3; the graph that the runtime made goes to ``path``."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if path:
-        options.optimized_model_filepath = str(path)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    random = np.random.default_rng(0)
-    feeds = [{"x": random.standard_normal((n, 3, 12, 12), dtype=np.float32)} for n in (1, 3)]
-    return [output for feed in feeds for output in session.run(None, feed if session.get_inputs() else {})]
-
-
-def kernels(path: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
-
-
-def assert_same_network(packed: onnx.ModelProto, plain: onnx.ModelProto, folder: Path) -> Counter[str]:
-    """The same outputs to the bit from the same kernels; returns how many of each."""
-    onnx.checker.check_model(packed, full_check=True)
-    found, expected = run(packed, folder / "packed.onnx"), run(plain, folder / "plain.onnx")
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert kernels(folder / "packed.onnx") == kernels(folder / "plain.onnx")
-    return kernels(folder / "packed.onnx")
 
 
 CASES = [
@@ -206,13 +120,6 @@ def test_linear_keeps_the_kernels_of_a_weight_only_file(tmp_path: Path) -> None:
     assert assert_same_network(pack_weights(plain, bits), plain, tmp_path)["DequantizeLinear"]
 
 
-def of_levels(levels: Levels, scales: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
-    """A model whose outputs are its dequantized weights, channels first."""
-    nodes = [helper.make_node("DequantizeLinear", [n, f"{n}.scale"], [f"{n}.w"], axis=0) for n in levels]
-    constants: dict[str, Array] = {**levels, **{f"{name}.scale": scale for name, scale in scales.items()}}
-    return finish(nodes, constants, [], [(f"{name}.w", list(array.shape)) for name, array in levels.items()])
-
-
 @settings(deadline=None, max_examples=40)
 @given(
     layers=st.lists(st.tuples(st.integers(2, 8), st.integers(1, 5), st.integers(1, 9), st.booleans()), max_size=5),
@@ -268,7 +175,7 @@ def test_names_that_are_taken_are_avoided(tmp_path: Path) -> None:
 
 
 def test_a_stream_beyond_the_cap_is_cut_between_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(onnx_packed, "STREAM_WEIGHTS", 300)
+    monkeypatch.setattr(onnx_build, "STREAM_WEIGHTS", 300)
     bits = dict.fromkeys(SHAPES, 3)
     plain = network(random_levels(bits, 5), "integer")
     packed = pack_weights(plain, bits)
@@ -318,63 +225,6 @@ def test_a_zero_point_is_refused() -> None:
     zeros.CopyFrom(numpy_helper.from_array(np.ones(8, np.int8), "zeros8"))
     with pytest.raises(ValueError, match="a float32 scale of at most one dimension and no zero point is expected"):
         pack_weights(plain, {"conv1": 4})
-
-
-def sparse_network(density: float) -> onnx.ModelProto:
-    """The float network with a share of its weights, and the first of each tensor is -0.0."""
-    model = network(random_levels(dict.fromkeys(SHAPES, 8), 9), "float")
-    random = np.random.default_rng(0)
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith(".w"):
-            array = numpy_helper.to_array(tensor).copy()
-            array[random.random(array.shape) >= density] = 0.0
-            if density:
-                array.reshape(-1)[0] = -0.0
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    return model
-
-
-@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 1.0])
-def test_sparse_weights_run_as_the_dense_file(density: float, tmp_path: Path) -> None:
-    plain = sparse_network(density)
-    names = [f"{name}.w" for name in SHAPES]
-    sparse = sparsify(plain, names)
-    assert sparse.SerializeToString() == sparsify(plain, names[::-1]).SerializeToString()
-    assert_same_network(sparse, plain, tmp_path)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=3),
-    density=st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]),
-    seed=st.integers(0, 999),
-)
-def test_restored_sparse_weights_are_those_stored(sizes: list[int], density: float, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    arrays = {
-        f"{i}.w": random.integers(0, 2**31, size, dtype=np.uint32).view(np.float32) for i, size in enumerate(sizes)
-    }
-    for array in arrays.values():
-        array[random.random(array.shape) >= density] = 0.0
-    nodes = [helper.make_node("Identity", [name], [f"{name}.y"]) for name in arrays]
-    outputs: list[tuple[str, list[str | int]]] = [(f"{name}.y", [array.size]) for name, array in arrays.items()]
-    sparse = sparsify(finish(nodes, dict(arrays), [], outputs), list(arrays))
-    onnx.checker.check_model(sparse, full_check=True)
-    for output, array in zip(run(sparse)[: len(arrays)], arrays.values(), strict=True):
-        assert output.tobytes() == array.tobytes()
-
-
-def test_a_two_level_mask_makes_sparse_files_smaller() -> None:
-    array = np.zeros(100_000, np.float32)
-    array[::50] = 1.0
-    nodes = [helper.make_node("Identity", ["w"], ["y"])]
-    sparse = sparsify(finish(nodes, {"w": array}, [], [("y", [array.size])]), ["w"])
-    assert sparse.ByteSize() < 2_000 * 4 + 2_000 + 100_000 // 64 + 2_000
-
-
-def test_only_float_weights_are_made_sparse() -> None:
-    with pytest.raises(ValueError, match="conv1 is not a float32 initializer of the model"):
-        sparsify(network(random_levels(dict.fromkeys(SHAPES, 4), 8), "weights"), ["conv1"])
 
 
 @pytest.mark.data

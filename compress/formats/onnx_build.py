@@ -1,0 +1,138 @@
+"""Nodes and constants that are put before an ONNX graph's own: tables, fields of a byte, streams that are split.
+
+Only ops that ONNX Runtime and OpenVINO fold when they load a file. Cost: as many nodes as are asked for; equal ones and
+equal constants are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+STREAM_WEIGHTS = 4_000_000
+
+Array = NDArray[np.generic]
+T = TypeVar("T")
+
+
+@dataclass
+class Builder:
+    """Nodes and constants to put before a graph's own; equal ones are made once."""
+
+    prefix: str
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[object, onnx.TensorProto] = field(default_factory=dict)
+    known: dict[object, str] = field(default_factory=dict)
+
+    def constant(self, array: Array) -> str:
+        """The name of an initializer that holds ``array``."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = numpy_helper.from_array(array, f"{self.prefix}c{len(self.constants)}")
+        return str(self.constants[key].name)
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """The output of such a node."""
+        key = (kind, inputs, *attributes.items())
+        if key not in self.known:
+            self.known[key] = f"{self.prefix}{len(self.nodes)}"
+            self.emit(kind, inputs, [self.known[key]], **attributes)
+        return self.known[key]
+
+    def emit(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+
+    def int32(self, array: Array) -> str:
+        """``array``, of a small integer type, as int32."""
+        return self.op("Cast", self.constant(array), to=onnx.TensorProto.INT32)
+
+    def number(self, value: int) -> str:
+        """An int32 of no dimension."""
+        return self.constant(np.array(value, np.int32))
+
+
+def runs(weights: Iterable[T], size: Callable[[T], int], kind: Callable[[T], object]) -> Iterator[list[T]]:
+    """Runs of weights of one kind, of at most ``STREAM_WEIGHTS`` weights or one initializer."""
+    run: list[T] = []
+    for weight in weights:
+        if run and (kind(weight) != kind(run[0]) or sum(map(size, run)) + size(weight) > STREAM_WEIGHTS):
+            yield run
+            run = []
+        run.append(weight)
+    if run:
+        yield run
+
+
+def table(build: Builder, width: int, shift: int, offset: int) -> str:
+    """int32 ``[256, 8 / width]``: for each byte its fields, times ``2**shift``, minus ``offset``."""
+    fields = digits(build, 1 << np.arange(0, 8, width, dtype=np.int32), 1 << width)
+    if shift:
+        fields = build.op("Mul", fields, build.number(1 << shift))
+    return build.op("Sub", fields, build.number(offset)) if offset else fields
+
+
+def digits(build: Builder, powers: Array, base: int) -> str:
+    """int32 ``[256, d]``: for each byte, the digits of these powers."""
+    every_byte = build.op("Range", build.number(0), build.number(256), build.number(1))
+    every_byte = build.op("Reshape", every_byte, build.constant(np.array([-1, 1])))
+    return build.op("Mod", build.op("Div", every_byte, build.constant(powers)), build.number(base))
+
+
+def look_up(build: Builder, table: str, every_byte: str) -> str:
+    """The fields of each byte, in one dimension."""
+    return build.op("Reshape", build.op("Gather", table, every_byte), build.constant(np.array([-1])))
+
+
+def split(
+    build: Builder, value: str, sizes: Sequence[int], *, padding: int, names: Sequence[str] | None = None
+) -> list[str]:
+    """``value`` in parts of ``sizes``, of new names or of these; padding is a part that nobody reads."""
+    every = [*sizes, padding] if padding else list(sizes)
+    parts = [f"{build.prefix}{len(build.nodes)}_{i}" for i in range(len(every))]
+    if names is not None:
+        parts[: len(sizes)] = names
+    build.emit("Split", [value, build.constant(np.array(every))], parts)
+    return parts[: len(sizes)]
+
+
+def insert(build: Builder, graph: onnx.GraphProto, replaced: Container[str]) -> None:
+    """The builder's nodes before the graph's own, without the ``replaced`` initializers that no node needs any more."""
+    nodes = [*build.nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = set(_inputs(graph)) - _made(nodes)
+    kept = [tensor for tensor in graph.initializer if tensor.name not in replaced or tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *build.constants.values()])
+
+
+def free_prefix(graph: onnx.GraphProto) -> str:
+    """A prefix that no name of the graph starts with."""
+    names = [
+        *(value.name for value in (*graph.initializer, *graph.input)),
+        *(node.name for node in graph.node),
+        *_inputs(graph),
+    ]
+    prefix = "hc"
+    while any(name.startswith(prefix) for name in [*names, *_made(graph.node)]):
+        prefix += "_"
+    return prefix
+
+
+def _made(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    return {name for node in nodes for name in node.output}
+
+
+def _inputs(graph: onnx.GraphProto) -> Iterator[str]:
+    """Every name that a node reads, in subgraphs too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _inputs(attribute.g)
