@@ -147,13 +147,18 @@ def absolute_budget(budget: Budget | None, dense: Dense) -> Budget | None:
     return Budget("bytes", budget.absolute(len(dense.onnx)))
 
 
-def overhead_of(job: Job, built: Built, plan: Plan, budget: Budget | None, dense: Dense) -> int | None:
-    """None if the written file keeps a byte budget; else the bytes that it has beyond what its weights predict."""
+def overhead_of(job: Job, built: Built, plan: Plan, budget: Budget | None, dense: Dense, known: int) -> int | None:
+    """None if the written file keeps a byte budget; else the bytes to expect of a file beyond what its weights predict.
+
+    Args:
+        known: Of those, what the plan was made with. Survivors take more in one file and less in the next: each pass
+            expects at least as much more as the last file had too much, so that passes come to an end.
+    """
     limit = absolute_budget(budget, dense)
     written = built.sizes[delivered_name(job.settings)]
     if limit is None or limit.quantity != "bytes" or written <= limit.limit:
         return None
-    return written - _predicted_bytes(job, plan, dense)
+    return max(written - _predicted_bytes(job, plan, dense), known + written - math.floor(limit.limit))
 
 
 def _predicted_bytes(job: Job, plan: Plan, dense: Dense) -> int:

@@ -329,9 +329,9 @@ def _within_bytes(
     training: Training | None,
 ) -> tuple[Decided, Built]:
     """Lower what the weights may take by what the written file has beyond its budget, until it fits."""
-    number = 1
-    while (overhead := overhead_of(job, built, decided.plan, goal.budget, goal.dense)) is not None:
-        before, number = decided.plan.decisions, number + 1
+    number, known = 1, 0
+    while (overhead := overhead_of(job, built, decided.plan, goal.budget, goal.dense, known)) is not None:
+        before, number, known = decided.plan.decisions, number + 1, overhead
         if training is not None and goal.journal is not None:
             training = replace(training, journal=journal_of_pass(goal.journal, number))
         if decided.frontier is None:
