@@ -59,8 +59,8 @@ def test_every_example_of_the_messages_is_a_budget(text: str) -> None:
         ("sparsity=2MB", "unit 'mb' does not fit sparsity", "use a plain number or a percentage"),
         ("0MB", "budget '0MB' is out of range", "above 0"),
         ("macs=0%", "budget 'macs=0%' is out of range", "above 0"),
-        ("sparsity=-0.1", "budget 'sparsity=-0.1' is out of range", "sparsity lies in 0..1"),
-        ("sparsity=1.01", "budget 'sparsity=1.01' is out of range", "sparsity lies in 0..1"),
+        ("sparsity=-0.1", "budget 'sparsity=-0.1' is out of range", "sparsity lies between 0 and 1"),
+        ("sparsity=1.01", "budget 'sparsity=1.01' is out of range", "sparsity lies between 0 and 1"),
     ],
 )
 def test_what_is_no_budget_is_refused_with_the_forms_that_are(text: str, message: str, hint: str) -> None:

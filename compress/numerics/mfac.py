@@ -32,6 +32,7 @@ from ..errors import NumericsError
 from .gradient_file import CPU, ChunkedGradients, file_gradients, held_gradients
 
 DTYPES = (torch.float32, torch.float64)
+ALIGNMENT = 64  # bytes: a cache line, and the widest register
 PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
 DEVICE_PIECE = 2**27  # the same on an accelerator, whose products are fast where they are large
 DEVICE_SHARE = 0.8  # of an accelerator's free memory, that gradients may take there
@@ -463,14 +464,29 @@ def _all_strips(gradients: Gradients) -> Iterator[Tensor]:
     """All columns, some ``[m, k]`` at a time."""
     m, d = gradients.shape
     step = strip_width(m, gradients.device)
-    return (gradients.narrow(1, start, min(step, d - start)) for start in range(0, d, step))
+    return (_aligned(gradients.narrow(1, start, min(step, d - start))) for start in range(0, d, step))
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """The same columns with rows that lie as they would from any source: at even places, or one right after another.
+
+    The last bits of a CPU's matrix product follow from where the rows begin, which in a chunk isn't where it is in the
+    whole. A copy costs one pass over memory, where a product has ``m`` operations for each element.
+    """
+    size = part.element_size()
+    ends = (part.data_ptr(), part.stride(0) * size, part.shape[1] * size)
+    return (
+        part
+        if part.device.type != "cpu" or not any(end % ALIGNMENT for end in ends)
+        else part.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _gather(gradients: Gradients, columns: Tensor) -> Tensor:
     """``G`` of each block, ``[n, m, B]``; a view where the columns are consecutive."""
     first, last = int(columns[0, 0]), int(columns[-1, -1])
     if last - first + 1 == columns.numel():
-        flat = gradients.narrow(1, first, last - first + 1)
+        flat = _aligned(gradients.narrow(1, first, last - first + 1))
     else:
         flat = gradients.index_select(1, columns.flatten())
     return flat.reshape(len(gradients), *columns.shape).movedim(1, 0)
