@@ -87,7 +87,7 @@ def parse_budget(text: str) -> Budget:
     quantity = name or ("bits" if unit in UNITS["bits"] else "bytes")
     if quantity not in QUANTITIES:
         raise UsageError(f"budget {text!r}: unknown quantity {name!r}", hint=f"one of {', '.join(QUANTITIES)}")
-    outside = UsageError(f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1, ends included; all others are above 0")
+    outside = UsageError(f"budget {text!r} is out of range", hint="sparsity lies between 0 and 1; others are above 0")
     if number < 0 or (number == 0 and quantity != "sparsity"):
         raise outside
     budget = _with_unit(text, quantity, number, unit)
