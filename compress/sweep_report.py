@@ -21,10 +21,6 @@ SCHEMA = "hcompress.sweep/1"
 PASSED, PENDING = "passed", "not run yet"
 HEAD = ("sparsity", "reached", "bytes", "of dense", "metric", "drop", "verdict")
 NOTHING = "-"
-KEYS = ("command", "argv", "method", "source", "metric", "dense_bytes", "delivered", "code", "time_s")
-KEYS_OF_A_POINT = (
-    *("status", "code", "message", "key", "folder", "sha256", "reached", "bytes", "metric", "drop", "time_s"),
-)
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -102,3 +105,13 @@ def of_levels(levels: Levels, scales: dict[str, NDArray[np.float32]]) -> onnx.Mo
     nodes = [helper.make_node("DequantizeLinear", [n, f"{n}.scale"], [f"{n}.w"], axis=0) for n in levels]
     constants: dict[str, Array] = {**levels, **{f"{name}.scale": scale for name, scale in scales.items()}}
     return finish(nodes, constants, [], [(f"{name}.w", list(array.shape)) for name, array in levels.items()])
+
+
+def resnet20_weights() -> dict[str, Array]:
+    """The real ResNet-20's weights, without biases and norms; skips the test where they are not."""
+    folder = os.environ.get("HCOMPRESS_TEST_DATA")
+    if not folder:
+        pytest.skip("HCOMPRESS_TEST_DATA is not set: the real ResNet-20 is not here")
+    path = Path(folder) / "cifar10" / "resnet20-12fca82f.th"
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return {name: tensor.numpy() for name, tensor in state.items() if tensor.dim() > 1}

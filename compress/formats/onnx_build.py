@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from .onnx_graph import reads
+
 STREAM_WEIGHTS = 4_000_000
 
 Array = NDArray[np.generic]
@@ -106,7 +108,7 @@ def insert(build: Builder, graph: onnx.GraphProto, replaced: Container[str]) -> 
     nodes = [*build.nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    read = set(_inputs(graph)) - _made(nodes)
+    read = set(reads(graph)) - _made(nodes)
     kept = [tensor for tensor in graph.initializer if tensor.name not in replaced or tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *build.constants.values()])
@@ -117,7 +119,7 @@ def free_prefix(graph: onnx.GraphProto) -> str:
     names = [
         *(value.name for value in (*graph.initializer, *graph.input)),
         *(node.name for node in graph.node),
-        *_inputs(graph),
+        *reads(graph),
     ]
     prefix = "hc"
     while any(name.startswith(prefix) for name in [*names, *_made(graph.node)]):
@@ -127,12 +129,3 @@ def free_prefix(graph: onnx.GraphProto) -> str:
 
 def _made(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     return {name for node in nodes for name in node.output}
-
-
-def _inputs(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every name that a node reads, in subgraphs too."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _inputs(attribute.g)

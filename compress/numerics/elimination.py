@@ -66,10 +66,8 @@ def eliminate(weight: Tensor, moment: Tensor, steps: int, *, units: Units | None
     band = _Bands(units.sizes().to(weight.device), c, units.pattern.quota)
     place = torch.full((b, n), steps, dtype=torch.long, device=weight.device)
     costs = torch.zeros(b, steps, dtype=weight.dtype, device=weight.device)
-    owners = _owners(len(weight), len(inverse), r).to(
-        weight.device
-    )  # [b, q]: of each band, the moments that its rows have
-    q = owners.shape[1]
+    owners = _owners(len(weight), len(inverse), r).to(weight.device)
+    q = owners.shape[1]  # moments that the rows of a band have
     is_ranked = b * q * (n * c) ** 3 > MOST_PRODUCTS
     for chunk in _chunks(b, q * (n * c) ** 2):
         own = inverse.expand(len(owners[chunk]), -1, -1) if len(inverse) == 1 else inverse[owners[chunk].flatten()]

@@ -246,7 +246,7 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     network = surgery.network
     masks = network.split(cut.keep)
     if not surgery.protected.any():  # a mask that was given is chosen by no saliency
-        surgery.context.saliencies.append(_histogram(surgery.units, cut))
+        surgery.context.saliencies.append(_histogram(surgery.units, masks, cut.ranked))
     decided, sidecar = mask_plan(surgery.source, surgery.graph, masks, budget, NAME, surgery.options)
     values = {name: network.weights[name].detach().cpu() for name in masks}
     decided, sidecar = with_values(decided, sidecar, values, masks)
@@ -255,13 +255,12 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     return replace(decided, task_sha256=task_sha256, predicted=figures), sidecar
 
 
-def _histogram(units: Mapping[str, Units], cut: _Cut) -> Saliencies:
+def _histogram(units: Mapping[str, Units], masks: Masks, ranked: Costs) -> Saliencies:
     """Of the units, by what they cost when they were looked at last."""
-    parts = torch.split(cut.keep, [math.prod(own.shape) for own in units.values()])
-    kept = [own.blocks(part).any(3).any(2).flatten() for own, part in zip(units.values(), parts, strict=True)]
-    ranked = torch.cat([cut.ranked[tensor].flatten() for tensor in units])
+    kept = torch.cat([own.blocks(masks[tensor]).any(3).any(2).flatten() for tensor, own in units.items()])
+    costs = torch.cat([ranked[tensor].flatten() for tensor in units])
     name = next(iter(units.values())).pattern.units
-    return saliency_histogram(ranked, torch.cat(kept), what=SALIENCY, unit="loss", of=name)
+    return saliency_histogram(costs, kept, what=SALIENCY, unit="loss", of=name)
 
 
 def _expected_loss(surgery: _Surgery) -> float:
@@ -389,8 +388,9 @@ def _near(damping: float | None) -> Dampings:
 
 def _costs(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor) -> Costs:
     """What each unit costs for each of its weights: below zero where it is gone, infinite where it is protected."""
-    places = _places(surgery.units, keep)
-    sizes = torch.cat([own.sizes().flatten() for own in surgery.units.values()])
+    places = _places(surgery, keep)
+    counts = {tensor: own.sizes() for tensor, own in surgery.units.items()}
+    sizes = torch.cat([own.flatten() for own in counts.values()])
     alive, scale, is_there = weights[keep], _mean_curvature(gradients, gram), places[:, 0] >= 0
     costs = torch.full((len(places),), -1.0, dtype=torch.float64)
     if scale > 0:
@@ -402,18 +402,14 @@ def _costs(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tenso
     costs[is_there] = found.double() / sizes[is_there]
     is_protected = torch.where(places < 0, False, surgery.protected[keep][places]).any(1)
     costs[is_protected] = float("inf")
-    shapes = {tensor: own.sizes().shape for tensor, own in surgery.units.items()}
-    parts = torch.split(costs, [shape.numel() for shape in shapes.values()])
-    return {tensor: part.reshape(shape) for (tensor, shape), part in zip(shapes.items(), parts, strict=True)}
+    parts = torch.split(costs, [own.numel() for own in counts.values()])
+    return {tensor: part.reshape(own.shape) for (tensor, own), part in zip(counts.items(), parts, strict=True)}
 
 
-def _places(units: Mapping[str, Units], keep: Tensor) -> Tensor:
+def _places(surgery: _Surgery, keep: Tensor) -> Tensor:
     """Of each unit, which of the weights that are left it has, int64 ``[u, s]``; -1 where it has fewer, or is gone."""
-    numbers, parts = torch.where(keep, keep.cumsum(0) - 1, -1), []
-    for own, part in zip(
-        units.values(), torch.split(numbers, [math.prod(o.shape) for o in units.values()]), strict=True
-    ):
-        parts.append(own.blocks(part, -1).flatten(0, 1).flatten(1))
+    numbers = surgery.network.split(torch.where(keep, keep.cumsum(0) - 1, -1))
+    parts = [own.blocks(numbers[tensor], -1).flatten(0, 1).flatten(1) for tensor, own in surgery.units.items()]
     most = max(part.shape[1] for part in parts)
     return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1]), value=-1) for part in parts])
 

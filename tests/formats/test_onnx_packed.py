@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnx_networks import AXES, SHAPES, Array, Levels, assert_same_network, finish, network, of_levels, run
+from onnx_networks import (
+    AXES,
+    SHAPES,
+    Array,
+    Levels,
+    assert_same_network,
+    finish,
+    network,
+    of_levels,
+    resnet20_weights,
+    run,
+)
 
 from compress.formats import onnx_build, onnx_packed
 from compress.formats.onnx_packed import pack_weights
@@ -229,12 +238,7 @@ def test_a_zero_point_is_refused() -> None:
 
 @pytest.mark.data
 def test_resnet20_at_4_bits_unpacks_to_its_levels() -> None:
-    folder = os.environ.get("HCOMPRESS_TEST_DATA")
-    if not folder:
-        pytest.skip("HCOMPRESS_TEST_DATA is not set: the real ResNet-20 is not here")
-    path = Path(folder) / "cifar10" / "resnet20-12fca82f.th"
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {name: tensor.numpy() for name, tensor in state.items() if tensor.dim() > 1}
+    weights = resnet20_weights()
     scales = {name: abs(w).reshape(len(w), -1).max(1) / np.float32(7) for name, w in weights.items()}
     levels = {n: np.rint((w.T / scales[n]).T).astype(np.int8) for n, w in weights.items()}
     packed = pack_weights(of_levels(levels, scales), dict.fromkeys(levels, 4))

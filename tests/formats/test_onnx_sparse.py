@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
-from onnx_networks import SHAPES, Array, assert_same_network, network, of_levels, run
+from onnx_networks import SHAPES, Array, assert_same_network, network, of_levels, resnet20_weights, run
 
 from compress.formats import onnx_build
 from compress.formats.onnx_sparse import expected_bits, expected_bytes, sparse_bytes, sparsify
@@ -194,12 +192,7 @@ def test_the_expected_size_is_that_of_survivors_at_random_places(density: float)
 
 @pytest.mark.data
 def test_resnet20_without_nine_tenths_of_its_weights_is_restored() -> None:
-    folder = os.environ.get("HCOMPRESS_TEST_DATA")
-    if not folder:
-        pytest.skip("HCOMPRESS_TEST_DATA is not set: the real ResNet-20 is not here")
-    path = Path(folder) / "cifar10" / "resnet20-12fca82f.th"
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {name: tensor.numpy() for name, tensor in state.items() if tensor.dim() > 1}
+    weights = resnet20_weights()
     threshold = np.quantile(np.concatenate([abs(array).reshape(-1) for array in weights.values()]), 0.9)
     arrays = {n: np.where(abs(array) > threshold, array, np.float32(0)) for n, array in weights.items()}
     sparse = assert_restored(arrays)
