@@ -21,6 +21,7 @@ from .graph.rewrite import (
     put_tensor,
     quantize_activations,
     set_weight,
+    split_reads,
     tensor_at,
     tensor_names,
     unlift,
@@ -279,7 +280,7 @@ def assemble(graph: Graph, compressed: Compressed, *, float_addends: bool = Fals
     Raises:
         InputError: The plan names an activation that the graph lacks.
     """
-    module = unlift(graph.program, graph.tied)
+    module = split_reads(unlift(graph.program, graph.tied))
     if compressed.plan is not None:
         read = tensor_names(module)
         # Batch norms are folded before weights are set: their tensors must be the plan's by then.
@@ -337,7 +338,7 @@ def _folded(value: Tensor | QuantizedTensor, factor: Tensor | None, axis: int | 
 
 def float_module(graph: Graph) -> fx.GraphModule:
     """The dense network with its batch norms folded: where activations are calibrated, by the names that plans use."""
-    module = unlift(graph.program, graph.tied)
+    module = split_reads(unlift(graph.program, graph.tied))
     factors = fold_batch_norms(module)
     axes = {layer.tensor: layer.axis for layer in graph.layers}
     for target, factor in factors.items():

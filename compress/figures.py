@@ -18,7 +18,7 @@ from .budget import Budget, format_bytes
 from .data import Data
 from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
-from .graph.rewrite import layer_reads, operand
+from .graph.rewrite import is_read, layer_reads, operand
 from .graph.trace import WEIGHT_ARGUMENT, Graph
 from .pattern import parse_pattern
 from .plan import BY_CHANNEL, Plan, Replace
@@ -171,7 +171,9 @@ def activation_records(
         return []
     read_by: dict[str, list[str]] = {}
     for layer, read in layer_reads(float_module(graph)):
-        read_by.setdefault(read.name, []).append(str(operand(layer, WEIGHT_ARGUMENT).target))
+        # Where it has no width of its own, what layers read of a value is that value.
+        name = operand(read, 0).name if is_read(read) and read.name not in decided else read.name
+        read_by.setdefault(name, []).append(str(operand(layer, WEIGHT_ARGUMENT).target))
     measured, alternatives = _sensitivities(sensitivities), {} if frontier is None else _read_alternatives(frontier)
     return [
         {

@@ -357,6 +357,49 @@ def _is_fused(node: fx.Node) -> bool:
     return len(users) == 1 and users[0].target in ACTIVATIONS and node.target not in ACTIVATIONS
 
 
+def split_reads(module: fx.GraphModule) -> fx.GraphModule:
+    """A node of its own for what layers read of a value that other ops read as well, called ``<value>_read``, in place.
+
+    It may have a narrower grid than the value: a stream that blocks add to keeps its bits beside the layers that read
+    it, as rounding the stream would add up over the blocks. To be called before batch norms are folded: a name is then
+    that of the dense network's node.
+    """
+    for node in list(module.graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        reading = [user for user in node.users if _is_layers_own(user, node)]
+        if not reading or all(user in reading or reaches_output(user) for user in node.users):
+            continue
+        with module.graph.inserting_after(node):
+            read = module.graph.create_node("call_function", aten.alias.default, (node,), name=f"{node.name}_read")
+        read.meta["val"] = value
+        for user in reading:
+            user.replace_input_with(node, read)
+    module.recompile()
+    return module
+
+
+def _is_layers_own(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user is a layer that reads the node as its input, or moves it to such layers alone."""
+    if user.target in WEIGHT_OPS:
+        return user.args[0] is node
+    return user.target in MOVES and bool(user.users) and all(_is_layers_own(after, user) for after in user.users)
+
+
+def join_reads(module: fx.GraphModule) -> None:
+    """Undo ``split_reads``, once values are rounded."""
+    for node in list(module.graph.nodes):
+        if is_read(node):
+            node.replace_all_uses_with(operand(node, 0))
+            module.graph.erase_node(node)
+
+
+def is_read(node: fx.Node) -> bool:
+    """Whether a node stands for what layers read of another's value."""
+    return node.target is aten.alias.default
+
+
 def feeds_layer(node: fx.Node) -> bool:
     """Whether a layer reads the node's values as its input."""
     return any(
@@ -421,7 +464,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     for user in node.users:
         if user.target in WEIGHT_OPS and operand(user, 0) is node:
             found.append(user)
-        elif user.target in MOVES:
+        elif user.target in MOVES or is_read(user):
             found += _readers(user)
     return found
 
@@ -454,6 +497,7 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
             grid = by_node.get(_through_moves(node))
             if grid is not None:
                 by_node[_round(module, node, grid)] = grid
+    join_reads(module)
     layers = [(node, by_node.get(_through_moves(operand(node, 0)))) for node in _integer_layers(module)]
     fed = [(node, grid) for node, grid in layers if grid is not None]
     _fit_scales(module, fed)

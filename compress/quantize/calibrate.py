@@ -6,6 +6,7 @@ more below 8 bits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +19,9 @@ from ..context import Context, Progress
 from ..curvature.network import require_finite
 from ..data import Data
 from ..errors import UsageError
-from ..graph.rewrite import Grid, activation_points, feeds_layer, on_device, points_for, rounded_to
+from ..graph.rewrite import Grid, activation_points, feeds_layer, is_read, on_device, operand, points_for, rounded_to
 from ..graph.trace import Graph
-from ..numerics.rounding import clipped_range
+from ..numerics.rounding import between_steps, clipped_range
 from ..plan import WIDEST, Quantize
 from ..settings import MIXED
 
@@ -102,6 +103,9 @@ def activation_decisions(
     narrow = WIDEST if activations == MIXED else int(activations)
     own = {node.name: (narrow if _is_narrow(node) else WIDEST, ranges[node.name]) for node in points}
     own |= {name: found for name, found in chosen.items() if name in own}
+    for node in points:
+        if is_read(node) and own[node.name] == own.get(operand(node, 0).name):
+            del own[node.name]  # layers read the value as it is
     return tuple(Quantize(name, "activation", bits, "asymmetric", None, ends) for name, (bits, ends) in own.items())
 
 
@@ -156,6 +160,9 @@ def clipped_ranges(
     watcher = _Watcher(on_device(module, device), wide, seen)
     watcher.run_all(data, "clip activations", progress, device)
     found = {bits: {name: clipped_range(counts[name], *wide[name], bits) for name in counts} for bits in widths}
+    reads = [node.name for node in module.graph.nodes if node.name in counts and is_read(node)]
+    for bits, name in itertools.product(widths, reads):  # of a value that has eight bits by then
+        found[bits][name] = between_steps(*found[bits][name], bits, wide[name])
     return {bits: {**ranges, **clipped} for bits, clipped in found.items()}
 
 

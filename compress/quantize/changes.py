@@ -20,7 +20,17 @@ from torch import Tensor, fx
 from ..context import Context
 from ..data import Data
 from ..graph.channel_rules import shape_of
-from ..graph.rewrite import Grid, after_norms, on_device, put_tensor, rounded_to, tensor_at, unlift, writes_in_place
+from ..graph.rewrite import (
+    Grid,
+    after_norms,
+    on_device,
+    put_tensor,
+    rounded_to,
+    split_reads,
+    tensor_at,
+    unlift,
+    writes_in_place,
+)
 from ..graph.trace import Graph
 from ..reconstruct.side_by_side import attribute_of, call
 from ..task import Task, divergences, floating, has_logits
@@ -104,7 +114,7 @@ class Pass:
 
 def passes(graph: Graph, data: Data, context: Context) -> Iterator[Pass]:
     """Each batch in turn; its activations are dropped with it."""
-    module = on_device(unlift(graph.program, graph.tied), context.device)
+    module = on_device(split_reads(unlift(graph.program, graph.tied)), context.device)
     nodes = list(module.graph.nodes)
     stored = {str(node.target): node for node in nodes if node.op == "get_attr"}
     named = {node.name: node for node in nodes}

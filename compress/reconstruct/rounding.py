@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..context import Progress
 from ..formats.packed import QuantizedTensor
-from ..graph.rewrite import Grid, after_norms, on_device, rounded_to, unlift
+from ..graph.rewrite import Grid, after_norms, on_device, rounded_to, split_reads, unlift
 from ..graph.trace import Graph
 from ..numerics.output_rounding import round_rows
 from ..numerics.rounding import spread_scale
@@ -69,7 +69,7 @@ def round_layers(
         activations: Grids of the activations that are rounded, by name; layers are fitted to the inputs that they give.
         inputs: Calibration examples ``[n, ...]``.
     """
-    dense, module = (on_device(unlift(graph.program, graph.tied), device) for _ in range(2))
+    dense, module = (on_device(split_reads(unlift(graph.program, graph.tied)), device) for _ in range(2))
     pair = SideBySide(dense, module)
     places = layer_places(graph, module)
     placed = {place.layer.tensor for place in places.values()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..formats.packed import QuantizedTensor
-from ..graph.rewrite import Grid, after_norms, put_parameter, reaches_output, tensor_at
+from ..graph.rewrite import Grid, after_norms, join_reads, put_parameter, reaches_output, split_reads, tensor_at
 from ..numerics.rounding import in_16_bits, level_ranges, spread_scale
 from ..widths import Width
 
@@ -83,6 +83,7 @@ def learn_step_sizes(
         activations: Grids by name, as ``graph.rewrite.quantize_activations`` takes them.
         zeros: bool by weight: whose level is 0 in any case.
     """
+    split_reads(module)
     names = {node.name: node for node in module.graph.nodes}
     rounded = {after_norms(names[name]): grid for name, grid in activations.items()}  # finds norms by plain weights
     for node in list(module.graph.nodes):
@@ -96,6 +97,7 @@ def learn_step_sizes(
         back.meta["val"] = node.meta["val"]
         for user in users:
             user.replace_input_with(node, back)
+    join_reads(module)
     module.graph.lint()
     module.recompile()
     return StepSizes(module, weights, levels, zeros)

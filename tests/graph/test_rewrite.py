@@ -23,12 +23,16 @@ from compress.graph.rewrite import (
     Grid,
     IntegerWeight,
     activation_points,
+    feeds_layer,
     finish,
     fold_batch_norms,
+    is_read,
+    join_reads,
     move,
     points_for,
     quantize_activations,
     set_weight,
+    split_reads,
     tensor_at,
     unlift,
 )
@@ -116,13 +120,35 @@ def test_what_is_only_the_output_stays_float_and_what_a_layer_reads_is_rounded()
     network = named("Concatenated")
     module = float_module(traced("Concatenated"))
     grids = {node.name: Grid(0.05, 128, 8) for node in activation_points(module)}
-    assert set(grids) == {"x", "relu", "conv2d_1"}
+    assert set(grids) == {"x", "relu", "relu_read", "conv2d_1"}
     plain = tree_leaves(module(*network.inputs(3)))
     quantize_activations(module, {"relu": grids["relu"]})
     finish(module)
     rounded = tree_leaves(module(*network.inputs(3)))
     assert torch.equal(plain[0], rounded[0])
     assert not torch.equal(plain[1], rounded[1])
+
+
+def test_what_layers_read_of_a_shared_value_is_a_node_until_values_are_rounded(network: Network) -> None:
+    graph = traced(network.name)
+    plain = unlift(graph.program, graph.tied)
+    names = [node.name for node in plain.graph.nodes]
+    x = network.inputs(3)
+    with torch.no_grad():
+        expected = tree_leaves(plain(*x))
+        split = split_reads(unlift(graph.program, graph.tied))
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(split(*x)), expected, strict=True))
+    reads = [node for node in split.graph.nodes if is_read(node)]
+    assert {node.name for node in split.graph.nodes} == {*names, *(node.name for node in reads)}
+    for node in reads:
+        assert node.name == f"{node.args[0].name}_read"
+        assert feeds_layer(node)
+        assert not feeds_layer(node.args[0])
+        assert len(node.args[0].users) > 1
+    folded = {node.name for node in float_module(graph).graph.nodes if is_read(node)}
+    assert folded == {node.name for node in reads}
+    join_reads(split)
+    assert [node.name for node in split.graph.nodes] == names
 
 
 def test_every_layers_input_is_rounded(network: Network) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 from compress.errors import NumericsError
 from compress.numerics import rounding
 from compress.numerics.rounding import (
+    NESTED,
     NUM_CANDIDATES,
     NUM_CLIPS,
     SMALLEST_CLIP,
     activation_grid,
+    between_steps,
     broadcast_scale,
     choose_ranges,
     clipped_range,
@@ -327,6 +329,19 @@ def test_an_activations_grid_holds_zero_and_covers_its_range(low: float, width: 
     slack = scale * 0.5 * (1 + 1e-6) + 1e-30
     assert -zero_point * scale <= min(low, 0) + slack
     assert (top - zero_point) * scale >= max(high, 0) - slack
+
+
+@given(st.floats(-10, 0), st.floats(0.1, 10), st.floats(0.05, 1), st.floats(0.05, 1), st.sampled_from([4, 6]))
+def test_no_value_of_eight_bits_is_halfway_between_levels(
+    low: float, high: float, a: float, b: float, bits: int
+) -> None:
+    found = between_steps(a * low, b * high, bits, (low, high))
+    (step, eight), (scale, zero_point) = activation_grid(low, high, 8), activation_grid(*found, bits)
+    values = (torch.arange(256, dtype=torch.float64) - eight) * step / scale
+    away = (values - values.floor() - 0.5).abs() * scale / step
+    assert float(away.min()) >= 1 / (2 * NESTED) - 1e-9
+    assert 0 <= zero_point < 2**bits
+    assert abs(scale - activation_grid(a * low, b * high, bits)[0]) <= step / NESTED * 1.001
 
 
 def activation_error(values: Tensor, low: float, high: float, bits: int) -> float:

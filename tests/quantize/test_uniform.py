@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zoo import named
 
-from compress.apply import apply_plan, float_module
+from compress.apply import apply_plan, assemble, float_module
 from compress.budget import Budget
 from compress.context import Context, Storage
 from compress.data import Data
 from compress.errors import BudgetError, NumericsError, UsageError
+from compress.figures import activation_records
 from compress.formats.packed import QuantizedTensor
 from compress.graph.rewrite import activation_points, feeds_layer
 from compress.graph.trace import Graph, trace_graph
@@ -104,15 +105,39 @@ def test_fewer_bits_are_those_of_what_layers_read(bits: int) -> None:
         for a in ("8", str(bits))
     ]
     whole, narrow = (plan.quantized("activation") for plan, _ in plans)
-    assert list(whole) == list(narrow)
+    shared = {name: name.removesuffix("_read") for name in narrow if name.endswith("_read")}
+    assert set(shared.values()) == {"relu", "relu_2"}  # what a shortcut reads besides
+    assert set(narrow) == {*whole, *shared}
     read = {node.name for node in float_module(graph).graph.nodes if feeds_layer(node) and node.op != "placeholder"}
     for name, decision in narrow.items():
         assert decision.bits == (bits if name in read else 8)
-        (low, high), (least, most) = decision.range, whole[name].range
-        assert least <= low <= 0 <= high <= most
+        (low, high), (least, most) = decision.range, whole[shared.get(name, name)].range
+        slack = 1 + 1 / 15 if name in shared else 1  # scales that are odd parts of the value's
+        assert slack * least <= low <= 0 <= high <= slack * most
         assert (low, high) == (least, most) or name in read
-    assert any(decision.bits == 8 for decision in narrow.values())
-    assert any(narrow[name].range != whole[name].range for name in read & narrow.keys())
+    assert any(narrow[name].range != whole[name].range for name in (read & narrow.keys()) - shared.keys())
+    readers = [{r["tensor"]: r["read_by"] for r in activation_records(graph, plan)} for plan, _ in plans]
+    assert readers[0]["relu"] == readers[1]["relu_read"] == ["1.conv1.weight"]
+    assert readers[1]["relu"] == []
+
+
+def test_a_shared_values_own_grid_keeps_its_bits_and_a_plan_may_still_narrow_it() -> None:
+    network = named("padded_residual")
+    module = network.make()
+    graph = trace_graph(module, network.inputs(2))
+    x = network.inputs(16)
+    grids = activation_ranges(float_module(graph), ["relu_2"], Data(x, None, "zoo"), lambda *_: None)
+
+    def output(**bits: int) -> Tensor:
+        decisions = (Quantize(name, "activation", b, "asymmetric", None, grids["relu_2"]) for name, b in bits.items())
+        plan = Plan("uniform", {}, 0, "0" * 64, None, None, tuple(decisions), {})
+        return assemble(graph, apply_plan(module, graph.tied, plan, {}))(*x)
+
+    dense = output()
+    both, layers = output(relu_2=4), output(relu_2=8, relu_2_read=4)
+    assert not torch.equal(both, layers)
+    assert (layers - dense).square().sum() < (both - dense).square().sum()
+    assert torch.equal(output(relu_2=4, relu_2_read=4), both)
 
 
 def test_its_last_step_is_that_of_hawq() -> None:
