@@ -25,7 +25,15 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 @checkpoint_argument
 @setting_options("method", "budget", "activations", "range", "exclude", "keep", "tie", "for", "cache")
 @setting_options(
-    "channel_widths", "group_size", "reconstruction", "bias_correction", "trace", "rtol", "passes", "compare"
+    "channel_widths",
+    "group_size",
+    "reconstruction",
+    "bias_correction",
+    "trace",
+    "estimator",
+    "rtol",
+    "passes",
+    "compare",
 )
 @setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
 @setting_options("distill", "distill_features", "patience")

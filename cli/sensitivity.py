@@ -33,7 +33,7 @@ hcompress sensitivity model.pt --model net.py:make --measure weight-error --inpu
     metavar="NAME",
     help=f"One of {', '.join(measure.name for measure in registry.MEASURES)}.",
 )
-@setting_options("trace", "fisher", "rtol", "passes", "reconstruction", "compare")
+@setting_options("trace", "estimator", "fisher", "rtol", "passes", "reconstruction", "compare")
 @setting_options("model", "model_args", "input_shape", "data", "num_calibration", "mean", "std", "layout", "task")
 @setting_options("seed", "threads", "device", "cache", "out")
 @force_option

@@ -187,7 +187,7 @@ MEASURES = (
         module="compress.measure.hessian_trace",
         summary="curvature trace of every layer: Gauss-Newton, all layers at once, or the exact Hessian",
         source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852)",
-        options=("trace", "rtol", "passes"),
+        options=("trace", "estimator", "rtol", "passes"),
     ),
     Measure(
         name="activation-trace",

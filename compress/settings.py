@@ -265,6 +265,15 @@ SETTINGS = (
         "trace", "measure.trace", "str", "Curvature whose traces are taken.", "ggn", ("ggn", "hessian"), in_preset=True
     ),
     Setting(
+        "estimator",
+        "measure.estimator",
+        "str",
+        "How traces of the exact Hessian are estimated.",
+        "hutchinson",
+        ("hutchinson", "hutch++", "xtrace"),
+        in_preset=True,
+    ),
+    Setting(
         "fisher",
         "measure.fisher",
         "str",

@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..data import Data
 from ..graph.rewrite import on_device, writes_in_place
+from ..numerics.trace import TraceEstimate
 from ..task import Task
 from .loss_factor import Draw, cotangents, output_curvature, period
 from .network import PASS_BATCH, outputs_of, require_finite
-from .traces import TraceEstimate, traces_by_passes
+from .traces import traces_by_passes
 
 
 def activation_traces(

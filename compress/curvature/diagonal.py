@@ -15,9 +15,10 @@ from torch import Tensor
 from ..context import Progress
 from ..data import Data
 from ..graph.trace import Layer
+from ..numerics.trace import standard_error
 from ..task import Task
 from .network import PASS_BATCH, Network
-from .traces import MIN_PASSES, hessian_product, standard_error
+from .traces import MIN_PASSES, hessian_product
 
 
 @dataclass(frozen=True, slots=True)

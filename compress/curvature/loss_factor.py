@@ -174,8 +174,12 @@ def _normals(like: Tensor, draw: Draw) -> Tensor:
 
 def _generators(draw: Draw, turn: int | None = None) -> list[torch.Generator]:
     """One for each example; probes of one ``turn`` share its random numbers."""
-    keys = [(draw.seed, number, draw.probe if turn is None else turn) for number in draw.examples]
-    return [torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0])) for key in keys]
+    return [seeded((draw.seed, number, draw.probe if turn is None else turn)) for number in draw.examples]
+
+
+def seeded(key: Sequence[int]) -> torch.Generator:
+    """A generator of its own for the numbers ``key``, such as a run's seed, an example and a probe."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def _of_labels(task: Task, outputs: Any, targets: Tensor | None, draw: Draw) -> tuple[Tensor, ...]:

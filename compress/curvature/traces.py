@@ -4,16 +4,17 @@
 every example a squared gradient norm whose mean is the trace of its generalized Gauss-Newton block. The probes of
 successive passes are orthogonal: with k classes the estimate is exact after k passes. On a trained network few examples
 hold most of the trace, and are known by their outputs: after two passes over all, further ones cover those alone.
-``hessian_traces``: Hutchinson's estimate vᵀHv on one layer's block of the exact Hessian (Hutchinson 1989; Dong et al.
-2020, HAWQ-V2, arXiv:1911.03852, section 3.1). Cost: a forward pass and one with per-sample gradients over the data for
-all layers, against one Hessian-vector product a layer and probe.
+``hessian_traces``: one layer's block of the exact Hessian by its products with vectors (``numerics.trace``; Dong et al.
+2020, HAWQ-V2, arXiv:1911.03852, section 3.1). One product for all layers would bring the noise of the blocks between
+them into each. A network that is piecewise linear in each layer's weights, as one of ReLUs with fixed batch statistics
+is, has the same blocks in both matrices: there the first function gives the Hessian's traces.
+Cost: a forward pass and one with per-sample gradients over the data for all layers, against one backward pass a layer
+and product, and a forward and backward pass a layer and block of products.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,28 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..context import Progress
 from ..data import Data
 from ..errors import NumericsError, UsageError
+from ..graph.trace import Layer
+from ..numerics.trace import ESTIMATORS, TraceEstimate
 from ..task import Task
-from .loss_factor import Draw, loss_of, output_curvature, period
+from .loss_factor import Draw, loss_of, output_curvature, period, seeded
 from .network import PASS_BATCH, Network, batches, differentiable, record
 from .sample_gradients import draw_seed, layer_rows
 
 MIN_PASSES = 2  # a standard error needs two
 MIN_FREEDOM = 7  # probes beyond the first of each example: the spread of fewer is often small by chance
 HEAVY_SHARE = 0.99  # of the squared output-space traces
-
-
-@dataclass(frozen=True, slots=True)
-class TraceEstimate:
-    """The trace of a layer's block of the mean loss's curvature, in loss per squared weight.
-
-    Attributes:
-        stderr: Of the probes; the examples are taken as given.
-        passes: Over the data, or Hessian probes of this layer.
-    """
-
-    mean: float
-    stderr: float
-    passes: int
 
 
 def ggn_traces(
@@ -175,59 +164,81 @@ def hessian_traces(
     task: Task,
     data: Data,
     *,
+    estimator: str,
     rtol: float,
     max_probes: int,
     generator: torch.Generator,
     progress: Progress,
     batch: int = PASS_BATCH,
 ) -> dict[str, TraceEstimate]:
-    """Hutchinson traces of the exact Hessian's diagonal blocks, one layer at a time.
+    """Traces of the exact Hessian's diagonal blocks, one layer at a time.
 
     Args:
         data: Without targets, the loss is expected under the model's own predictions.
-        rtol: Probes are drawn for a layer until its standard error is at most this share of its magnitude.
-        max_probes: The most probes of a layer; 2 or more. Fewer than 8 are only made where this is below 8.
+        estimator: Of ``numerics.trace.ESTIMATORS``.
+        rtol: Products are made for a layer until its standard error is at most this share of its magnitude.
+        max_probes: The most products of a layer; 2 or more. Fewer than 8 are only made where this is below 8.
 
     Raises:
         UsageError: The loss needs targets and there are none, or an operator has no second derivative.
         NumericsError: The loss or a product isn't finite; names the examples or the layer.
     """
-    found = {}
+    found, seed = {}, draw_seed(generator)
     for number, layer in enumerate(network.layers):
         progress("Hessian traces", number, len(network.layers))
-        values: list[float] = []
-        limit = max(max_probes, MIN_PASSES)
-        while len(values) < limit:
-            signs = torch.randint(0, 2, layer.shape, generator=generator).mul(2).sub(1)
-            vector = {layer.tensor: signs.to(network.device, network.dtype)}
-            product = hessian_product(network, task, data, vector, batch=batch)
-            values.append(float((product[layer.tensor] * vector[layer.tensor]).double().sum()))
-            if len(values) >= min(MIN_FREEDOM + 1, limit) and standard_error(values) <= rtol * abs(
-                sum(values) / len(values)
-            ):
-                break
-        found[layer.tensor] = TraceEstimate(sum(values) / len(values), standard_error(values), len(values))
+        found[layer.tensor] = ESTIMATORS[estimator](
+            partial(layer_products, network, task, data, layer, batch=batch),
+            partial(_signs, network, (seed, number), layer.elements),
+            rtol=rtol,
+            limit=max_probes,
+        )
     progress("Hessian traces", len(network.layers), len(network.layers))
     return found
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of two or more independent values."""
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def _signs(network: Network, key: tuple[int, int], d: int, numbers: range) -> Tensor:
+    """``[k, d]`` random signs of the probes that ``numbers`` counts: each has a seed of its own."""
+    rows = [
+        torch.randint(0, 2, (d,), generator=seeded((*key, number)), dtype=network.dtype).mul(2).sub(1)
+        for number in numbers
+    ]
+    return torch.stack(rows).to(network.device) if rows else torch.zeros(0, d, dtype=network.dtype)
+
+
+def layer_products(
+    network: Network, task: Task, data: Data, layer: Layer, vectors: Tensor, *, batch: int = PASS_BATCH
+) -> Tensor:
+    """``H v`` for each row of ``vectors`` ``[k, elements]``, H the layer's block of the mean loss's Hessian."""
+    parts = {layer.tensor: vectors.reshape(-1, *layer.shape)}
+    return hessian_products(network, task, data, parts, batch=batch)[layer.tensor].flatten(1)
 
 
 def hessian_product(
     network: Network, task: Task, data: Data, vectors: Mapping[str, Tensor], *, batch: int = PASS_BATCH
 ) -> dict[str, Tensor]:
-    """``H v`` of the mean loss over ``data``, H restricted to the tensors that ``vectors`` names.
+    """``H v`` for one vector: ``hessian_products`` of tensors without their first dimension."""
+    found = hessian_products(network, task, data, {name: v.unsqueeze(0) for name, v in vectors.items()}, batch=batch)
+    return {name: value.squeeze(0) for name, value in found.items()}
+
+
+def hessian_products(
+    network: Network, task: Task, data: Data, vectors: Mapping[str, Tensor], *, batch: int = PASS_BATCH
+) -> dict[str, Tensor]:
+    """``H v`` of the mean loss over ``data`` for k vectors, H restricted to the tensors that ``vectors`` names.
+
+    A batch's forward and first backward pass serve all vectors; each has one more backward pass.
+
+    Args:
+        vectors: ``[k, *shape]`` each, with the same k.
 
     Raises:
         UsageError: The loss needs targets and there are none, or an operator has no second derivative.
-        NumericsError: The loss isn't finite; names the examples. The product isn't; names the layer.
+        NumericsError: The loss isn't finite; names the examples. A product isn't; names the layer.
     """
     names = list(vectors)
     total = {name: torch.zeros_like(vectors[name]) for name in names}
+    if not all(len(value) for value in vectors.values()):
+        return total
     with differentiable(network, names) as weights:
         for number, part in enumerate(batches(network, data, batch)):
             # Fused attention has no second derivative.
@@ -239,10 +250,7 @@ def hessian_product(
                         f"the loss is {loss.item():g} on examples {first}-{first + len(part) - 1} of {data.name}",
                         hint="check these examples and their targets",
                     )
-                products = _second_derivative(loss, weights, [vectors[name] for name in names])
-            for name, value in zip(names, products, strict=True):
-                if value is not None:
-                    total[name] += value.detach()
+                _add_second_derivatives(loss, weights, [vectors[name] for name in names], list(total.values()))
     for name, value in total.items():
         if not torch.isfinite(value).all():
             raise NumericsError(
@@ -252,25 +260,33 @@ def hessian_product(
     return total
 
 
-def _second_derivative(loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """``H v`` by two backward passes; None where a weight doesn't reach the loss, or only linearly."""
-    nothing = [None] * len(weights)
+def _add_second_derivatives(
+    loss: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], total: Sequence[Tensor]
+) -> None:
+    """Add ``H v`` to ``total`` for each row of ``vectors``; none where a weight doesn't reach the loss, or linearly."""
     if not loss.requires_grad:
-        return nothing
+        return
     gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-    terms = [
-        (gradient * vector).sum()
-        for gradient, vector in zip(gradients, vectors, strict=True)
-        if gradient is not None and gradient.requires_grad
-    ]
-    if not terms:
-        return nothing
-    try:
-        return torch.autograd.grad(torch.stack(terms).sum(), weights, allow_unused=True)
-    except RuntimeError as error:  # torch has no type of its own for an operator without a second derivative
-        if "is not implemented" not in str(error):
-            raise
-        raise UsageError(
-            f"the exact Hessian needs second derivatives, and torch lacks one ({error})",
-            hint="use what needs first derivatives only: --trace ggn, or the Fisher matrix",
-        ) from error
+    curved = [number for number, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
+    if not curved:
+        return
+    count = len(vectors[0])
+    for row in range(count):
+        try:
+            products = torch.autograd.grad(
+                [gradients[number] for number in curved],
+                weights,
+                [vectors[number][row] for number in curved],
+                retain_graph=row + 1 < count,
+                allow_unused=True,
+            )
+        except RuntimeError as error:  # torch has no type of its own for an operator without a second derivative
+            if "is not implemented" not in str(error):
+                raise
+            raise UsageError(
+                f"the exact Hessian needs second derivatives, and torch lacks one ({error})",
+                hint="use what needs first derivatives only: --trace ggn, or the Fisher matrix",
+            ) from error
+        for own, product in zip(total, products, strict=True):
+            if product is not None:
+                own[row] += product.detach()

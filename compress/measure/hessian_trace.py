@@ -36,7 +36,14 @@ def measure(
         traces = ggn_traces(network, task, data, rtol=rtol, max_passes=limit, generator=generator, progress=progress)
     else:
         traces = hessian_traces(
-            network, task, data, rtol=rtol, max_probes=limit, generator=generator, progress=progress
+            network,
+            task,
+            data,
+            estimator=str(options["estimator"]),
+            rtol=rtol,
+            max_probes=limit,
+            generator=generator,
+            progress=progress,
         )
     entries = {(name, ""): Estimate(e.mean, e.stderr) for name, e in traces.items()}
     passes = max((e.passes for e in traces.values()), default=0)

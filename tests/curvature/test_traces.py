@@ -15,10 +15,11 @@ from zoo import named
 
 from compress.curvature import traces
 from compress.curvature.network import Network, open_network, outputs_of
-from compress.curvature.traces import TraceEstimate, ggn_traces, heaviest, hessian_product, hessian_traces
+from compress.curvature.traces import ggn_traces, heaviest, hessian_product, hessian_products, hessian_traces
 from compress.data import Data
 from compress.errors import NumericsError, UsageError
 from compress.graph.trace import trace_graph
+from compress.numerics.trace import ESTIMATORS, TraceEstimate
 from compress.task import CausalLM, Classification, Regression, Task
 
 CPU = torch.device("cpu")
@@ -280,7 +281,10 @@ def dense_hessian(module: nn.Module, task: Task, data: Data, name: str) -> Tenso
 
 def run_hessian(network: Network, task: Task, data: Data, **changes: Any) -> dict[str, TraceEstimate]:
     generator = torch.Generator().manual_seed(changes.pop("seed", 0))
-    settings: dict[str, Any] = {"rtol": 0.05, "max_probes": 30, "progress": lambda *_: None, **changes}
+    settings: dict[str, Any] = {
+        **{"estimator": "hutchinson", "rtol": 0.05, "max_probes": 30, "progress": lambda *_: None},
+        **changes,
+    }
     return hessian_traces(network, task, data, generator=generator, **settings)
 
 
@@ -324,6 +328,43 @@ def test_an_operator_without_a_second_derivative_is_named() -> None:
     network = opened(zoo.make(), zoo.inputs(2), torch.float32)
     with pytest.raises(UsageError, match=r"torch lacks one \(derivative for aten::hardsigmoid_backward"):
         run_hessian(network, Classification(), Data(zoo.inputs(2), None, "calib.npz"))
+
+
+def test_products_of_many_vectors_are_those_of_each_to_the_bit() -> None:
+    _, network, data = images()
+    vectors = {name: torch.randn(3, *weight.shape, dtype=torch.float64) for name, weight in network.weights.items()}
+    together = hessian_products(network, Classification(), data, vectors, batch=2)
+    for row in range(3):
+        alone = hessian_product(network, Classification(), data, {n: v[row] for n, v in vectors.items()}, batch=2)
+        assert all(torch.equal(together[name][row], alone[name]) for name in vectors)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_is_exact_on_a_layer_that_its_products_span(estimator: str) -> None:
+    """18 outputs of 3 classes: fewer than 30 eigenvalues of the last layer aren't zero."""
+    module, network, data = classifier(3, scale=2.0, count=3)
+    exact = float(dense_hessian(module, Classification(), data, "2.weight").trace())
+    found = run_hessian(network, Classification(), data, estimator=estimator, rtol=0.0, max_probes=40)["2.weight"]
+    assert found.mean == pytest.approx(exact, rel=0.3 if estimator == "hutchinson" else 1e-10)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_layers_trace_depends_neither_on_batches_nor_on_other_layers(estimator: str) -> None:
+    _, network, data = classifier(3, scale=2.0)
+    given: dict[str, Any] = {"estimator": estimator, "rtol": 0.0, "max_probes": 12}
+    whole = run_hessian(network, Classification(), data, **given)
+    parts = run_hessian(network, Classification(), data, **given, batch=5)
+    more = run_hessian(network, Classification(), data, **{**given, "rtol": 1e9})
+    for name, estimate in whole.items():
+        assert parts[name].mean == pytest.approx(estimate.mean, rel=1e-10)
+    assert set(more) == set(whole)
+
+
+def test_a_piecewise_linear_network_has_the_traces_of_its_gauss_newton_matrix() -> None:
+    module, network, data = images()
+    exact = run(network, Classification(), data)
+    for name, estimate in exact.items():
+        assert float(dense_hessian(module, Classification(), data, name).trace()) == pytest.approx(estimate.mean)
 
 
 def test_hessian_traces_are_right_within_their_errors() -> None:

@@ -21,7 +21,7 @@ from compress.sensitivity import Sensitivity, read_sensitivity
 from compress.task import Calibration, Classification
 
 GGN = {"trace": "ggn", "rtol": 0.05, "passes": 20}
-HESSIAN = {"trace": "hessian", "rtol": 0.2, "passes": 12}
+HESSIAN = {"trace": "hessian", "estimator": "hutchinson", "rtol": 0.2, "passes": 12}
 
 
 def context(seed: int = 0) -> Context:
