@@ -109,11 +109,20 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
     if "memory" in given and not plan and not method.holds_gradients:
         takers = ", ".join(known.name for known in methods_for(job) if known.holds_gradients)
         raise UsageError(f"method {method.name} has no --memory", hint=f"methods that take it: {takers}")
+    check_estimator(given, settings)
     asked = any(settings[name].value for name in LENGTHS)
     unused = [BY_NAME[name].flag for name in sorted(set(given) & TRAINING)] + ["--resume"] * resume
     if unused and not asked and (plan or not method.trains):
         raise UsageError(
             f"{unused[0]} has no effect without training", hint="pass --recover-steps N or --recover-epochs X as well"
+        )
+
+
+def check_estimator(given: Collection[str], settings: Settings) -> None:
+    """An estimator needs a matrix that is estimated by products."""
+    if "estimator" in given and settings["trace"].value != "hessian":
+        raise UsageError(
+            "--estimator has no effect on Gauss-Newton traces", hint="pass --trace hessian as well, or leave it out"
         )
 
 

@@ -44,6 +44,7 @@ def sensitivity(checkpoint: Path, measure: str, force: bool, as_json: bool, quie
     """
     settings = options.resolve()
     registry.find_measure(measure)
+    preflight.check_estimator(options.given_flags(), settings)
     preflight.check_inputs(checkpoint, settings)
     if settings["out"].value is not None:
         preflight.check_out(Path(settings["out"].value), force=force)

@@ -186,6 +186,31 @@ def test_an_unknown_measure_names_the_choices() -> None:
     assert "hessian-trace" in str(refused(*DATA, "--measure", "hesian").hint)
 
 
+def test_an_estimator_needs_the_exact_hessian() -> None:
+    error = refused(*DATA, "--estimator", "xtrace")
+    assert error.message == "--estimator has no effect on Gauss-Newton traces"
+    assert "--trace hessian" in str(error.hint)
+
+
+def test_the_estimators_agree_on_the_exact_hessian() -> None:
+    line = (
+        *DATA,
+        "--num-calibration",
+        "8",
+        "--trace",
+        "hessian",
+        "--passes",
+        "12",
+        "--cache",
+        "off",
+        "--json",
+        "--quiet",
+    )
+    found = [json.loads(run(*line, "--estimator", name).stdout)["entries"] for name in ("hutch++", "xtrace")]
+    for one, other in zip(*found, strict=True):
+        assert abs(one["value"] - other["value"]) <= 5 * (one["stderr"] + other["stderr"])
+
+
 def test_missing_data_are_a_usage_error() -> None:
     assert "no calibration data" in refused("--measure", "fisher").message
 

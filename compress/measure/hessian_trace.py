@@ -27,7 +27,7 @@ def measure(
     """The trace of every layer's block of the mean loss's curvature.
 
     Args:
-        options: ``trace`` (``ggn`` or ``hessian``), ``rtol``, ``passes`` (the most).
+        options: ``trace`` (``ggn`` or ``hessian``), ``estimator`` of the latter, ``rtol``, ``passes`` (the most).
     """
     network = open_network(graph, device=context.device)
     rtol, limit = float(options["rtol"]), int(options["passes"])
