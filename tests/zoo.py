@@ -61,7 +61,8 @@ def randomise_norms(module: nn.Module) -> None:
             if layer.weight is not None:
                 sign = torch.where(torch.rand_like(layer.weight) < 0.2, -1.0, 1.0)
                 layer.weight.data = sign * (0.5 + torch.rand_like(layer.weight))
-                layer.bias.data = 0.3 * torch.randn_like(layer.bias)
+                if layer.bias is not None:
+                    layer.bias.data = 0.3 * torch.randn_like(layer.bias)
             if getattr(layer, "running_mean", None) is not None:
                 layer.running_mean.data = 0.3 * torch.randn_like(layer.running_mean)
                 layer.running_var.data = 0.3 + torch.rand_like(layer.running_var)

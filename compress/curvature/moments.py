@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..data import Data
 from ..graph.trace import TRANSPOSED, argument, aten
+from .gradient_rules import each_dim, padded
 from .network import PASS_BATCH, Network, batches
-from .sample_gradients import each_dim, padded
 
 LARGEST_MOMENT = 8192  # inputs of an output; beyond, a moment would take more than half a gigabyte
 MAX_POSITIONS = 2**17  # of a layer, over all examples: the moments of more are no closer

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from ..data import Data
 from ..errors import InputError, NumericsError
 from ..graph.rewrite import move, unlift, writes_in_place
-from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS, Graph, Layer, aten
+from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS, Graph, Layer
+from .gradient_rules import Site, Use, num_trailing
 
 PASS_BATCH = 32  # examples of a forward and backward pass
 MAX_LISTED = 8
@@ -31,11 +32,13 @@ class Network:
     Attributes:
         module: In evaluation mode; batch norms are not folded.
         layers: As in the graph.
-        weights: Parameters of the layers by state-dict key, copies of the source's; they need no gradient until asked.
+        weights: Parameters of the layers, and others that were asked for after them, by state-dict key; copies of the
+            source's, which need no gradient until asked.
         uses: Layer nodes of the graph with the tensor that they multiply.
         batch_dims: Where those nodes' inputs have the examples; none where it isn't a dimension of its own.
-        looped: Tensors whose per-sample gradients can't be had from the layers' inputs and outputs: with a use that is
-            no layer, such as an embedding that shares the weight, or without a batch dimension.
+        sites: Operators with one or more of the weights as arguments, which their per-sample gradients come from.
+        looped: Weights whose per-sample gradients can't be had from sites alone: something else than an operator with
+            the examples apart reads them, such as one that casts them, or merges the batch with another dimension.
         is_in_place: Whether an operator writes into its input.
     """
 
@@ -44,29 +47,30 @@ class Network:
     weights: Mapping[str, nn.Parameter]
     uses: Mapping[fx.Node, str]
     batch_dims: Mapping[fx.Node, int]
+    sites: Mapping[fx.Node, tuple[Site, ...]]
     looped: frozenset[str]
     is_in_place: bool
     device: torch.device
 
     @property
     def num_weights(self) -> int:
-        """``d``: elements of all layers."""
-        return sum(layer.elements for layer in self.layers)
+        """``d``: elements of all weights."""
+        return sum(weight.numel() for weight in self.weights.values())
 
     @property
     def dtype(self) -> torch.dtype:
         return next((weight.dtype for weight in self.weights.values()), torch.float32)
 
     def flat(self) -> Tensor:
-        """The weights as one vector ``[d]``, layers in order."""
-        return torch.cat([self.weights[layer.tensor].detach().flatten() for layer in self.layers])
+        """The weights as one vector ``[d]``: layers in order, then others."""
+        return torch.cat([weight.detach().flatten() for weight in self.weights.values()])
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector ``[..., d]`` as one tensor a layer, ``[..., *shape]``."""
-        parts = torch.split(vector, [layer.elements for layer in self.layers], dim=-1)
+        """A vector ``[..., d]`` as one tensor a weight, ``[..., *shape]``."""
+        parts = torch.split(vector, [weight.numel() for weight in self.weights.values()], dim=-1)
         return {
-            layer.tensor: part.reshape(*vector.shape[:-1], *layer.shape)
-            for layer, part in zip(self.layers, parts, strict=True)
+            name: part.reshape(*vector.shape[:-1], *weight.shape)
+            for (name, weight), part in zip(self.weights.items(), parts, strict=True)
         }
 
     def set_flat(self, vector: Tensor) -> None:
@@ -76,29 +80,23 @@ class Network:
                 self.weights[name].copy_(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One use of a weight in a forward pass: the layer's node, its input and its output."""
-
-    node: fx.Node
-    tensor: str
-    input: Tensor
-    output: Tensor
-
-
-def open_network(graph: Graph, *, layers: tuple[Layer, ...] | None = None, device: torch.device) -> Network:
+def open_network(
+    graph: Graph, *, layers: tuple[Layer, ...] | None = None, others: Sequence[str] = (), device: torch.device
+) -> Network:
     """A copy of the network that may be differentiated and changed.
 
     Args:
         layers: Those that matter; all of the graph's where None.
+        others: Floating-point parameters beside their weights, by the names they have in the graph: biases, norms,
+            embeddings.
     """
     module = unlift(graph.program, graph.tied)
     _own_tensors(module, device)
     move(module, device)  # compiles it: calls it by the names that tied weights now go by
     chosen = graph.layers if layers is None else layers
-    names = {layer.tensor for layer in chosen}
+    names = list(dict.fromkeys((*(layer.tensor for layer in chosen), *others)))
     weights: dict[str, nn.Parameter] = {}
-    for name in sorted(names):
+    for name in names:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         weight = nn.Parameter(getattr(owner, leaf).clone(), requires_grad=False)
@@ -107,23 +105,26 @@ def open_network(graph: Graph, *, layers: tuple[Layer, ...] | None = None, devic
     symbols = {_size(node, 0) for node in module.graph.nodes if node.op == "placeholder"} - {None}
     uses: dict[fx.Node, str] = {}
     batch_dims: dict[fx.Node, int] = {}
+    sites: dict[fx.Node, tuple[Site, ...]] = {}
     looped: set[str] = set()
+    layer_tensors = {layer.tensor for layer in chosen}
     for node in module.graph.nodes:
-        for argument in node.all_input_nodes:
-            if argument.op != "get_attr" or argument.target not in names:
+        for read in node.all_input_nodes:
+            if read.op != "get_attr" or read.target not in weights:
                 continue
-            tensor = str(argument.target)
-            if not _multiplies(node, argument):
+            tensor = str(read.target)
+            found = _sites(node, read, symbols)
+            sites[node] = (*sites.get(node, ()), *found)
+            if not found:
                 looped.add(tensor)
-                continue
-            uses[node] = tensor
-            dim = _batch_dim(node, symbols)
-            if dim is None:
-                looped.add(tensor)
-            else:
-                batch_dims[node] = dim
+            if tensor in layer_tensors and _multiplies(node, read):
+                uses[node] = tensor
+                if found:
+                    batch_dims[node] = found[0].batch_dim
+    sites = {node: tuple(site for site in found if site.tensor not in looped) for node, found in sites.items()}
+    sites = {node: found for node, found in sites.items() if found}
     is_in_place = writes_in_place(module.graph)
-    return Network(module, chosen, weights, uses, batch_dims, frozenset(looped), is_in_place, device)
+    return Network(module, chosen, weights, uses, batch_dims, sites, frozenset(looped), is_in_place, device)
 
 
 def _own_tensors(module: fx.GraphModule, device: torch.device) -> None:
@@ -142,14 +143,48 @@ def _multiplies(node: fx.Node, weight: fx.Node) -> bool:
     return node.target in WEIGHT_OPS and [i for i, a in enumerate(node.args) if a is weight] == [WEIGHT_ARGUMENT]
 
 
-def _batch_dim(node: fx.Node, symbols: set[Any]) -> int | None:
-    """The one dimension of a layer's input that is the batch; None where it is merged with another, or missing."""
-    inputs = node.args[0]
-    assert isinstance(inputs, fx.Node)
-    dims = [d for d in range(inputs.meta["val"].dim()) if _size(inputs, d) in symbols]
-    # A convolution's batch is its first dimension, and a linear layer sums over its last.
-    last = inputs.meta["val"].dim() - 1 if node.target is aten.linear.default else 1
-    return dims[0] if len(dims) == 1 and dims[0] < last else None
+def _sites(node: fx.Node, weight: fx.Node, symbols: set[Any]) -> tuple[Site, ...]:
+    """Where ``weight`` is an argument of an operator whose examples are apart; none where that isn't all that it is."""
+    positions = [i for i, value in enumerate(node.args) if value is weight]
+    if node.op != "call_function" or _count(node, weight) != len(positions) or _is_mutable(node):
+        return ()
+    out, dims = _batch_dim(node, symbols), tuple(_batch_dim(value, symbols) for value in node.args)
+    if out is None or _MERGED in (out, *dims) or not node.meta["val"].is_floating_point():
+        return ()
+    last = node.meta["val"].dim() - max(num_trailing(node, position) for position in positions)
+    # A rule's operator keeps the batch where it is: before the dimensions that it sums over or takes channels from.
+    has_rules = last < node.meta["val"].dim()
+    if out >= last or (has_rules and out not in dims):
+        return ()
+    return tuple(Site(node, position, str(weight.target), out, dims) for position in positions)
+
+
+_MERGED = -1  # in place of the batch's dimension
+
+
+def _count(node: fx.Node, value: fx.Node) -> int:
+    return sum(leaf is value for leaf in tree_leaves((list(node.args), dict(node.kwargs))))
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or bool(schema.is_mutable)
+
+
+def _batch_dim(value: Any, symbols: set[Any]) -> int | None:
+    """The one dimension of a traced value that is the batch; None without any, ``_MERGED`` where it is in others."""
+    nodes = [leaf for leaf in tree_leaves(value) if isinstance(leaf, fx.Node)]
+    if not isinstance(value, fx.Node):  # a list: of sizes, among which the batch may be, or of tensors
+        return _MERGED if any(_batch_dim(node, symbols) is not None for node in nodes) else None
+    known = value.meta.get("val")
+    if isinstance(known, torch.SymInt):
+        return None if known.node.expr in symbols or not known.node.expr.free_symbols else _MERGED
+    if not isinstance(known, Tensor):
+        return None if known is None or isinstance(known, int | float | bool) else _MERGED
+    sizes = [_size(value, d) for d in range(known.dim())]
+    dims = [d for d, size in enumerate(sizes) if size in symbols]
+    others = [size for size in sizes if size is not None and size not in symbols and size.free_symbols]
+    return _MERGED if others or len(dims) > 1 else dims[0] if dims else None
 
 
 def _size(node: fx.Node, dim: int) -> Any:
@@ -192,32 +227,44 @@ def outputs_of(value: Any) -> tuple[Tensor, ...]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and keeps each use of a weight; outputs of layers are where gradients are asked for."""
+    """Runs the graph and keeps each use of a weight; outputs of those are where gradients are asked for."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, sites: Mapping[fx.Node, tuple[Site, ...]]) -> None:
         super().__init__(network.module)
-        self.network = network
+        self.is_in_place = network.is_in_place
+        self.sites = sites
         self.found: list[Use] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        if self.network.uses.get(n) in (None, *self.network.looped):
+        sites = self.sites.get(n)
+        if sites is None:
             return super().run_node(n)
-        input_node = n.args[0]
-        assert isinstance(input_node, fx.Node)
-        value, inputs = super().run_node(n), self.env[input_node].detach()
+        # An operator in place, maybe on a view, would change the recorded tensors into others.
+        arguments = fx.node.map_arg(n.args, self._kept)
+        value = super().run_node(n)
         if not value.requires_grad:
             value.requires_grad_(True)
-        # An operator in place, maybe on a view, would change the recorded tensors into others.
-        if self.network.is_in_place:
-            self.found.append(Use(n, self.network.uses[n], inputs.clone(), value))
-            return value.clone()
-        self.found.append(Use(n, self.network.uses[n], inputs, value))
-        return value
+        self.found += [Use(site, arguments, value) for site in sites]
+        return value.clone() if self.is_in_place else value
+
+    def _kept(self, node: fx.Node) -> Any:
+        value = self.env[node]
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            return 1  # the size of one example's batch
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone() if self.is_in_place and node.op != "get_attr" else value.detach()
 
 
-def record(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Any, list[Use]]:
-    """Run the network; its outputs, and every use of a layer's weight, in the order of execution."""
-    recorder = _Recorder(network)
+def record(
+    network: Network, inputs: tuple[Tensor, ...], sites: Mapping[fx.Node, tuple[Site, ...]] | None = None
+) -> tuple[Any, list[Use]]:
+    """Run the network; its outputs, and every use of a weight, in the order of execution.
+
+    Args:
+        sites: Those of ``network.sites`` where None.
+    """
+    recorder = _Recorder(network, network.sites if sites is None else sites)
     with torch.enable_grad():
         outputs = recorder.run(*inputs)
     return outputs, recorder.found

@@ -10,7 +10,7 @@ Source: the probes of ``traces``. Cost: a forward and backward pass for each of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, fx
 
 from ..context import Progress
 from ..data import Data
+from ..graph.trace import WEIGHT_ARGUMENT
 from ..task import Task, has_logits
+from .gradient_rules import Site
 from .loss_factor import Draw, cotangents
 from .moments import channel_dim
 from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, record, require_finite
@@ -59,11 +61,12 @@ def output_gradients(
     network: Network, task: Task, data: Data, *, passes: int, generator: torch.Generator, progress: Progress
 ) -> OutputGradients:
     """Squared gradients of the network's outputs by the layers' outputs, at random signs as for ``row_traces``."""
-    network = replace(network, looped=frozenset())  # outputs are differentiated, and no weight
+    # Outputs are differentiated, and no weight: the batch may be anywhere.
+    sites = {node: (Site(node, WEIGHT_ARGUMENT, tensor, 0, ()),) for node, tensor in network.uses.items()}
     channels: dict[str, Tensor] = {}
     parts: dict[fx.Node, list[Tensor]] = {}
     for batch, draw, signs in _probes(data, network, passes, generator, progress, "output gradients"):
-        outputs, uses = record(network, batch.inputs)
+        outputs, uses = record(network, batch.inputs, sites)
         gradients = _pulled_back(task, outputs, batch, draw, signs, [use.output for use in uses])
         for use, gradient in zip(uses, gradients, strict=True):
             squares = torch.zeros_like(use.output) if gradient is None else gradient.square()

@@ -14,17 +14,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.nn import functional as F
+from torch import Tensor
 
 from ..context import Progress
 from ..data import Data
 from ..errors import UsageError
-from ..graph.trace import TRANSPOSED, argument, aten, batch_statistics
+from ..graph.trace import batch_statistics
 from ..numerics.mfac import Gradients, new_gradients
 from ..task import Task
+from .gradient_rules import Use, rows_of
 from .loss_factor import Draw, cotangents
-from .network import PASS_BATCH, Network, Use, batches, differentiable, outputs_of, record, require_finite
+from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, record, require_finite
 
 
 def sample_gradients(
@@ -117,21 +117,20 @@ def layer_rows(
         )
     probe = cotangents(task, outputs, batch.targets, draw, mode=mode)
     found = gradients_of(outputs_of(outputs), [use.output for use in uses], probe)
-    by_tensor: dict[str, list[tuple[Use, Tensor]]] = {layer.tensor: [] for layer in network.layers}
+    by_tensor: dict[str, list[tuple[Use, Tensor]]] = {tensor: [] for tensor in network.weights}
     for use, gradient in zip(uses, found, strict=True):
         if gradient is not None:
             by_tensor[use.tensor].append((use, gradient))
     looped = _one_by_one(network, batch, probe)
-    for layer in network.layers:
-        parts = [weight_gradients(use.node, use.input, gradient, network) for use, gradient in by_tensor[layer.tensor]]
-        if layer.tensor in looped:
-            parts.append(looped[layer.tensor])
-        shape = (len(batch), layer.elements)
-        rows = parts.pop() if parts else torch.zeros(shape, dtype=network.dtype, device=network.device)
+    for tensor, weight in network.weights.items():
+        parts = [rows_of(use, gradient) for use, gradient in by_tensor[tensor]]
+        if tensor in looped:
+            parts.append(looped[tensor])
+        rows = parts.pop() if parts else weight.new_zeros(len(batch), weight.numel())
         for part in parts:
-            rows += part
-        require_finite(rows, f"the gradient of {layer.tensor}", draw.examples, draw.name)
-        yield layer.tensor, rows
+            rows = rows + part
+        require_finite(rows, f"the gradient of {tensor}", draw.examples, draw.name)
+        yield tensor, rows
 
 
 def gradients_of(
@@ -150,58 +149,11 @@ def _columns(network: Network, keep: Tensor | None) -> dict[str, tuple[int, Tens
     columns: dict[str, tuple[int, Tensor | None]] = {}
     start = 0
     masks = {} if keep is None else network.split(keep.to(network.device))
-    for layer in network.layers:
-        chosen = masks[layer.tensor].flatten().nonzero().flatten() if masks else None
-        columns[layer.tensor] = (start, chosen)
-        start += layer.elements if chosen is None else len(chosen)
+    for tensor, weight in network.weights.items():
+        chosen = masks[tensor].flatten().nonzero().flatten() if masks else None
+        columns[tensor] = (start, chosen)
+        start += weight.numel() if chosen is None else len(chosen)
     return columns
-
-
-def weight_gradients(node: fx.Node, inputs: Tensor, gradient: Tensor, network: Network) -> Tensor:
-    """``[n, elements]``: the weight's gradient for each example, from a layer's input and its output's gradient."""
-    dim = network.batch_dims[node]
-    n = inputs.shape[dim]
-    if node.target is aten.linear.default:
-        left, right = (x.movedim(dim, 0).reshape(n, -1, x.shape[-1]) for x in (gradient, inputs))
-        return torch.bmm(left.transpose(1, 2), right).flatten(1)
-    weight = network.weights[network.uses[node]].detach()
-    spatial = weight.dim() - 2
-    inputs, padding = padded(node, inputs, weight)
-    is_transposed = node.target in TRANSPOSED
-    arguments = (
-        each_dim(argument(node, "stride", 1), spatial),
-        padding,
-        each_dim(argument(node, "dilation", 1), spatial),
-        is_transposed,
-        each_dim(argument(node, "output_padding", 0), spatial),
-        n * int(argument(node, "groups", 1)),
-        [False, True, False],
-    )
-    # The examples as groups of one convolution: 2 to 5 times faster than a call an example, or than unfolding.
-    gradient, inputs = (x.reshape(1, -1, *x.shape[2:]) for x in (gradient, inputs))
-    repeated = weight.repeat(n, *[1] * (weight.dim() - 1))
-    found: Tensor = aten.convolution_backward(gradient, inputs, repeated, None, *arguments)[1]
-    return found.reshape(n, -1)
-
-
-def padded(node: fx.Node, inputs: Tensor, weight: Tensor) -> tuple[Tensor, list[int]]:
-    """The input and the padding of a convolution; ``same`` may be uneven, and is put into the input itself."""
-    spatial = weight.dim() - 2
-    padding = argument(node, "padding", 0)
-    if not isinstance(padding, str):
-        return inputs, each_dim(padding, spatial)
-    if padding == "valid":
-        return inputs, [0] * spatial
-    dilation = each_dim(argument(node, "dilation", 1), spatial)
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    return F.pad(inputs, sides), [0] * spatial
-
-
-def each_dim(value: Any, spatial: int) -> list[int]:
-    """One number a spatial dimension: ATen takes a single one for all."""
-    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
-    return values * spatial if len(values) == 1 else values
 
 
 def _one_by_one(network: Network, batch: Data, probe: tuple[Tensor, ...]) -> dict[str, Tensor]:
