@@ -94,7 +94,7 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
         plan: Whether the decisions are those of a plan.
     """
     method = find_method(job, settings["method"].value or methods_for(job)[0].name)
-    compared = _measured(COMPARED) if settings["compare"].value else set[str]()
+    compared = _measured(COMPARED) if settings["configurations"].value else set[str]()
     for name in sorted(set(given) & {option for known in methods_for(job) for option in _options(known)}):
         flag = BY_NAME[name].flag
         if name in compared:

@@ -57,6 +57,14 @@ class Progress:
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=done, total=total)
 
+    def say(self, text: str) -> None:
+        """A line on stderr between two stages."""
+        self._finish_stage(failed=False)
+        if self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        elif not self._quiet:
+            click.echo(text, err=True)
+
     def _finish_stage(self, *, failed: bool) -> None:
         if self._stage is None:
             return

@@ -33,7 +33,7 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
     "estimator",
     "rtol",
     "passes",
-    "compare",
+    "configurations",
 )
 @setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
 @setting_options("distill", "distill_features", "patience")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from . import cache, plot
+from .comparison import option_text, shown_option
 from .context import Context, Storage
 from .errors import UsageError
 from .graph.trace import Graph
@@ -21,7 +22,6 @@ from .sensitivity import Sensitivity, sensitivity_from
 from .task import BUILT_IN
 
 KIND = "sensitivity"
-SHOWN_OPTION = "4"  # of a measure that has a value for each of many options
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,19 @@ def take(job: Job, name: str, context: Context) -> Taken:
     if key not in job.memo:
         # The same for every file that is delivered, and so may be kept.
         context = replace(context, model_bytes=_no_model_bytes, notes=[])
-        taken = _recall(job, measure, context) if _is_kept(job, measure) else _measure(job, measure, context)
+        taken = _recall(job, measure, context) if _may_keep(job, measure) else _measure(job, measure, context)
         job.memo[key] = (taken, context.notes)
     found: tuple[Taken, list[str]] = job.memo[key]
     job.notes.extend(note for note in found[1] if note not in job.notes)
     return found[0]
+
+
+def is_kept(job: Job, name: str) -> bool:
+    """Whether the cache has this measure."""
+    measure = find_measure(name)
+    if job.calibration is None or not _may_keep(job, measure):
+        return False
+    return cache.read(KIND, _key(job, measure, measure_context(job)), []) is not None
 
 
 def num_configurations(job: Job) -> int:
@@ -66,9 +74,9 @@ def num_configurations(job: Job) -> int:
     Raises:
         UsageError: One, which leaves nothing to rank.
     """
-    count = int(job.value("compare"))
+    count = int(job.value("configurations"))
     if count == 1:
-        raise UsageError("--compare 1 leaves nothing to rank", hint="pass 2 or more; 50 tell predictors apart")
+        raise UsageError("--configurations 1 leaves nothing to rank", hint="pass 2 or more; 50 tell predictors apart")
     return count
 
 
@@ -106,10 +114,8 @@ def measure_context(job: Job) -> Context:
 
 def sensitivity_svg(record: Sensitivity, network: str) -> str:
     """The plot of a record: a bar a layer, of one option where there are many."""
-    options = dict.fromkeys(option for _, option in record.entries)
-    shown = SHOWN_OPTION if SHOWN_OPTION in options else next(iter(options), "")
-    meant = f"{shown} bits" if shown.isdecimal() else f"sparsity {shown}"
-    title = f"{record.method} of {network}" + (f", {meant} for every layer" if shown else "")
+    shown = shown_option(record)
+    title = f"{record.method} of {network}" + (f", {option_text(shown)} for every layer" if shown else "")
     bars = [(layer, e.value, e.stderr) for (layer, option), e in record.entries.items() if option == shown]
     return plot.bars_svg(title, record.unit, bars)
 
@@ -133,7 +139,7 @@ def _no_model_bytes(choices: Mapping[str, Storage]) -> NoReturn:
     raise RuntimeError("a measure delivers no file, so that it has no size")
 
 
-def _is_kept(job: Job, measure: Measure) -> bool:
+def _may_keep(job: Job, measure: Measure) -> bool:
     """Whether it is worth a file, and its key tells all: not the loss of a task that is the user's code."""
     return measure.needs_data and job.value("cache") == "on" and type(job.task) in BUILT_IN.values()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -28,7 +27,6 @@ from .build import (
     planning_context,
     read_plan_files,
     sealed,
-    sidecar_bytes,
     with_program,
     write_plan,
     write_sensitivities,
@@ -56,7 +54,7 @@ from .manifest import NAME as MANIFEST
 from .model import PROGRAM, WEIGHTS
 from .plan import Plan, read_plan
 from .recovery import is_asked, recipe_of, training_data
-from .registry import METHODS, TASKS, Method, find_measure, find_method, load_module, methods_for
+from .registry import METHODS, TASKS, Method, find_method, load_module, methods_for
 from .sensitivity import Sensitivity
 from .settings import Settings, Value, chosen_budget
 from .task import Task, load_task
@@ -231,13 +229,13 @@ def _check_before_work(job: Job, target: Target, *, trains: bool) -> None:
     compares = target.job == "quantize" and measuring.num_configurations(job) > 0
     if compares and target.out is None:
         raise UsageError(
-            "--compare goes into the report, and --dry-run writes none",
-            hint="use hcompress sensitivity --compare N, or leave --dry-run out",
+            "--configurations goes into the report, and --dry-run writes none",
+            hint="use hcompress sensitivity --configurations N, or leave --dry-run out",
         )
     if compares and job.calibration is None:
         raise UsageError(
-            "--compare runs the network on calibration data, and there are none",
-            hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args), or leave --compare out",
+            "--configurations runs the network on calibration data, and there are none",
+            hint="pass --data FILE.npz, FILE.safetensors or FILE.py:fn(args), or leave --configurations out",
         )
     if trains:
         training_data(job)
@@ -372,42 +370,6 @@ def export_layout(
         "floats": list(layout.floats),
         "tied": list(layout.tied),
         "time_s": time.monotonic() - started,
-    }
-
-
-def measure_sensitivity(
-    checkpoint: Path, settings: Settings, name: str, *, force: bool, command: list[str], progress: Progress
-) -> dict[str, Any]:
-    """``hcompress sensitivity``: one measure of every layer; ``out`` takes the record, its tensors and a plot.
-
-    Raises:
-        UsageError: An unknown measure, missing data, or an output folder that exists.
-    """
-    measure = find_measure(name)
-    out = None if settings["out"].value is None else out_folder(settings)
-    with nullcontext() if out is None else store.staged(out, force, [checkpoint]) as stage:
-        opened = open_job(checkpoint, settings, progress, needs_data=measure.needs_data)
-        measuring.num_configurations(opened)
-        taken = measuring.take(opened, name, measuring.measure_context(opened))
-        predictors = _compared(opened)
-        if stage is not None and out is not None:
-            store.write_file(stage / "sensitivity.json", canonical.dumps(taken.record.to_json()))
-            if predictors is not None:
-                store.write_file(stage / "predictors.json", canonical.dumps(predictors))
-            if taken.tensors:
-                store.write_file(stage / "sensitivity.safetensors", sidecar_bytes(taken.tensors))
-            plot = measuring.sensitivity_svg(taken.record, checkpoint.absolute().name)
-            store.write_file(stage / "sensitivity.svg", plot)
-            write_manifest(stage, command, opened.parents(), int(opened.value("seed")))
-            store.publish(stage, out)
-    return {
-        **taken.record.to_json(),
-        "elements": {layer.tensor: layer.elements for layer in opened.graph.layers},
-        "num_examples": 0 if opened.calibration is None else len(opened.calibration.data),
-        "cached": taken.is_cached,
-        "predictors": predictors,
-        "notes": opened.notes,
-        "time_s": time.monotonic() - opened.started,
     }
 
 

@@ -1,4 +1,4 @@
-"""Plots as SVG that needs no script and nothing from the network: bars of layers, a curve, a histogram.
+"""Plots as SVG that needs no script and nothing from the network: bars of layers, a curve, a histogram, a scatter plot.
 
 The bars are a file of their own, with its style. The others are part of a page, whose style.css has their colours.
 Names of layers come from untrusted checkpoints: every text is escaped on its way out.
@@ -67,7 +67,7 @@ def bars_svg(title: str, unit: str, entries: Sequence[Entry]) -> str:
     ]
     for power in _ticks(axis):
         x = left + BAR_WIDTH * (power - axis[0]) / (axis[1] - axis[0])
-        label = f"{10.0**power:g}" if abs(power) < 5 else f"1e{power}"
+        label = _power_text(power)
         parts += [
             f'<line class="line" x1="{x:.1f}" y1="{HEAD - 2}" x2="{x:.1f}" y2="{bottom}"/>',
             f'<text class="muted" x="{x:.1f}" y="{HEAD - 8}" text-anchor="middle">{label}</text>',
@@ -193,7 +193,7 @@ def histogram_svg(
     powers = range(math.ceil(low), math.floor(end) + 1)
     for power in powers[:: math.ceil(len(powers) / NUM_TICKS) or 1]:
         x = left + (power - low) / step * wide
-        label = f"{10.0**power:g}" if abs(power) < 5 else f"1e{power}"
+        label = _power_text(power)
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 42}" text-anchor="middle">{_text(axis)}</text>')
     for place in range(num_bins):
@@ -207,6 +207,54 @@ def histogram_svg(
                     f'<rect class="{name}" x="{left + place * wide + 0.5:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" '
                     f'height="{height:.1f}"><title>{_text(words)}</title></rect>'
                 )
+    return "\n".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A point of a scatter plot.
+
+    Attributes:
+        title: On hover.
+    """
+
+    x: float
+    y: float
+    title: str
+
+
+def scatter_svg(title: str, axes: tuple[str, str], spots: Sequence[Spot]) -> str:
+    """A dot for each pair of values, both axes logarithmic; one that has no logarithm stands at the axis' start.
+
+    Args:
+        axes: What x and y are.
+    """
+    left, top, right, bottom = 70.0, 18.0, 560.0, 322.0
+    across = decades(spot.x for spot in spots) or (0, 1)
+    up = decades(spot.y for spot in spots) or (0, 1)
+    parts = [f'<svg class="chart" viewBox="0 0 720 376" role="img"><title>{_text(title)}</title>']
+    for power in _ticks(up):
+        y = bottom - (bottom - top) * (power - up[0]) / (up[1] - up[0])
+        parts += [
+            f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>',
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{_power_text(power)}</text>',
+        ]
+    for power in _ticks(across):
+        x = left + (right - left) * (power - across[0]) / (across[1] - across[0])
+        parts += [
+            f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>',
+            f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{_power_text(power)}</text>',
+        ]
+    turned = f'transform="translate(16 {(top + bottom) / 2}) rotate(-90)"'
+    parts += [
+        f'<text x="{(left + right) / 2}" y="{bottom + 44}" text-anchor="middle">{_text(axes[0])}</text>',
+        f'<text {turned} text-anchor="middle">{_text(axes[1])}</text>',
+    ]
+    for spot in spots:
+        x = left + (right - left) * (share(spot.x, across) if spot.x > 0 else 0.0)
+        y = bottom - (bottom - top) * (share(spot.y, up) if spot.y > 0 else 0.0)
+        mark = f'<circle class="dot good" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+        parts.append(f"<g><title>{_text(spot.title)}</title>{mark}</g>")
     return "\n".join([*parts, "</svg>"])
 
 
@@ -258,3 +306,7 @@ def _bar(value: float, stderr: float, axis: tuple[int, int], start: tuple[float,
         caps = "".join(f"M{x:.1f} {middle - WHISKER:.1f}v{2 * WHISKER}" for x in (low, high) if x > left)
         parts.append(f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}{caps}"/>')
     return parts
+
+
+def _power_text(power: int) -> str:
+    return f"{10.0**power:g}" if abs(power) < 5 else f"1e{power}"

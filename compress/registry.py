@@ -211,6 +211,13 @@ MEASURES = (
         options=("passes",),
     ),
     Measure(
+        name="hessian-eigenvalues",
+        module="compress.measure.hessian_eigenvalues",
+        summary="largest eigenvalues of every layer's block of the Hessian, and of all layers together",
+        source="Dong et al. 2019, HAWQ (arXiv:1905.03696); Ghorbani et al. 2019 (arXiv:1901.10159)",
+        options=("eigenvalues", "rtol", "passes"),
+    ),
+    Measure(
         name="output-change",
         module="compress.quantize.measured_changes",
         summary="how far the outputs move with each weight alone at each bit width",

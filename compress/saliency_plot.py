@@ -11,7 +11,7 @@ MOST_LOG = 300  # that a float holds
 
 def saliency_text(record: dict[str, Any]) -> str:
     """What was removed and kept, in a sentence each."""
-    removed, kept = (_part(record, name) for name in ("removed", "kept"))
+    removed, kept = (part_text(record[name], record["of"]) for name in ("removed", "kept"))
     return f"Saliency: {record['what']}{_unit(record)}. Removed: {removed}. Kept: {kept}"
 
 
@@ -21,7 +21,7 @@ def saliency_svg(record: dict[str, Any]) -> str:
 
     def bars(name: str) -> list[tuple[int, str]]:
         return [
-            (count, f"{_range(low, step, number)}: {count:,} {record['of']} {name}")
+            (count, f"{range_text(low, step, number)}: {count:,} {record['of']} {name}")
             for number, count in enumerate(record[name]["bins"])
         ]
 
@@ -30,7 +30,8 @@ def saliency_svg(record: dict[str, Any]) -> str:
     return histogram_svg(title, axis, low, step, {name: bars(name) for name in ("removed", "kept")})
 
 
-def _range(low: float, step: float, number: int) -> str:
+def range_text(low: float, step: float, number: int) -> str:
+    """What a bin counts."""
     start, end = (low + step * place for place in (number, number + 1))
     return f"{_power(start)} to {_power(end)}" if number else f"up to {_power(end)}"
 
@@ -43,9 +44,9 @@ def _unit(record: dict[str, Any]) -> str:
     return f" ({record['unit']})" if record["unit"] else ""
 
 
-def _part(record: dict[str, Any], name: str) -> str:
-    part = record[name]
-    text = f"{part['count']:,} {record['of']}"
+def part_text(part: dict[str, Any], of: str) -> str:
+    """How many there are, and their range."""
+    text = f"{part['count']:,} {of}"
     if part["zeros"]:
         text += f", {part['zeros']:,} of them zero"
     if part["median"] is None:

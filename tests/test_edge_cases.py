@@ -18,6 +18,7 @@ from compress import pipeline
 from compress.data import load_object
 from compress.errors import BudgetError, HCompressError, NumericsError, UsageError
 from compress.registry import METHODS
+from compress.sensing import measure_sensitivity
 from compress.settings import Value, resolve
 
 NETWORKS = """
@@ -214,8 +215,15 @@ def test_a_tuple_of_outputs_has_traces_or_a_reason(folder: Path, trace: str) -> 
     chosen = settings(folder, "tuple", {"trace": trace, "measure": "hessian-trace"})
 
     def measured() -> dict[str, Any]:
-        return pipeline.measure_sensitivity(
-            folder / "tuple.safetensors", chosen, "hessian-trace", force=False, command=[], progress=quiet
+        return measure_sensitivity(
+            folder / "tuple.safetensors",
+            chosen,
+            "hessian-trace",
+            force=False,
+            dry_run=False,
+            command=[],
+            progress=quiet,
+            announce=lambda name, expected: None,
         )
 
     if trace == "ggn":

@@ -27,8 +27,10 @@ RANKS = (
         "joint",
         "plot",
         "saliency_plot",
+        "comparison",
         "report",
         "sweep_report",
+        "sensitivity_report",
         "summary",
         "store",
         "cache",
@@ -39,7 +41,7 @@ RANKS = (
         "figures",
         "inspection",
     ),
-    ("job", "build", "recovery", "finish", "measuring", "planning", "pipeline", "sweep"),
+    ("job", "build", "recovery", "finish", "measuring", "forecast", "sensing", "planning", "pipeline", "sweep"),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.

@@ -13,9 +13,10 @@ from compress.cli.main import cli
 from safetensors.torch import load_file
 from torch import nn
 
-from compress.errors import UsageError
+from compress.errors import InputError, UsageError
 from compress.graph.trace import Graph, trace_graph
 from compress.manifest import check_files, read_manifest
+from compress.measure.hessian_eigenvalues import TOGETHER
 from compress.measuring import network_sha256
 from compress.registry import MEASURES
 from compress.sensitivity import read_sensitivity
@@ -32,13 +33,13 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.parametrize("name", [measure.name for measure in MEASURES])
 def test_every_measure_gives_each_layer_a_finite_value(name: str, tmp_path: Path) -> None:
-    result = run(*DATA, "--measure", name, "--passes", "2", "--out", str(tmp_path / "out"), "--json", "--quiet")
+    result = run(*DATA, "--measure", name, "--passes", "3", "--out", str(tmp_path / "out"), "--json", "--quiet")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     written = read_sensitivity(tmp_path / "out" / "sensitivity.json")
     assert written.method == name
     layers = {entry["layer"] for entry in record["entries"]}
-    assert layers if name == "activation-trace" else layers == set(record["elements"])
+    assert layers if name == "activation-trace" else layers - {TOGETHER} == set(record["elements"])
     assert len(written.entries) == len(record["entries"])
     sidecar = tmp_path / "out" / "sensitivity.safetensors"
     assert sidecar.exists() == (name in ("fisher", "hessian-diagonal"))
@@ -63,7 +64,7 @@ def test_one_seed_gives_one_record() -> None:
 
 
 def test_predictors_are_compared_on_random_widths_and_kept_with_the_measure(tmp_path: Path) -> None:
-    line = (*DATA, "--measure", "output-change", "--compare", "4", "--passes", "2", "--quiet")
+    line = (*DATA, "--measure", "output-change", "--configurations", "4", "--passes", "2", "--quiet")
     result = run(*line, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     kept = json.loads((tmp_path / "out" / "predictors.json").read_text())
@@ -76,24 +77,43 @@ def test_predictors_are_compared_on_random_widths_and_kept_with_the_measure(tmp_
 
 
 def test_one_configuration_leaves_nothing_to_rank() -> None:
-    result = run(*DATA, "--measure", "weight-error", "--compare", "1", "--quiet")
+    result = run(*DATA, "--measure", "weight-error", "--configurations", "1", "--quiet")
     assert isinstance(result.exception, UsageError)
-    assert result.exception.message == "--compare 1 leaves nothing to rank"
+    assert result.exception.message == "--configurations 1 leaves nothing to rank"
     assert result.exception.hint == "pass 2 or more; 50 tell predictors apart"
 
 
 def test_a_comparison_is_refused_where_no_report_is_written() -> None:
-    given = ("--eval", str(DEMO / "evaluation.npz"), "--budget", "4bit", "--compare", "3", "--dry-run", "--quiet")
+    given = (
+        "--eval",
+        str(DEMO / "evaluation.npz"),
+        "--budget",
+        "4bit",
+        "--configurations",
+        "3",
+        "--dry-run",
+        "--quiet",
+    )
     line = ["quantize", *NETWORK, *DATA, *given]
     result = CliRunner().invoke(cli, line, obj=line)
     assert isinstance(result.exception, UsageError)
-    assert result.exception.message == "--compare goes into the report, and --dry-run writes none"
+    assert result.exception.message == "--configurations goes into the report, and --dry-run writes none"
 
 
 @pytest.mark.slow
 def test_a_quantized_run_reports_the_comparison_that_it_is_asked_for(tmp_path: Path) -> None:
     evaluation = ("--eval", str(DEMO / "evaluation.npz"), "--method", "hawq", "--budget", "4bit", "--passes", "2")
-    line = ["quantize", *NETWORK, *DATA, *evaluation, "--compare", "3", "--out", str(tmp_path / "out"), "--quiet"]
+    line = [
+        "quantize",
+        *NETWORK,
+        *DATA,
+        *evaluation,
+        "--configurations",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
     result = CliRunner().invoke(cli, line, obj=line)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -114,11 +134,11 @@ def test_a_measure_that_was_taken_before_is_read_from_the_cache(
     fresh, cached = (json.loads(result.stdout) for result in results)
     assert (fresh.pop("cached"), cached.pop("cached")) == (False, True)
     assert f"{name} from the cache: done in" in results[1].stderr
-    del fresh["time_s"], cached["time_s"]
+    del fresh["time_s"], cached["time_s"], fresh["forecast"], cached["forecast"]
     assert cached == fresh
     assert any("--passes" in note for note in cached["notes"]) == (name == "hessian-trace")
     for path in (tmp_path / "first").iterdir():
-        if path.name != "manifest.json":
+        if path.name not in ("manifest.json", "report.html", "report.md"):  # these have times
             assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
     assert not json.loads(run(*line, "--seed", "1").stdout)["cached"]
 
@@ -227,11 +247,14 @@ def test_force_replaces_a_whole_folder_of_ours_and_no_other(tmp_path: Path) -> N
     out = tmp_path / "out"
     assert run(*DATA, "--measure", "fisher", "--out", str(out)).exit_code == 0
     assert {path.name for path in out.iterdir()} == {
-        *("manifest.json", "sensitivity.json", "sensitivity.safetensors", "sensitivity.svg")
+        *("manifest.json", "report.html", "report.md"),
+        *("sensitivity.json", "sensitivity.safetensors", "sensitivity.svg"),
     }
     check_files(out, read_manifest(out))
     assert run(*WEIGHT_ERROR, "--out", str(out), "--force").exit_code == 0
-    assert {path.name for path in out.iterdir()} == {"manifest.json", "sensitivity.json", "sensitivity.svg"}
+    assert {path.name for path in out.iterdir()} == {
+        *("manifest.json", "report.html", "report.md", "sensitivity.json", "sensitivity.svg")
+    }
     (out / "mine.txt").touch()
     assert "mine.txt" in refused(*WEIGHT_ERROR, "--out", str(out), "--force").message
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -255,3 +278,75 @@ def test_an_interrupted_measure_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("compress.measure.weight_error.measure", interrupt)
     assert isinstance(run(*WEIGHT_ERROR, "--out", str(tmp_path / "new" / "out")).exception, SystemExit)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_measures_are_compared_layer_by_layer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = (*DATA, "--passes", "2", "--compare", "hessian-trace", "fisher", "--out", str(out))
+    record = json.loads(run(*line, "--json", "--quiet").stdout)
+    assert [measure["name"] for measure in record["measures"]] == ["hessian-trace", "fisher"]
+    assert -1 <= record["spearman"] <= 1 and record["spearman_stderr"] > 0
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "manifest.json", "report.html", "report.md"}
+    check_files(out, read_manifest(out))
+    kept = json.loads((out / "comparison.json").read_text())
+    assert kept["entries"] == record["entries"]
+    page = (out / "report.html").read_text()
+    assert page.count("<circle") == len(record["entries"]) == page.count("<tr>") - 1
+    shown = run(*line, "--force", "--quiet").stdout
+    assert shown.startswith("Spearman rho ") and "of hessian-trace and fisher over" in shown
+
+
+def test_a_measure_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
+    old = str(tmp_path / "old")
+    assert run(*DATA, "--measure", "fisher", "--out", old).exit_code == 0
+    for named in (old, str(tmp_path / "old" / "sensitivity.json")):
+        record = json.loads(run(*DATA, "--compare", named, "fisher", "--json", "--quiet").stdout)
+        assert record["spearman"] == 1.0 and record["measures"][0]["name"] == named
+        assert all(one == other for one, other in (entry["values"] for entry in record["entries"]))
+    refusal = run(*DATA, "--compare", "fischer", "fisher", "--quiet").exception
+    assert isinstance(refusal, InputError)
+    assert refusal.message == "fischer is no measure, and no record of one" and "hessian-trace" in str(refusal.hint)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--measure", "fisher"), "--measure and --compare contradict each other"),
+        (("--configurations", "4"), "--configurations has no effect with --compare"),
+    ],
+)
+def test_a_comparison_leaves_no_option_without_effect(more: tuple[str, ...], message: str) -> None:
+    assert refused(*DATA, "--compare", "fisher", "hessian-trace", *more).message == message
+
+
+def test_a_dry_run_says_what_a_measure_would_take_and_writes_nothing(tmp_path: Path) -> None:
+    line = (*DATA, "--measure", "hessian-diagonal", "--dry-run", "--out", str(tmp_path / "out"))
+    record = json.loads(run(*line, "--json", "--quiet").stdout)
+    expected = record["forecast"]
+    assert 0 < expected["least_s"] == expected["most_s"] < 600 and expected["memory_bytes"] > 10**7
+    result = run(*line)
+    assert result.stdout.startswith("hessian-diagonal: ") and result.stdout.endswith("B\n")
+    assert not list(tmp_path.iterdir())
+    nothing = run("--measure", "weight-error", "--input-shape", "1,28,28", "--dry-run", "--quiet")
+    assert nothing.stdout == "weight-error: next to nothing\n"
+
+
+def test_a_long_measure_says_before_what_it_will_take() -> None:
+    result = run(*DATA, "--num-calibration", "512", "--measure", "fisher", "--json")
+    said = next(line for line in result.stderr.splitlines() if "is expected to take" in line)
+    assert said.startswith("fisher is expected to take ")
+    record = json.loads(result.stdout)
+    assert record["forecast"]["most_s"] > 0 and record["time_s"] > 0
+
+
+def test_the_report_has_the_bars_the_table_and_the_saliencies_of_single_weights(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = json.loads(run(*DATA, "--measure", "fisher", "--out", str(out), "--json", "--quiet").stdout)
+    page, text = ((out / name).read_text() for name in ("report.html", "report.md"))
+    assert record["saliencies"]["kept"]["count"] == sum(record["elements"].values())
+    assert record["saliencies"]["removed"]["count"] == 0
+    assert page.count('class="bar"') == len(record["entries"])
+    assert "Saliency: half the squared weight times its entry of fisher (loss)" in page
+    for entry in record["entries"]:
+        assert f"<td>{entry['layer']}</td>" in page and f"| {entry['value']:.4g} " in text
+    assert 'class="kept"' in page

@@ -31,10 +31,13 @@ def measure(
     """How far the outputs move, in units of the loss, with each weight alone at each width (``"4"``).
 
     Args:
-        options: ``reconstruction``: ``gptq`` for levels chosen by the layer's outputs, ``none`` for the nearest.
+        options: ``reconstruction``: ``gptq`` for levels chosen by the layer's outputs, ``none`` for the nearest;
+            ``widths``, where only some are to be tried, ``USUAL`` among them.
     """
-    by_outputs = options["reconstruction"] == "gptq"
-    rounded = at_every_width(source, graph, graph.layers, calibration, by_outputs=by_outputs, context=context)
+    by_outputs, widths = options["reconstruction"] == "gptq", options.get("widths", WIDTHS)
+    rounded = at_every_width(
+        source, graph, graph.layers, calibration, by_outputs=by_outputs, context=context, widths=widths
+    )
     variants = {tensor: list(values.values()) for tensor, values in rounded.items()}
     task, usual = calibration.task, {tensor: values[USUAL] for tensor, values in rounded.items()}
     data, counts = telling_examples(graph, usual, calibration.data, EXAMPLES, task, context, temperature=TEMPERATURE)
@@ -56,8 +59,9 @@ def at_every_width(
     *,
     by_outputs: bool,
     context: Context,
+    widths: Sequence[int] = WIDTHS,
 ) -> dict[str, dict[int, Tensor]]:
-    """Each weight rounded at 2 to 8 bits.
+    """Each weight rounded at each width.
 
     Args:
         by_outputs: Levels are chosen by what they do to the layer's outputs, rather than the nearest.
@@ -73,7 +77,7 @@ def at_every_width(
         weight, moment = state[layer.tensor].detach().float().cpu(), moments.get(layer.tensor)
         found[layer.tensor] = {
             bits: rounded_at(layer, weight, moment, str(bits), with_integers=False, by_outputs=by_outputs)
-            for bits in WIDTHS
+            for bits in widths
         }
     context.progress("round at every width", len(layers), len(layers))
     return found

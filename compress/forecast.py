@@ -1,0 +1,143 @@
+"""What a measure will take, before it is made: its time and memory, from trials of the measure itself on few examples.
+
+Three trials: few examples, a batch of them, and few with twice the passes. Time is taken for a constant, a part by the
+passes, and one by the examples times the passes; memory for that of a batch, which all batches share.
+Cost: about one part in ``WORTH / BATCH`` of the measure, or less.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .curvature.network import PASS_BATCH
+from .job import Job, method_options
+from .measuring import measure_context
+from .numerics.eigenvalues import FIRST as SHORT_SEARCH
+from .quantize.output_change import EXAMPLES, USUAL
+from .quantize.points import WIDTHS
+from .registry import Measure, find_measure, load_module
+from .task import Calibration
+
+FEW = 2  # examples of the shortest trial
+WORTH = 16 * PASS_BATCH  # examples times passes below which a trial would be a good part of the measure
+BYTES_HELD = 8  # of a number of the vectors that a block's products are kept in
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a measure is expected to take.
+
+    Attributes:
+        least_s: Seconds if ``rtol`` is met at once.
+        most_s: Seconds of all passes.
+        memory_bytes: Peak of the process, or of the device's tensors where that isn't the CPU.
+    """
+
+    least_s: float
+    most_s: float
+    memory_bytes: int
+
+    def to_json(self) -> dict[str, float]:
+        """As plain JSON."""
+        return {"least_s": self.least_s, "most_s": self.most_s, "memory_bytes": self.memory_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeats:
+    """What a measure does again and again, counted in passes, products or widths.
+
+    Attributes:
+        options: Of a short trial, and of one with more repeats.
+        counts: Repeats of the two.
+        least: Of the measure itself, if ``rtol`` is met at once.
+        most: Of the measure itself.
+        examples: That it looks at each time.
+    """
+
+    options: tuple[dict[str, Any], dict[str, Any]]
+    counts: tuple[int, int]
+    least: int
+    most: int
+    examples: int
+
+
+def forecast(job: Job, name: str, *, always: bool = False) -> Forecast | None:
+    """Try a measure; None where there are no data, or so few that trials would take as long.
+
+    Args:
+        always: Whether to try it however few they are.
+    """
+    measure = find_measure(name)
+    if not measure.needs_data or job.calibration is None:
+        return None
+    total, options = len(job.calibration.data), method_options(job, measure.options)
+    repeats = _repeats(measure, options, total)
+    once, more = repeats.counts
+    if not always and total * repeats.most < WORTH * once:
+        return None
+    num_few, num_many = min(FEW, total), min(PASS_BATCH, total)
+    few_s = _trial(job, measure, num_few, repeats.options[0])
+    few_s = min(few_s, _trial(job, measure, num_few, repeats.options[0]))  # the first one loads code
+    more_s = few_s if more == once else _trial(job, measure, num_few, repeats.options[1])
+    many_s = few_s if num_many == num_few else _trial(job, measure, num_many, repeats.options[0])
+    by_repeat = max(0.0, more_s - few_s) / max(1, more - once)
+    by_both = max(0.0, many_s - few_s) / max(1, num_many - num_few) / once
+
+    def time_of(count: int) -> float:
+        return few_s + (count - once) * by_repeat + max(0, repeats.examples - num_few) * count * by_both
+
+    return Forecast(time_of(repeats.least), time_of(repeats.most), _peak_bytes(job) + _held_bytes(job, options))
+
+
+def _repeats(measure: Measure, options: dict[str, Any], total: int) -> _Repeats:
+    if measure.name == "output-change":
+        one, two = ({**options, "widths": tuple(range(USUAL, USUAL + count))} for count in (1, 2))
+        return _Repeats((one, two), (1, 2), len(WIDTHS), len(WIDTHS), min(total, EXAMPLES))
+    if "passes" not in options:
+        return _Repeats((options, options), (1, 1), 1, 1, total)
+    passes, first = int(options["passes"]), 2
+    counts, least, most = (2, 4), 2 if "rtol" in options else passes, passes
+    if "eigenvalues" in options:
+        # A product for the start and one for each residual, beside those of a search.
+        count = int(options["eigenvalues"])
+        first, around = count + 2, count + 1
+        counts, least = (first + around, 2 * first + around), SHORT_SEARCH + 2 * count + around
+        most = least + passes + around
+    one, two = ({**options, "passes": times * first} for times in (1, 2))
+    return _Repeats((one, two), counts, least, most, total)
+
+
+def _trial(job: Job, measure: Measure, num_examples: int, options: dict[str, Any]) -> float:
+    """Seconds of the measure on so many examples."""
+    assert job.calibration is not None
+    calibration = Calibration(job.calibration.task, job.calibration.data.first(num_examples))
+    context = replace(measure_context(job), progress=lambda stage, done, total: None)
+    started = time.monotonic()
+    load_module(measure).measure(job.source, job.graph, calibration, options, context)
+    took = time.monotonic() - started
+    gc.collect()
+    job.progress("estimate time and memory", 0, None)
+    return took
+
+
+def _peak_bytes(job: Job) -> int:
+    device = measure_context(job).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _held_bytes(job: Job, options: dict[str, Any]) -> int:
+    """Of the vectors that products of one block after the other are kept in."""
+    sizes = [layer.elements for layer in job.graph.layers]
+    if "eigenvalues" in options:
+        return BYTES_HELD * int(options["passes"]) * sum(sizes)
+    if options.get("trace") == "hessian":
+        return BYTES_HELD * int(options["passes"]) * max(sizes, default=0)
+    return 0
