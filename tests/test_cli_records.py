@@ -6,6 +6,7 @@ The pipeline is replaced by a stand-in where a command would call it: its result
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shlex
@@ -1102,3 +1103,25 @@ def test_the_completion_script_gets_commands_and_options() -> None:
     }
     done = subprocess.run([ENTRY], capture_output=True, text=True, env=environment)
     assert done.stdout == "plain,--sparsity\n"
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("name", "kept"), [(None, [(-3, 2**30), (-1, 2**30)]), ("MALLOC_ARENA_MAX", [])])
+def test_freed_memory_stays_unless_the_environment_says_otherwise(
+    name: str | None, kept: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    library = types.SimpleNamespace(mallopt=lambda *given: calls.append(given))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: library)
+    monkeypatch.setattr("sys.platform", "linux")
+    for known in [known for known in os.environ if known.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(known)
+    if name is not None:
+        monkeypatch.setenv(name, "1")
+    main_module = importlib.import_module("compress.cli.main")
+    main_module._keep_freed_memory()
+    assert calls == kept
+    del library.mallopt
+    main_module._keep_freed_memory()

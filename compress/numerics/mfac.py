@@ -36,7 +36,7 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest register
 PIECE = 2**21  # elements of the gradients worked on at once: 16 MB in float64, which malloc reuses
 DEVICE_PIECE = 2**27  # the same on an accelerator, whose products are fast where they are large
 DEVICE_SHARE = 0.8  # of an accelerator's free memory, that gradients may take there
-ROWS = 128  # rows of a triangular product computed at once; what is beyond the triangle is left out in such steps
+ROWS = 64  # rows of a triangular product computed at once; what is beyond the triangle is left out in such steps
 DEVICE_ROWS = 256  # the same on an accelerator, of products with few rows and long sums
 SUMMED = 4  # strips whose products are summed in the gradients' precision before they go to float64
 SMALL_GAP = 1e-2  # least 1 - q of the diagonal's formula that is used; m / 0.99 columns of a block can have less
@@ -221,7 +221,7 @@ def gram_matrix(gradients: Gradients) -> Tensor:
     Raises:
         NumericsError: A gradient is not finite (names row and column), or products of gradients overflow.
     """
-    _check_gradients(gradients)
+    _check_shape(gradients)
     everything = torch.arange(gradients.shape[1], device=gradients.device)
     return _gram(gradients.detach(), everything[None], is_dual=True)[0]
 
@@ -251,7 +251,7 @@ def inverse_fisher(
         tensor([0.1000, 1.0000])
     """
     gradients = gradients.detach()
-    _check_gradients(gradients)
+    _check_shape(gradients)
     check_damping(damping)
     everything = torch.ones(gradients.shape[1], dtype=torch.bool, device=gradients.device)
     groups = [columns for columns, _ in _groups(_block_sizes(blocks, gradients.shape[1]), everything)]
@@ -533,7 +533,8 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
         if is_dual and (number % SUMMED == 0 or number == len(strips)):
             gram += sums
             sums.zero_()
-    if not math.isfinite(float(gram.sum())):
+    if not math.isfinite(float(gram.sum())):  # as it is if a gradient isn't: its square is on the diagonal
+        _check_gradients(gradients)
         peaks = torch.stack([part.abs().amax(1) for part in _all_strips(gradients)]).amax(0)
         raise NumericsError(
             f"products of gradients overflow: row {int(peaks.argmax())} of {m} reaches {float(peaks.max()):.3g}",
@@ -812,11 +813,15 @@ def check_damping(damping: float) -> None:
         raise NumericsError(f"damping is {damping}; it must be a positive number with a finite inverse")
 
 
-def _check_gradients(gradients: Gradients) -> None:
+def _check_shape(gradients: Gradients) -> None:
     if gradients.dim() != 2 or not gradients.numel() or gradients.dtype not in DTYPES:
         raise ValueError(
             f"gradients must be [m, d] in float32 or float64, not {list(gradients.shape)} in {gradients.dtype}"
         )
+
+
+def _check_gradients(gradients: Gradients) -> None:
+    _check_shape(gradients)
     # Sums are far cheaper than isfinite of every element; one that merely overflows is no error.
     start = 0
     for part in _all_strips(gradients):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-VERSIONS = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy")
+VERSIONS = ("hcompress", "torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "numpy", "scipy")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
