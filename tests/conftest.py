@@ -27,7 +27,7 @@ def load_file(path: Path, name: str) -> ModuleType:
 
 
 zoo = load_file(Path(__file__).with_name("zoo.py"), "zoo")
-for _part in ("zoo_traps", "zoo_sequences", "zoo_families", "command", "onnx_networks"):
+for _part in ("zoo_traps", "zoo_sequences", "zoo_families", "command", "onnx_networks", "mixed_integer"):
     load_file(Path(__file__).with_name(f"{_part}.py"), _part)
 torch.set_num_threads(1)
 # The same examples in every run, and no complaint about a busy machine.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mixed_integer import at_most, resnet50, solved, widths_of
 
 from compress.errors import NumericsError, OutOfMemoryError
 from compress.numerics import pareto
@@ -165,6 +166,15 @@ def test_many_items_agree_with_a_table_of_costs(unit: int) -> None:
     lowest = itertools.accumulate((value for _, value in ordered), min, initial=math.inf)
     expected = [(cost, value) for (cost, value), low in zip(ordered, lowest, strict=False) if value < low]
     assert points_of(pareto_frontier(costs, values)) == expected
+
+
+def test_no_mixed_integer_solver_finds_less_for_the_same_cost() -> None:
+    sizes = resnet50()
+    case = widths_of(sizes)
+    frontier = pareto_frontier(*case)
+    for bits in np.linspace(2.05, 7.9, 6):
+        cost, value = solved(case, round(sum(sizes) * bits))
+        assert at_most(frontier, cost) <= value * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("widths", [{"DENSE_STEPS": 0}, {"DENSE_STEPS": math.inf}], ids=["sorted", "dense"])
