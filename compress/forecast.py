@@ -19,6 +19,7 @@ from .curvature.network import PASS_BATCH
 from .job import Job, method_options
 from .measuring import measure_context
 from .numerics.eigenvalues import FIRST as SHORT_SEARCH
+from .numerics.trace import FIRST as FEWEST_PRODUCTS
 from .quantize.output_change import EXAMPLES, USUAL
 from .quantize.points import WIDTHS
 from .registry import Measure, find_measure, load_module
@@ -102,7 +103,8 @@ def _repeats(measure: Measure, options: dict[str, Any], total: int) -> _Repeats:
     if "passes" not in options:
         return _Repeats((options, options), (1, 1), 1, 1, total)
     passes, first = int(options["passes"]), 2
-    counts, least, most = (2, 4), 2 if "rtol" in options else passes, passes
+    is_exact = measure.name == "hessian-diagonal" or options.get("trace") == "hessian"
+    counts, least, most = (2, 4), min(passes, FEWEST_PRODUCTS if is_exact else first), passes
     if "eigenvalues" in options:
         # A product for the start and one for each residual, beside those of a search.
         count = int(options["eigenvalues"])

@@ -208,7 +208,7 @@ MEASURES = (
         module="compress.measure.hessian_diagonal",
         summary="diagonal of the Hessian by Hutchinson's probes, averaged over kernels and blocks",
         source="Yao et al. 2021, AdaHessian (arXiv:2006.00719)",
-        options=("passes",),
+        options=("rtol", "passes"),
     ),
     Measure(
         name="hessian-eigenvalues",

@@ -66,9 +66,11 @@ def test_passes_are_counted_from_the_fewest_to_the_most(clock: Clock) -> None:
     assert clock.now < 0.65 * took(20, 512)
 
 
-def test_passes_that_are_all_made_have_one_time(clock: Clock) -> None:
-    found = forecast(job(400, passes=20), "hessian-diagonal")
-    assert found is not None and found.least_s == found.most_s == pytest.approx(took(20, 400))
+@pytest.mark.parametrize(("name", "flags"), [("hessian-diagonal", {}), ("hessian-trace", {"trace": "hessian"})])
+def test_products_are_eight_or_more(name: str, flags: dict[str, str], clock: Clock) -> None:
+    found = forecast(job(400, passes=20, **flags), name)
+    assert found is not None
+    assert found.least_s == pytest.approx(took(8, 400)) and found.most_s == pytest.approx(took(20, 400))
 
 
 def test_a_measure_without_passes_goes_by_examples(clock: Clock) -> None:

@@ -323,7 +323,7 @@ def test_a_dry_run_says_what_a_measure_would_take_and_writes_nothing(tmp_path: P
     line = (*DATA, "--measure", "hessian-diagonal", "--dry-run", "--out", str(tmp_path / "out"))
     record = json.loads(run(*line, "--json", "--quiet").stdout)
     expected = record["forecast"]
-    assert 0 < expected["least_s"] == expected["most_s"] < 600 and expected["memory_bytes"] > 10**7
+    assert 0 < expected["least_s"] < expected["most_s"] < 600 and expected["memory_bytes"] > 10**7
     result = run(*line)
     assert result.stdout.startswith("hessian-diagonal: ") and result.stdout.endswith("B\n")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..context import Progress
 from ..data import Data
 from ..graph.trace import Layer
-from ..numerics.trace import standard_error
+from ..numerics.trace import FIRST, standard_error
 from ..task import Task
 from .network import PASS_BATCH, Network
 from .traces import MIN_PASSES, hessian_product
@@ -29,11 +29,13 @@ class Diagonal:
         entries: In the weight's shape.
         mean: Over all entries.
         stderr: Of the mean.
+        probes: That were drawn.
     """
 
     entries: Tensor
     mean: float
     stderr: float
+    probes: int
 
 
 def hessian_diagonal(
@@ -42,6 +44,7 @@ def hessian_diagonal(
     data: Data,
     *,
     num_probes: int,
+    rtol: float,
     block_size: int,
     generator: torch.Generator,
     progress: Progress,
@@ -50,14 +53,15 @@ def hessian_diagonal(
     """The averaged diagonal of the mean loss's Hessian for every layer.
 
     Args:
-        num_probes: 2 or more.
+        num_probes: The most; 2 or more.
+        rtol: Probes are drawn until the standard error of every layer's mean is at most this share of its magnitude.
         block_size: Inputs of a linear layer that share an average; 1 averages nothing there.
 
     Raises:
         UsageError: The loss needs targets and there are none, or an operator has no second derivative.
         NumericsError: The loss or a product isn't finite; names the examples or the layer.
     """
-    probes = max(num_probes, MIN_PASSES)
+    probes, made = max(num_probes, MIN_PASSES), 0
     sums = {layer.tensor: torch.zeros(layer.shape, dtype=torch.float64) for layer in network.layers}
     means: dict[str, list[float]] = {layer.tensor: [] for layer in network.layers}
     for number in range(probes):
@@ -74,15 +78,23 @@ def hessian_diagonal(
             sample = (product * vectors[name]).double().cpu()
             sums[name] += sample
             means[name].append(float(sample.mean()))
+        made = number + 1
+        if made >= FIRST and all(_is_close(values, rtol) for values in means.values()):
+            break
     progress("Hessian diagonal", probes, probes)
     return {
         layer.tensor: Diagonal(
-            spatial_average(sums[layer.tensor] / probes, layer, block_size=block_size),
-            sum(means[layer.tensor]) / probes,
+            spatial_average(sums[layer.tensor] / made, layer, block_size=block_size),
+            sum(means[layer.tensor]) / made,
             standard_error(means[layer.tensor]),
+            made,
         )
         for layer in network.layers
     }
+
+
+def _is_close(values: list[float], rtol: float) -> bool:
+    return standard_error(values) <= rtol * abs(sum(values) / len(values))
 
 
 def spatial_average(diagonal: Tensor, layer: Layer, *, block_size: int) -> Tensor:

@@ -27,20 +27,27 @@ def measure(
     """The mean diagonal entry of every layer, and the diagonals themselves by tensor.
 
     Args:
-        options: ``passes``: probes, each one pass over the calibration data.
+        options: ``rtol``, ``passes``: the most probes, each one pass over the calibration data.
     """
-    network = open_network(graph, device=context.device)
+    network, rtol = open_network(graph, device=context.device), float(options["rtol"])
     found = hessian_diagonal(
         network,
         calibration.task,
         calibration.data,
         num_probes=int(options["passes"]),
+        rtol=rtol,
         block_size=BLOCK_SIZE,
         generator=context.generator,
         progress=context.progress,
     )
     entries = {(name, ""): Estimate(d.mean, d.stderr) for name, d in found.items()}
-    record = Sensitivity(
-        "hessian-diagonal", "loss per squared weight", source.sha256, calibration.sha256(), entries, dict(options)
-    )
+    made = max((d.probes for d in found.values()), default=0)
+    late = sum(d.stderr > rtol * abs(d.mean) for d in found.values())
+    if late:
+        context.notes.append(
+            f"{late} means of the diagonal are less certain than --rtol {rtol:g} after {made} probes; "
+            "raise --passes for closer ones"
+        )
+    recorded, unit = {**options, "passes": made}, "loss per squared weight"
+    record = Sensitivity("hessian-diagonal", unit, source.sha256, calibration.sha256(), entries, recorded)
     return record, {name: d.entries.float() for name, d in found.items()}

@@ -28,12 +28,15 @@ def classifier() -> tuple[nn.Module, Network, Data]:
     return module.double(), network, Data((inputs.double(),), torch.arange(6) % 3, "calib.npz")
 
 
-def run(network: Network, data: Data, *, probes: int, block_size: int = 1, seed: int = 0) -> dict[str, Diagonal]:
+def run(
+    network: Network, data: Data, *, probes: int, rtol: float = 0.0, block_size: int = 1, seed: int = 0
+) -> dict[str, Diagonal]:
     return hessian_diagonal(
         network,
         Classification(),
         data,
         num_probes=probes,
+        rtol=rtol,
         block_size=block_size,
         generator=torch.Generator().manual_seed(seed),
         progress=lambda *_: None,
@@ -104,3 +107,14 @@ def test_one_probe_becomes_two_and_one_example_is_enough() -> None:
     _, network, data = classifier()
     found = run(network, data.first(1), probes=1)
     assert all(torch.isfinite(d.entries).all() and d.stderr > 0 for d in found.values())
+
+
+def test_probes_are_drawn_until_every_layer_is_close_enough() -> None:
+    _, network, data = classifier()
+    found = run(network, data, probes=400, rtol=0.2)
+    (made,) = {one.probes for one in found.values()}
+    assert 8 <= made < 400
+    assert all(one.stderr <= 0.2 * abs(one.mean) for one in found.values())
+    first = run(network, data, probes=made)
+    assert all(torch.equal(found[name].entries, first[name].entries) for name in found)
+    assert {one.probes for one in run(network, data, probes=20).values()} == {20}
