@@ -10,14 +10,17 @@ Cost: of a rule, about that of the gradient of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from ..graph.trace import CONVOLUTIONS, TRANSPOSED, argument, aten
+
+MIN_CALLED = 4  # examples of a row, from which on a convolution's row is fastest as a call of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +44,21 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A site in one forward pass: the operator's arguments, sizes of the batch among them 1, and its output."""
+    """A site in one forward pass.
+
+    Attributes:
+        arguments: The operator's, sizes of the batch among them 1.
+        edge: Where the gradient of its output comes by.
+        shape: Of its output.
+        factor: ``[c]``: where a batch norm is folded into the operator, the norm's factors. The output is the norm's
+            then, and the operator's own has as many times its gradient.
+    """
 
     site: Site
     arguments: tuple[Any, ...]
-    output: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    factor: Tensor | None = None
 
     @property
     def node(self) -> fx.Node:
@@ -55,21 +68,50 @@ class Use:
     def tensor(self) -> str:
         return self.site.tensor
 
+    def part(self, examples: slice) -> Use:
+        """What some of the examples have of it."""
+        pairs = zip(self.arguments, self.site.dims, strict=True)
+        arguments = tuple(value if dim is None else _along(value, dim, examples) for value, dim in pairs)
+        return replace(self, arguments=arguments)
+
 
 # From a use, the gradient of its output, and how many successive examples share a row: ``[n or n / group, elements]``.
 Rule = Callable[[Use, Tensor, int], Tensor]
 
 
 def rows_of(use: Use, gradient: Tensor, *, group: int = 1) -> Tensor:
-    """Gradients ``[n / group, elements]`` of the parameter, each the sum over ``group`` successive examples.
+    """Gradients ``[ceil(n / group), elements]`` of the parameter, each the sum over ``group`` successive examples.
 
     Args:
-        gradient: Of the output, with a multiple of ``group`` examples.
+        gradient: Of the output; the last row is of the examples that are left.
     """
+    dim = use.site.batch_dim
+    count = gradient.shape[dim]
+    whole = count - count % group
+    if whole in (0, count):
+        return _rows(use, gradient, min(group, count))
+    parts = (slice(0, whole), group), (slice(whole, count), count - whole)
+    return torch.cat([_rows(use.part(some), _along(gradient, dim, some), size) for some, size in parts])
+
+
+def summed(rows: Tensor, group: int) -> Tensor:
+    """Rows ``[n, elements]`` added up, ``group`` successive ones at a time, to ``[ceil(n / group), elements]``."""
+    return rows if group == 1 else torch.stack([part.sum(0) for part in torch.split(rows, group)])
+
+
+def _rows(use: Use, gradient: Tensor, group: int) -> Tensor:
+    """``rows_of`` a multiple of ``group`` examples."""
     found = RULES.get(_key(use.node, use.site.position))
     count = gradient.shape[use.site.batch_dim] // group
     rows = _by_torch_func(use, gradient) if found is None else found[0](use, gradient, group)
-    return rows if len(rows) == count else rows.reshape(count, group, -1).sum(1)
+    rows = rows if len(rows) == count else summed(rows, group)
+    if use.factor is None:
+        return rows
+    return rows.reshape(count, len(use.factor), -1).mul_(use.factor.unsqueeze(1)).flatten(1)  # a convolution's own
+
+
+def _along(value: Tensor, dim: int, part: slice) -> Tensor:
+    return value.narrow(dim, part.start, part.stop - part.start)
 
 
 def num_trailing(node: fx.Node, position: int) -> int:
@@ -93,23 +135,30 @@ def _convolution(use: Use, gradient: Tensor, group: int) -> Tensor:
     node, weight, inputs = use.node, use.arguments[1], use.arguments[0]
     spatial, count = weight.dim() - 2, len(gradient) // group
     inputs, padding = padded(node, inputs, weight)
+    groups = int(argument(node, "groups", 1))
     options = (
         each_dim(argument(node, "stride", 1), spatial),
         padding,
         each_dim(argument(node, "dilation", 1), spatial),
         node.target in TRANSPOSED,
         each_dim(argument(node, "output_padding", 0), spatial),
-        count * int(argument(node, "groups", 1)),
-        [False, True, False],
     )
+    if group >= MIN_CALLED:
+        parts = zip(torch.split(gradient, group), torch.split(inputs, group), strict=True)
+        return torch.stack([_of_weight(g, x, weight, options, groups) for g, x in parts]).flatten(1)
     # The rows as groups of one convolution: 2 to 5 times faster than a call an example, or than unfolding.
     gradient, inputs = (
         x.reshape(count, group, *x.shape[1:]).transpose(0, 1).reshape(group, -1, *x.shape[2:])
         for x in (gradient, inputs)
     )
-    repeated = weight.repeat(count, *[1] * (weight.dim() - 1))
-    found: Tensor = aten.convolution_backward(gradient, inputs, repeated, None, *options)[1]
-    return found.reshape(count, -1)
+    like = weight.new_empty(count * len(weight), *weight.shape[1:])
+    return _of_weight(gradient, inputs, like, options, count * groups).reshape(count, -1)
+
+
+def _of_weight(gradient: Tensor, inputs: Tensor, like: Tensor, options: tuple[Any, ...], groups: int) -> Tensor:
+    """Gradient of a convolution's weight, summed over the batch; nothing but the shape of ``like`` matters."""
+    found: Tensor = aten.convolution_backward(gradient, inputs, like, None, *options, groups, [False, True, False])[1]
+    return found
 
 
 def _embedding(use: Use, gradient: Tensor, group: int) -> Tensor:

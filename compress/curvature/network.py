@@ -1,4 +1,4 @@
-"""A traced network as a function of its weights: forward passes that keep what per-layer derivatives need.
+"""A traced network as a function of its weights, and where its operators use them.
 
 It works on the exported graph, not on the user's modules: every use of a weight is one node, whether it came from a
 module, a functional call or an exported program. Cost: one copy of the layers' weights and of the buffers.
@@ -6,6 +6,7 @@ module, a functional call or an exported program. Cost: one copy of the layers' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..data import Data
 from ..errors import InputError, NumericsError
 from ..graph.rewrite import move, unlift, writes_in_place
 from ..graph.trace import WEIGHT_ARGUMENT, WEIGHT_OPS, Graph, Layer
-from .gradient_rules import Site, Use, num_trailing
+from .gradient_rules import Site, num_trailing
 
 PASS_BATCH = 32  # examples of a forward and backward pass
 MAX_LISTED = 8
@@ -226,50 +227,6 @@ def outputs_of(value: Any) -> tuple[Tensor, ...]:
     return found
 
 
-class _Recorder(fx.Interpreter):
-    """Runs the graph and keeps each use of a weight; outputs of those are where gradients are asked for."""
-
-    def __init__(self, network: Network, sites: Mapping[fx.Node, tuple[Site, ...]]) -> None:
-        super().__init__(network.module)
-        self.is_in_place = network.is_in_place
-        self.sites = sites
-        self.found: list[Use] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        sites = self.sites.get(n)
-        if sites is None:
-            return super().run_node(n)
-        # An operator in place, maybe on a view, would change the recorded tensors into others.
-        arguments = fx.node.map_arg(n.args, self._kept)
-        value = super().run_node(n)
-        if not value.requires_grad:
-            value.requires_grad_(True)
-        self.found += [Use(site, arguments, value) for site in sites]
-        return value.clone() if self.is_in_place else value
-
-    def _kept(self, node: fx.Node) -> Any:
-        value = self.env[node]
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            return 1  # the size of one example's batch
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().clone() if self.is_in_place and node.op != "get_attr" else value.detach()
-
-
-def record(
-    network: Network, inputs: tuple[Tensor, ...], sites: Mapping[fx.Node, tuple[Site, ...]] | None = None
-) -> tuple[Any, list[Use]]:
-    """Run the network; its outputs, and every use of a weight, in the order of execution.
-
-    Args:
-        sites: Those of ``network.sites`` where None.
-    """
-    recorder = _Recorder(network, network.sites if sites is None else sites)
-    with torch.enable_grad():
-        outputs = recorder.run(*inputs)
-    return outputs, recorder.found
-
-
 def predict(network: Network, data: Data, *, batch: int = 2 * PASS_BATCH) -> Tensor:
     """The first output on all examples, ``[n, ...]``, on the CPU.
 
@@ -285,18 +242,18 @@ def predict(network: Network, data: Data, *, batch: int = 2 * PASS_BATCH) -> Ten
     return torch.cat(found)
 
 
-def require_finite(values: Tensor, what: str, numbers: Sequence[int], name: str) -> None:
+def require_finite(values: Tensor, what: str, numbers: Sequence[int | str], name: str) -> None:
     """Refuse NaN and infinity in ``values`` ``[n, ...]``.
 
     Args:
         what: The values, in words.
-        numbers: Of the examples among the data called ``name``.
+        numbers: Of the examples among the data called ``name``, or the first and the last of several: ``32-47``.
 
     Raises:
         NumericsError: Names the examples.
     """
     # NaN and infinity survive a sum, and one number a batch is cheaper to look at than all.
-    if torch.isfinite(values.sum()):
+    if math.isfinite(values.sum().item()):
         return
     is_bad = ~torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else ~torch.isfinite(values)
     bad = [number for number, flag in zip(numbers, is_bad.tolist(), strict=True) if flag]
@@ -304,6 +261,6 @@ def require_finite(values: Tensor, what: str, numbers: Sequence[int], name: str)
         more = f" and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
         listed = ", ".join(map(str, bad[:MAX_LISTED])) + more
         raise NumericsError(
-            f"{what} isn't finite on {'example' if len(bad) == 1 else 'examples'} {listed} of {name}",
+            f"{what} isn't finite on {'example' if listed.isdigit() else 'examples'} {listed} of {name}",
             hint="check these examples, and the checkpoint with hcompress inspect",
         )

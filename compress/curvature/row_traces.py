@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge
 
 from ..context import Progress
 from ..data import Data
@@ -23,7 +24,8 @@ from ..task import Task, has_logits
 from .gradient_rules import Site
 from .loss_factor import Draw, cotangents
 from .moments import channel_dim
-from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, record, require_finite
+from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, require_finite
+from .recording import record
 from .sample_gradients import draw_seed
 
 
@@ -67,10 +69,10 @@ def output_gradients(
     parts: dict[fx.Node, list[Tensor]] = {}
     for batch, draw, signs in _probes(data, network, passes, generator, progress, "output gradients"):
         outputs, uses = record(network, batch.inputs, sites)
-        gradients = _pulled_back(task, outputs, batch, draw, signs, [use.output for use in uses])
+        gradients = _pulled_back(task, outputs, batch, draw, signs, [use.edge for use in uses])
         for use, gradient in zip(uses, gradients, strict=True):
-            squares = torch.zeros_like(use.output) if gradient is None else gradient.square()
-            dim = channel_dim(use.node) % squares.dim()
+            squares = torch.zeros(use.shape, dtype=network.dtype) if gradient is None else gradient.square()
+            dim = channel_dim(use.node) % len(use.shape)
             sums = squares.sum([d for d in range(squares.dim()) if d != dim], dtype=torch.float64).cpu()
             channels[use.tensor] = channels.get(use.tensor, 0.0) + sums / (passes * len(data))
             parts.setdefault(use.node, []).append(squares.sum(dim).cpu())
@@ -101,7 +103,12 @@ def _probes(
 
 
 def _pulled_back(
-    task: Task, outputs: Any, batch: Data, draw: Draw, signs: torch.Generator, wanted: Sequence[Tensor]
+    task: Task,
+    outputs: Any,
+    batch: Data,
+    draw: Draw,
+    signs: torch.Generator,
+    wanted: Sequence[GradientEdge] | Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of random signs times the outputs."""
     values = outputs_of(outputs)

@@ -28,7 +28,8 @@ from ..graph.trace import Layer
 from ..numerics.trace import ESTIMATORS, TraceEstimate
 from ..task import Task
 from .loss_factor import Draw, loss_of, output_curvature, period, seeded
-from .network import PASS_BATCH, Network, batches, differentiable, record
+from .network import PASS_BATCH, Network, batches, differentiable
+from .recording import Recorder
 from .sample_gradients import draw_seed, layer_rows
 
 MIN_PASSES = 2  # a standard error needs two
@@ -128,15 +129,18 @@ def _squared_norms(
     network: Network, task: Task, data: Data, chosen: Tensor, seed: int, probe: int
 ) -> tuple[Tensor, Tensor | None, int]:
     """``SquaredNorms`` of the layers' weights."""
-    norms, curvatures, complete = [], [], 0
+    norms, curvatures, complete, recorder = [], [], 0, Recorder(network)
     for numbers, batch in zip(torch.split(chosen, PASS_BATCH), batches(network, data.at(chosen)), strict=True):
-        outputs, uses = record(network, batch.inputs)
+        outputs, uses = recorder.record(batch.inputs)
         complete, curvature = period(task, outputs), output_curvature(task, outputs)
         draw = Draw(seed, numbers.tolist(), probe, data.name)
-        rows = layer_rows(network, task, batch, outputs, uses, draw, mode="ggn")
-        norms.append(
-            torch.stack([torch.linalg.vector_norm(r, dim=1, dtype=torch.float64).square().cpu() for _, r in rows], 1)
-        )
+        found: dict[str, Tensor] = {}
+
+        def square(tensor: str, rows: Tensor, found: dict[str, Tensor] = found) -> None:
+            found[tensor] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().cpu()
+
+        layer_rows(network, task, batch, outputs, uses, draw, square, mode="ggn")
+        norms.append(torch.stack([found[tensor] for tensor in network.weights], 1))
         curvatures += [] if curvature is None else [curvature.cpu()]
     return torch.cat(norms), torch.cat(curvatures) if curvatures else None, complete
 

@@ -32,23 +32,25 @@ def measure(
     """
     data = calibration.data
     network = open_network(graph, device=context.device)
-    found = gradient_rows(
+    diagonals = {layer.tensor: torch.zeros(layer.elements, dtype=torch.float64) for layer in network.layers}
+    norms = {layer.tensor: torch.zeros(len(data), dtype=torch.float64) for layer in network.layers}
+
+    def add(part: slice, _: int, tensor: str, rows: Tensor) -> None:
+        squares = rows.double().square()
+        diagonals[tensor] += squares.sum(0).cpu() / len(data)
+        norms[tensor][part] = squares.sum(1).cpu()
+
+    gradient_rows(
         network,
         calibration.task,
         data,
+        add,
         mode=str(options["fisher"]),
         seed=draw_seed(context.generator),
         numbers=range(len(data)),
         draws=range(1),
+        progress=context.progress,
     )
-    diagonals = {layer.tensor: torch.zeros(layer.elements, dtype=torch.float64) for layer in network.layers}
-    norms = {layer.tensor: torch.zeros(len(data), dtype=torch.float64) for layer in network.layers}
-    for part, _, tensor, rows in found:
-        context.progress("per-sample gradients", part.start, len(data))
-        squares = rows.double().square()
-        diagonals[tensor] += squares.sum(0).cpu() / len(data)
-        norms[tensor][part] = squares.sum(1).cpu()
-    context.progress("per-sample gradients", len(data), len(data))
     if len(data) == 1:
         context.notes.append("Fisher traces of one example have no standard error; pass more with --num-calibration")
     entries = {(name, ""): _mean(values) for name, values in norms.items()}

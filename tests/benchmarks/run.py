@@ -36,7 +36,7 @@ NUM_LEVELS = 4_000_000
 NUM_LOADS = 15
 NUM_RATES = 5
 LATENCY_REPEATS = 100
-KEPT = ("M-FAC", "Optimizers: ResNet-20 from a pruned start")  # sections of other scripts
+KEPT = ("M-FAC", "Per-sample gradients", "Optimizers: ResNet-20 from a pruned start")  # sections of other scripts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from compress.curvature.network import (
     open_network,
     outputs_of,
     predict,
-    record,
     require_finite,
 )
+from compress.curvature.recording import record
 from compress.data import Data
 from compress.errors import InputError, NumericsError
 from compress.graph.trace import trace_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from zoo import Network, named, randomise_norms
 
 from compress.curvature import network as networks
 from compress.curvature.loss_factor import Draw, cotangents
-from compress.curvature.network import open_network, outputs_of, record
+from compress.curvature.network import open_network, outputs_of
+from compress.curvature.recording import Recorder, record
 from compress.curvature.sample_gradients import gradient_rows, layer_rows, sample_gradients
 from compress.data import Data
 from compress.errors import NumericsError, UsageError
@@ -25,6 +27,7 @@ from compress.task import CausalLM, Classification, Regression, Task
 CPU = torch.device("cpu")
 FLOAT32_INSIDE = {"IntegerInputs", "Recurrent"}  # their traces hold a dtype
 DRAW = Draw(5, range(100), 0, "data")
+GROUPS = (2, 3, 5, 16)
 
 
 def opened(
@@ -66,20 +69,25 @@ def compare(
     reference: nn.Module | None = None,
     dtype: torch.dtype = torch.float64,
     others: tuple[str, ...] = (),
+    groups: tuple[int, ...] = (1,),
 ) -> networks.Network:
     network = opened(module, inputs, dtype, others)
     task = Regression() if task is None else task
     inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
     batch = Data(inputs, None, "data")
     draw = Draw(5, range(len(batch)), 0, "data")
-    outputs, uses = record(network, inputs)
-    found = dict(layer_rows(network, task, batch, outputs, uses, draw, mode="ggn"))
-    probe = cotangents(task, outputs, None, draw, mode="ggn")
-    assert list(found) == list(network.weights)
-    expected = rows_by_autograd(reference or module, list(found), inputs, probe)
-    rtol, atol = (1e-9, 1e-11) if dtype is torch.float64 else (1e-4, 1e-5)
-    for name, rows in found.items():
-        assert_close(rows, expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    probe = cotangents(task, network.module(*inputs), None, draw, mode="ggn")
+    expected = rows_by_autograd(reference or module, list(network.weights), inputs, probe)
+    rtol, atol = (1e-10, 1e-12) if dtype is torch.float64 else (1e-4, 1e-5)
+    for group in groups:
+        found: dict[str, Tensor] = {}
+        outputs, uses = record(network, inputs)
+        layer_rows(network, task, batch, outputs, uses, draw, found.__setitem__, mode="ggn", group=group)
+        assert set(found) == set(network.weights)
+        for name, rows in found.items():
+            sums = torch.stack([part.sum(0) for part in expected[name].split(group)])
+            where = f"{name} in groups of {group}"
+            assert_close(rows, sums, rtol=rtol, atol=atol, msg=lambda text, where=where: f"{where}: {text}")
     return network
 
 
@@ -88,6 +96,13 @@ def test_rows_are_the_gradients_of_single_examples(network: Network) -> None:
         pytest.skip("statistics of the batch: examples have no gradients of their own")
     dtype = torch.float32 if network.name in FLOAT32_INSIDE else torch.float64
     compare(network.make(), network.inputs(3), dtype=dtype)
+
+
+def test_rows_of_several_examples_are_their_sums(network: Network) -> None:
+    if network.name == "unaffine_batch_norm":
+        pytest.skip("statistics of the batch: examples have no gradients of their own")
+    dtype = torch.float32 if network.name in FLOAT32_INSIDE else torch.float64
+    compare(network.make(), network.inputs(5), dtype=dtype, groups=GROUPS)
 
 
 class InPlace(nn.Module):
@@ -213,6 +228,68 @@ def test_biases_of_convolutions_agree(case: str) -> None:
     torch.manual_seed(0)
     network = all_parameters(make().eval(), (torch.randn(4, *shape),))
     assert not network.looped
+
+
+@pytest.mark.parametrize("case", convolutions())
+def test_sums_of_every_kind_of_convolution_agree(case: str) -> None:
+    make, shape = convolutions()[case]
+    torch.manual_seed(0)
+    module = make().eval()
+    compare(module, (torch.randn(19, *shape),), groups=GROUPS, others=tuple(n for n, _ in module.named_parameters()))
+
+
+def folding() -> dict[str, nn.Module]:
+    """Batch norms after convolutions, some of which may be folded."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y + self.norm(self.conv(self.norm(y)))
+
+    plain, norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+    pointwise = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 3, 2, groups=2))
+    return {
+        "folded": nn.Sequential(plain, norm, nn.ReLU(), pointwise, nn.BatchNorm2d(2)),
+        "read twice": Shared(),
+        "one dimension": nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)),
+        "transposed": nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)),
+    }
+
+
+@pytest.mark.parametrize("case", folding())
+def test_a_batch_norm_in_the_weight_before_it_changes_no_row(case: str) -> None:
+    torch.manual_seed(0)
+    module = folding()[case]
+    randomise_norms(module)
+    inputs = (torch.randn(7, 3, 6) if case == "one dimension" else torch.randn(7, 3, 6, 6),)
+    compare(module.eval(), inputs, groups=(1, 4))
+    all_parameters(module.eval(), inputs)
+    network = opened(module.eval(), inputs)
+    folds = {"folded": 3, "read twice": 1, "one dimension": 1, "transposed": 0}
+    assert len(Recorder(network).folded) == folds[case]
+
+
+class Views(nn.Module):
+    """Images that are cut, viewed and joined: their channels lie last, as no graph says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        y = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))[:, 1:5] + torch.relu(self.b(x))
+        y = torch.cat([y[:, :2], y[:, 2:]], 1).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4)
+        return self.out((y.reshape(y.shape[0], -1, 16) * x.view(x.shape[0], -1, 16).mean(1, keepdim=True)).sum(1))
+
+
+def test_images_that_are_viewed_otherwise_agree() -> None:
+    torch.manual_seed(0)
+    compare(Views().eval(), (torch.randn(5, 3, 8, 8),), groups=(1, 2, 4))
 
 
 def parameters() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
@@ -372,11 +449,27 @@ def test_draws_of_an_example_follow_each_other() -> None:
     network, data = classifier()
     found = sample_gradients(network, Classification(), data, **settings(draws=3))
     seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(3)))
-    for part, draw, tensor, rows in gradient_rows(
-        network, Classification(), data, mode="ggn", seed=seed, numbers=range(50), draws=range(3)
-    ):
+
+    def check(part: slice, draw: int, tensor: str, rows: Tensor) -> None:
         columns = network.split(found)[tensor].flatten(1)
         assert_close(columns.reshape(50, 3, -1)[part, draw], rows)
+
+    options = {"numbers": range(50), "draws": range(3), "progress": lambda *_: None}
+    gradient_rows(network, Classification(), data, check, mode="ggn", seed=seed, **options)
+
+
+@pytest.mark.parametrize("group", [2, 3, 16, 40, 64])
+@pytest.mark.parametrize("memory", [sys.maxsize, 0])
+def test_rows_of_groups_are_sums_draw_by_draw(group: int, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, data = classifier()
+    singles = sample_gradients(network, Classification(), data, **settings(draws=2)).reshape(50, 2, -1)
+    expected = torch.stack([part.sum(0) for part in singles.split(group)]).flatten(0, 1)
+    keep = torch.rand(network.num_weights, generator=torch.Generator().manual_seed(0)) < 0.3
+    found = sample_gradients(
+        network, Classification(), data, **settings(draws=2, group=group, keep=keep, memory=memory)
+    )
+    assert found.shape == (2 * -(-50 // group), int(keep.sum()))
+    assert_close(found.narrow(1, 0, found.shape[1]), expected[:, keep], rtol=1e-10, atol=1e-12)
 
 
 def test_kept_columns_are_those_of_all() -> None:
@@ -419,6 +512,16 @@ def test_a_gradient_that_is_not_finite_names_its_examples_and_layer() -> None:
     inputs[[35, 37]] = 3e38
     with pytest.raises(NumericsError, match=r"the gradient of 0.weight isn't finite on examples 135, 137 of calib.npz"):
         sample_gradients(network, Regression(), Data((inputs,), None, "calib.npz"), **settings(first=100))
+
+
+def test_a_sum_that_is_not_finite_names_its_examples() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    network = open_network(trace_graph(module, (torch.randn(2, 2),)), device=CPU)
+    network.set_flat(torch.tensor([1e-20] * 4 + [1e3, 1e3, 0, 0]))
+    inputs = torch.zeros(40, 2)
+    inputs[37] = 3e38
+    with pytest.raises(NumericsError, match=r"0.weight isn't finite on examples 132-139 of calib.npz"):
+        sample_gradients(network, Regression(), Data((inputs,), None, "calib.npz"), **settings(first=100, group=16))
 
 
 def test_progress_ends_at_all_examples() -> None:

@@ -206,12 +206,12 @@ def test_later_passes_cover_the_heavy_examples_alone(monkeypatch: pytest.MonkeyP
     _, network, data = classifier(5, scale=30.0, count=40)
     sizes: list[int] = []
 
-    def counted(*arguments: Any) -> Any:
-        sizes.append(len(arguments[1][0]))
-        return record(*arguments)
+    def counted(*arguments: Any, **options: Any) -> None:
+        sizes.append(len(arguments[2]))
+        layer_rows(*arguments, **options)
 
-    record = traces.record
-    monkeypatch.setattr(traces, "record", counted)
+    layer_rows = traces.layer_rows
+    monkeypatch.setattr(traces, "layer_rows", counted)
     run(network, Classification(), data, passes=5)
     heavy = sizes[-1]
     assert sizes == [32, 8, 32, 8, heavy, heavy, heavy]
