@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..curvature.network import Network, open_network, predict
 from ..curvature.sample_gradients import sample_gradients
 from ..graph.trace import Graph, Layer
 from ..model import Source
+from ..numerics.gradient_scale import Clipping, clipped, scale_rows
 from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_saliency, joint_update
 from ..numerics.units import Units, masks_of_most
 from ..pattern import parse_pattern
@@ -49,7 +50,7 @@ LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the 
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
-RECORDED = ("rounds", "fisher")
+RECORDED = ("rounds", "fisher", "fisher_batch", "clip_gradients")
 Costs = dict[str, Tensor]  # of a weight of each unit, by tensor [b, n]
 Choose = Callable[[Costs], Masks]
 
@@ -86,10 +87,12 @@ class _Cut:
     Attributes:
         keep: The survivors, ``[d]``.
         ranked: Saliency of a weight of each unit in the last round that the unit began.
+        clipping: Of the last round's gradients; None where none was asked for.
     """
 
     keep: Tensor
     ranked: Costs
+    clipping: Clipping | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +104,14 @@ class _Curvature:
         gram: ``[m, m]``.
         costs: Saliencies, as for ``_costs``.
         generator: Its state after them.
+        clipping: Of the gradients.
     """
 
     gradients: Gradients
     gram: Tensor
     costs: Costs
     generator: Tensor
+    clipping: Clipping | None
 
 
 def plan(
@@ -123,7 +128,7 @@ def plan(
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
         options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude``
-            (globs), ``fisher``.
+            (globs), ``fisher``, ``fisher_batch``, ``clip_gradients``.
 
     Returns:
         The plan and its sidecar: packed masks and the survivors' values by tensor.
@@ -146,6 +151,11 @@ def plan(
         choosers = _groups(units, *pattern.quota, rounds)
     surgery = _open(source, graph, layers, units, calibration, options, context)
     *_, cut = _rounds(surgery, choosers)
+    if cut.clipping is not None:
+        context.notes.append(
+            f"gradients were clipped: in the last round {cut.clipping.rows} of them, at the norm "
+            f"{cut.clipping.norm:.3g}, which took {cut.clipping.share:.0%} of the Fisher matrix's trace"
+        )
     return _finished(surgery, cut, budget)
 
 
@@ -251,6 +261,8 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     values = {name: network.weights[name].detach().cpu() for name in masks}
     decided, sidecar = with_values(decided, sidecar, values, masks)
     figures = {**decided.predicted, "loss": _expected_loss(surgery)}
+    if cut.clipping is not None:
+        figures |= {f"clipped_{name}": float(value) for name, value in asdict(cut.clipping).items()}
     task_sha256 = surgery.calibration.sha256()
     return replace(decided, task_sha256=task_sha256, predicted=figures), sidecar
 
@@ -282,6 +294,7 @@ def _expected_loss(surgery: _Surgery) -> float:
 def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARCH_SHARE) -> Iterator[_Cut]:
     """What is left after each round; all but the last search their damping on one example in ``share``."""
     keep, dampings = torch.ones(surgery.network.num_weights, dtype=torch.bool), DAMPINGS
+    clipping: Clipping | None = None
     ranked = {tensor: torch.zeros(own.sizes().shape, dtype=torch.float64) for tensor, own in surgery.units.items()}
     for number, choose in enumerate(choosers, start=1):
         if keep.any():
@@ -291,8 +304,9 @@ def _rounds(surgery: _Surgery, choosers: Sequence[Choose], *, share: int = SEARC
                 tensor: torch.where(found.costs[tensor] < 0, ranked[tensor], found.costs[tensor]) for tensor in ranked
             }
             keep, dampings = _round(surgery, keep, found, choose, dampings, step)
+            clipping = found.clipping
             del found  # the next round's gradients take as much again
-        yield _Cut(keep, ranked)
+        yield _Cut(keep, ranked, clipping)
 
 
 def _dense_curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
@@ -321,13 +335,34 @@ def _curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
         progress=surgery.context.progress,
         keep=keep,
         draws=draws,
+        group=_batch(surgery),
         step=stride,
         memory=_memory_left(surgery),
     )
     surgery.context.progress("saliencies and update", 0, None)
-    gram = gram_matrix(gradients)
+    gram, clipping = _weighed(surgery, gradients, len(data.every(stride)), draws)
     costs = _costs(surgery, gradients, gram, network.flat().cpu(), keep)
-    return _Curvature(gradients, gram, costs, surgery.context.generator.get_state())
+    return _Curvature(gradients, gram, costs, surgery.context.generator.get_state(), clipping)
+
+
+def _batch(surgery: _Surgery) -> int:
+    return int(surgery.options["fisher_batch"] or 1)
+
+
+def _weighed(surgery: _Surgery, gradients: Gradients, n: int, draws: int) -> tuple[Tensor, Clipping | None]:
+    """The Gram matrix of gradients that count for as much as they are to, and what was clipped of them.
+
+    A sum over b examples is divided by the root of b: independent draws then give the same matrix in the mean as single
+    examples do.
+    """
+    gram, size, quantile = gram_matrix(gradients), _batch(surgery), surgery.options["clip_gradients"]
+    if size > 1:
+        sizes = torch.tensor([min(size, n - start) for start in range(0, n, size)], dtype=torch.float64)
+        gram = scale_rows(gradients, gram, sizes.repeat_interleave(draws).rsqrt())
+    if quantile is None or float(quantile) == 1:
+        return gram, None
+    factors, clipping = clipped(gram, float(quantile))
+    return scale_rows(gradients, gram, factors), clipping
 
 
 def _memory_left(surgery: _Surgery) -> int:

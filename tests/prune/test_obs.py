@@ -425,3 +425,48 @@ def test_gradients_grow_in_number_as_weights_get_fewer_and_not_in_memory(
     assert rows[0] == n // 2 and rows[-1] == most * n
     d = taken[0][1]
     assert all(count * kept <= n * d for count, kept in taken)
+
+
+def test_a_large_gradient_is_clipped_and_said_so() -> None:
+    module, x = network(), examples(24).clone()
+    x[5] *= 30
+    graph, own = trace_graph(module, (examples(2),)), context()
+    calibration = Calibration(Regression(), Data((x,), None, "examples"))
+    options = {**OPTIONS, "clip_gradients": 0.9}
+    plan, _ = obs.plan(source_of(module), graph, {}, calibration, Budget("sparsity", 0.5), options, own)
+    figures = plan.predicted
+    assert figures["clipped_rows"] == 3
+    assert 0.9 < figures["clipped_share"] < 1
+    assert own.notes == [
+        f"gradients were clipped: in the last round 3 of them, at the norm {figures['clipped_norm']:.3g}, "
+        f"which took {figures['clipped_share']:.0%} of the Fisher matrix's trace"
+    ]
+    assert plan.options["clip_gradients"] == 0.9
+
+
+def test_nothing_is_clipped_unless_asked() -> None:
+    _, plain, _ = prune(network(), 0.5)
+    _, same, _ = prune(network(), 0.5, clip_gradients=1.0, fisher_batch=1)
+    assert set(plain.predicted) == set(same.predicted)
+    assert {n: m.mask_sha256 for n, m in plain.masks().items()} == {n: m.mask_sha256 for n, m in same.masks().items()}
+
+
+def test_batches_of_gradients_give_fewer_rows_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the mean: a sum of b independent draws is as long as the root of b of them."""
+    found: dict[int, Tensor] = {}
+    real = obs.scale_rows
+
+    def kept(gradients: Tensor, gram: Tensor, factors: Tensor) -> Tensor:
+        found[len(gradients)] = real(gradients, gram, factors)
+        products = gradients.double() @ gradients.double().T
+        torch.testing.assert_close(products, found[len(gradients)], rtol=1e-5, atol=1e-5)
+        return found[len(gradients)]
+
+    monkeypatch.setattr(obs, "scale_rows", kept)
+    singles = []
+    monkeypatch.setattr(obs, "gram_matrix", lambda g: singles.append(mfac.gram_matrix(g)) or singles[-1])
+    prune(network(), 0.1, n=250, rounds=1)
+    prune(network(), 0.1, n=250, rounds=1, fisher_batch=16)
+    assert list(found) == [16]
+    mean, expected = float(found[16].diagonal().mean()), float(singles[0].diagonal().mean())
+    assert mean == pytest.approx(expected, rel=0.3)

@@ -1,0 +1,59 @@
+"""What single gradients count for in a Fisher matrix: rows of ``G`` scaled, and its Gram matrix with them.
+
+Norms of gradients have heavy tails: a few examples can hold nearly all of ``tr(F)``. ``clipped`` scales down the rows
+whose norm is above a quantile of all, to it (Abadi et al. 2016, arXiv:1607.00133, clip single gradients so). ``F`` is
+then no estimate of the curvature any more, but of that of examples of which none counts for more than the bound.
+Cost: a product with each gradient; the norms are those of the Gram matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gradient_file import ChunkedGradients
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """What was clipped.
+
+    Attributes:
+        norm: The largest that a gradient has after it.
+        rows: Gradients that had a larger one.
+        share: Of the Fisher matrix's trace, what went.
+    """
+
+    norm: float
+    rows: int
+    share: float
+
+
+def scale_rows(gradients: Tensor | ChunkedGradients, gram: Tensor, factors: Tensor) -> Tensor:
+    """Multiply the gradients ``[m, d]`` by ``factors`` ``[m]`` where they lie; returns their new Gram matrix.
+
+    Args:
+        gram: What they had, float64 ``[m, m]``.
+    """
+    for part in gradients.chunks if isinstance(gradients, ChunkedGradients) else (gradients,):
+        part.mul_(factors.to(part).unsqueeze(1))
+    own = factors.to(gram)
+    return gram * own.unsqueeze(1) * own
+
+
+def clipped(gram: Tensor, quantile: float) -> tuple[Tensor, Clipping]:
+    """Factors ``[m]`` that bound the gradients' norms by a quantile of them, and what they take away.
+
+    Args:
+        gram: ``[m, m]``, whose diagonal has the squared norms.
+        quantile: Above 0 and at most 1: the share of the gradients that stay as they are.
+    """
+    squares = gram.diagonal()
+    norms = squares.sqrt()
+    bound = torch.quantile(norms, quantile, interpolation="lower")
+    factors = torch.where(norms > bound, bound / norms, 1.0)
+    total = float(squares.sum())
+    share = 1 - float((squares * factors.square()).sum()) / total if total > 0 else 0.0
+    return factors, Clipping(float(bound), int((norms > bound).sum()), share)
