@@ -269,8 +269,8 @@ SETTINGS = (
         "measure.estimator",
         "str",
         "How traces of the exact Hessian are estimated.",
-        "xtrace",
-        ("hutchinson", "hutch++", "xtrace"),
+        "control",
+        ("control", "hutchinson", "hutch++", "xtrace"),
         in_preset=True,
     ),
     Setting(

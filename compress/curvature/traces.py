@@ -5,9 +5,10 @@ every example a squared gradient norm whose mean is the trace of its generalized
 successive passes are orthogonal: with k classes the estimate is exact after k passes. On a trained network few examples
 hold most of the trace, and are known by their outputs: after two passes over all, further ones cover those alone.
 ``hessian_traces``: one layer's block of the exact Hessian by its products with vectors (``numerics.trace``; Dong et al.
-2020, HAWQ-V2, arXiv:1911.03852, section 3.1). One product for all layers would bring the noise of the blocks between
-them into each. A network that is piecewise linear in each layer's weights, as one of ReLUs with fixed batch statistics
-is, has the same blocks in both matrices: there the first function gives the Hessian's traces.
+2020, HAWQ-V2, arXiv:1911.03852, section 3.1), with the Gauss-Newton matrix as a control variate (``controls``). One
+product for all layers would bring the noise of the blocks between them into each. A network that is piecewise linear in
+each layer's weights, as one of ReLUs with fixed batch statistics is, has the same blocks in both matrices: there the
+first function gives the Hessian's traces.
 Cost: a forward pass and one with per-sample gradients over the data for all layers, against one backward pass a layer
 and product, and a forward and backward pass a layer and block of products.
 """
@@ -25,8 +26,9 @@ from ..context import Progress
 from ..data import Data
 from ..errors import NumericsError, UsageError
 from ..graph.trace import Layer
-from ..numerics.trace import ESTIMATORS, TraceEstimate
+from ..numerics.trace import ESTIMATORS, Control, TraceEstimate, hutchinson
 from ..task import Task
+from .controls import gauss_newton_controls
 from .loss_factor import Draw, loss_of, output_curvature, period, seeded
 from .network import PASS_BATCH, Network, batches, differentiable
 from .recording import Recorder
@@ -34,6 +36,7 @@ from .sample_gradients import draw_seed, layer_rows
 
 MIN_PASSES = 2  # a standard error needs two
 MIN_FREEDOM = 7  # probes beyond the first of each example: the spread of fewer is often small by chance
+CONTROLLED = "control"
 HEAVY_SHARE = 0.99  # of the squared output-space traces
 
 
@@ -179,7 +182,7 @@ def hessian_traces(
 
     Args:
         data: Without targets, the loss is expected under the model's own predictions.
-        estimator: Of ``numerics.trace.ESTIMATORS``.
+        estimator: Of ``numerics.trace.ESTIMATORS``; ``CONTROLLED`` is Hutchinson's with a control variate.
         rtol: Products are made for a layer until its standard error is at most this share of its magnitude.
         max_probes: The most products of a layer; 2 or more. Fewer than 8 are only made where this is below 8.
 
@@ -188,14 +191,27 @@ def hessian_traces(
         NumericsError: The loss or a product isn't finite; names the examples or the layer.
     """
     found, seed = {}, draw_seed(generator)
-    for number, layer in enumerate(network.layers):
-        progress("Hessian traces", number, len(network.layers))
-        found[layer.tensor] = ESTIMATORS[estimator](
-            partial(layer_products, network, task, data, layer, batch=batch),
-            partial(_signs, network, (seed, number), layer.elements),
-            rtol=rtol,
-            limit=max_probes,
+    numbers = {layer.tensor: number for number, layer in enumerate(network.layers)}
+    sizes = {layer.tensor: layer.elements for layer in network.layers}
+
+    def signs(tensor: str, chosen: range) -> Tensor:
+        return _signs(network, (seed, numbers[tensor]), sizes[tensor], chosen)
+
+    controls: dict[str, Control] = {}
+    if estimator == CONTROLLED:
+        count = max(max_probes, MIN_PASSES)
+        controls = gauss_newton_controls(
+            network, task, data, lambda tensor, k: signs(tensor, range(k)), count, seed=seed, progress=progress
         )
+    for layer in network.layers:
+        progress("Hessian traces", numbers[layer.tensor], len(network.layers))
+        products = partial(layer_products, network, task, data, layer, batch=batch)
+        probes = partial(signs, layer.tensor)
+        if controls:
+            control = controls[layer.tensor]
+            found[layer.tensor] = hutchinson(products, probes, rtol=rtol, limit=max_probes, control=control)
+        else:
+            found[layer.tensor] = ESTIMATORS[estimator](products, probes, rtol=rtol, limit=max_probes)
     progress("Hessian traces", len(network.layers), len(network.layers))
     return found
 

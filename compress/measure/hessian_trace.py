@@ -8,17 +8,21 @@ section 3.1. Cost: 2 passes over the calibration data or more, until ``rtol`` is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..context import Context
 from ..curvature.network import open_network
-from ..curvature.traces import ggn_traces, hessian_traces
+from ..curvature.traces import CONTROLLED, ggn_traces, hessian_traces
+from ..errors import UsageError
 from ..graph.trace import Graph
 from ..model import Source
 from ..sensitivity import Estimate, Sensitivity
 from ..task import Calibration
+
+WITHOUT_CONTROL = "xtrace"
 
 
 def measure(
@@ -35,16 +39,20 @@ def measure(
     if options["trace"] == "ggn":
         traces = ggn_traces(network, task, data, rtol=rtol, max_passes=limit, generator=generator, progress=progress)
     else:
-        traces = hessian_traces(
-            network,
-            task,
-            data,
-            estimator=str(options["estimator"]),
-            rtol=rtol,
-            max_probes=limit,
-            generator=generator,
-            progress=progress,
+        estimator = str(options["estimator"])
+        sampled = partial(
+            hessian_traces, network, task, data, rtol=rtol, max_probes=limit, generator=generator, progress=progress
         )
+        try:
+            traces = sampled(estimator=estimator)
+        except UsageError as error:
+            if estimator != CONTROLLED:
+                raise
+            # What keeps the Gauss-Newton matrix from being known need not stand in the way of the Hessian.
+            estimator = WITHOUT_CONTROL
+            traces = sampled(estimator=estimator)
+            context.notes.append(f"traces are estimated by {estimator}, without a control: {error.message}")
+        options = {**options, "estimator": estimator}
     entries = {(name, ""): Estimate(e.mean, e.stderr) for name, e in traces.items()}
     passes = max((e.passes for e in traces.values()), default=0)
     late = [name for name, e in traces.items() if e.stderr > rtol * abs(e.mean)]

@@ -40,20 +40,40 @@ class TraceEstimate:
     passes: int
 
 
-def hutchinson(products: Products, probes: Probes, *, rtol: float, limit: int) -> TraceEstimate:
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A matrix near to the one that is estimated, whose trace is known.
+
+    Attributes:
+        values: ``v^T B v`` of the probes in the order of their numbers.
+    """
+
+    trace: float
+    values: tuple[float, ...]
+
+
+def hutchinson(
+    products: Products, probes: Probes, *, rtol: float, limit: int, control: Control | None = None
+) -> TraceEstimate:
     """The mean of ``v^T A v``: unbiased, with variance ``2 (|A|_F^2 - sum_i A_ii^2) / k`` for k probes.
+
+    With a control B it is the mean of ``v^T (A - B) v + tr B``, of the variance of ``A - B``; where that turns out to
+    be the larger one, B is left out.
 
     Args:
         products: Of the symmetric ``A``.
         probes: The same rows for a number, whatever else is drawn.
         rtol: Probes are drawn until the standard error is at most this share of the magnitude.
         limit: The most products; at least ``MIN_PRODUCTS`` are made.
+        control: With as many values as products, or more.
 
     Example:
         >>> hutchinson(lambda v: v * torch.tensor([1.0, 2.0]), lambda r: torch.ones(len(r), 2), rtol=0.1, limit=4)
         TraceEstimate(mean=3.0, stderr=0.0, passes=4)
     """
-    return _sampled(products, probes, lambda v: v, first=0, offset=0.0, spent=0, rtol=rtol, limit=limit)
+    return _sampled(
+        products, probes, lambda v: v, first=0, offset=0.0, spent=0, rtol=rtol, limit=limit, control=control
+    )
 
 
 def hutch_plus_plus(products: Products, probes: Probes, *, rtol: float, limit: int) -> TraceEstimate:
@@ -114,7 +134,12 @@ def xtrace(products: Products, probes: Probes, *, rtol: float, limit: int) -> Tr
             return TraceEstimate(mean, stderr, 2 * count)
 
 
-ESTIMATORS = {"hutchinson": hutchinson, "hutch++": hutch_plus_plus, "xtrace": xtrace}
+# What needs nothing but products.
+ESTIMATORS: dict[str, Callable[..., TraceEstimate]] = {
+    "hutchinson": hutchinson,
+    "hutch++": hutch_plus_plus,
+    "xtrace": xtrace,
+}
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -133,6 +158,7 @@ def _sampled(
     spent: int,
     rtol: float,
     limit: int,
+    control: Control | None = None,
 ) -> TraceEstimate:
     """``offset`` and the mean of ``v^T A v`` over projected probes, from the one numbered ``first`` on."""
     values: list[float] = []
@@ -142,7 +168,11 @@ def _sampled(
         count = min(NEXT if values else FIRST, limit - len(values))
         v = project(probes(range(start, start + count)))
         values += (products(v) * v).double().sum(1).tolist()
-        mean, stderr = offset + sum(values) / len(values), standard_error(values)
+        chosen = values
+        if control is not None:
+            nearer = [value - own + control.trace for value, own in zip(values, control.values, strict=False)]
+            chosen = min(values, nearer, key=standard_error)
+        mean, stderr = offset + sum(chosen) / len(chosen), standard_error(chosen)
         if len(values) == limit or stderr <= rtol * abs(mean):
             return TraceEstimate(mean, stderr, spent + len(values))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.curvature.network import Network, open_network
-from compress.curvature.traces import ggn_traces, hessian_traces
+from compress.curvature.traces import CONTROLLED, ggn_traces, hessian_traces
 from compress.data import Data, read_data
 from compress.graph.trace import trace_graph
 from compress.model import load_source
@@ -35,6 +35,7 @@ from compress.task import Classification
 from .page import machine, put_section, table
 
 TITLE = "Traces of every layer"
+PARTS = ("layers", "estimators")
 CPU = torch.device("cpu")
 FEWEST = 8  # probes before the peer believes its standard error
 RELEVANT = 0.01  # of the whole trace: layers whose errors are compared
@@ -73,6 +74,7 @@ def worst(found: Mapping[str, TraceEstimate], exact: Mapping[str, float]) -> flo
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and put the section into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rtol", type=float, default=0.05)
     parser.add_argument("--num-examples", type=int, default=64)
     parser.add_argument("--most", type=int, default=2000, help="probes of a layer that the peer ends at")
@@ -92,38 +94,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     network = open_network(trace_graph(module, (data.inputs[0][:2],)), device=CPU)
     names = [layer.tensor for layer in network.layers]
 
-    ours, spent = gauss_newton(network, data, given.rtol, given.seeds)
-    exact = {name: e.mean for name, e in gauss_newton(network, data, 0.0, (0,))[0][0].items()}
-    theirs, their_s = per_layer(module, names, data, rtol=given.rtol, most=given.most)
-    rho = spearman([exact[n] for n in names], [theirs[n][0] for n in names])
-    rhos = [spearman([found[n].mean for n in names], [exact[n] for n in names]) for found in ours]
-    late = sum(error > given.rtol * abs(mean) for mean, error, _ in theirs.values())
-    probes = [count for _, _, count in theirs.values()]
-    rows = [
-        ("Gauss-Newton probes, all layers at once", f"{spent:.2f} s", f"{max(worst(f, exact) for f in ours):.1%}"),
-        (
-            f"Hutchinson, a run a layer: {min(probes)} to {max(probes)} probes",
-            f"{their_s:.0f} s",
-            f"{worst({n: TraceEstimate(*v) for n, v in theirs.items()}, exact):.1%}",
-        ),
-    ]
-    products = [estimator_row(network, data, name, given.seeds, exact) for name in ("hutchinson", "hutch++", "xtrace")]
-    not_done = f" {late} layers ended at {given.most} probes before that." if late else ""
     text = [
         *machine(),
         "",
-        f"ResNet-20, {given.num_examples} images, one thread, processor time. To a standard error of {given.rtol:.0%}",
-        f"in every layer: **{their_s / spent:.0f} times** less time.{not_done} Spearman's rho with the exact traces:",
-        f"of the probes' {min(rhos):.3f} or more over {len(given.seeds)} seeds, of the Hutchinson run's {rho:.3f}.",
+        f"ResNet-20, {given.num_examples} images, one thread, processor time. Ratios are of one process; the tables may be",
+        "of different ones (--parts). Errors are the largest of the layers with over 1 % of the whole trace.",
         "",
-        table(("", "CPU time", f"worst error, layers with over {RELEVANT:.0%} of the trace"), rows),
-        f"Estimators of the exact Hessian's traces with {PRODUCTS} products a layer, a seed each:",
-        "",
-        table(("`--estimator`", "CPU time", "worst error, likewise"), products),
-        "```sh",
-        "python -m tests.benchmarks.traces --out docs/benchmarks.md",
-        "```",
     ]
+    exact = {name: e.mean for name, e in gauss_newton(network, data, 0.0, (0,))[0][0].items()}
+    if "layers" in given.parts:
+        ours, spent = gauss_newton(network, data, given.rtol, given.seeds)
+        theirs, their_s = per_layer(module, names, data, rtol=given.rtol, most=given.most)
+        rho = spearman([exact[n] for n in names], [theirs[n][0] for n in names])
+        rhos = [spearman([found[n].mean for n in names], [exact[n] for n in names]) for found in ours]
+        late = sum(error > given.rtol * abs(mean) for mean, error, _ in theirs.values())
+        probes = [count for _, _, count in theirs.values()]
+        not_done = f"{late} layers ended at {given.most} probes before that." if late else ""
+        worst_of_peer = worst({n: TraceEstimate(*v) for n, v in theirs.items()}, exact)
+        text += [
+            f"To a standard error of {given.rtol:.0%} in every layer: **{their_s / spent:.0f} times** less time.",
+            f"{not_done} Spearman's rho with the exact traces: of the probes' {min(rhos):.3f} or more",
+            f"over {len(given.seeds)} seeds, of the Hutchinson run's {rho:.3f}.",
+            "",
+            table(
+                ("", "CPU time", "worst error"),
+                [
+                    (
+                        "Gauss-Newton probes, all layers at once",
+                        f"{spent:.2f} s",
+                        f"{max(worst(f, exact) for f in ours):.1%}",
+                    ),
+                    (
+                        f"Hutchinson, a run a layer: {min(probes)} to {max(probes)} probes",
+                        f"{their_s:.0f} s",
+                        f"{worst_of_peer:.1%}",
+                    ),
+                ],
+            ),
+        ]
+    if "estimators" in given.parts:
+        cases = [(name, PRODUCTS) for name in ("hutchinson", "hutch++", "xtrace")] + [(CONTROLLED, FEWEST)]
+        rows = [estimator_row(network, data, *case, given.seeds, exact) for case in cases]
+        text += [
+            f"Estimators of the exact Hessian's traces, {len(given.seeds)} seeds:",
+            "",
+            table(("`--estimator`", "products a layer", "CPU time", "worst error of each seed"), rows),
+        ]
+    text += ["```sh", "python -m tests.benchmarks.traces --out docs/benchmarks.md", "```"]
     print("\n".join(text))
     if given.out is not None:
         put_section(given.out, TITLE, "\n".join(text))
@@ -160,7 +177,7 @@ def per_layer(
 
 
 def estimator_row(
-    network: Network, data: Data, name: str, seeds: Sequence[int], exact: Mapping[str, float]
+    network: Network, data: Data, name: str, products: int, seeds: Sequence[int], exact: Mapping[str, float]
 ) -> tuple[str, ...]:
     """Processor time and worst error of each seed."""
     times, errors = [], []
@@ -172,14 +189,19 @@ def estimator_row(
             data,
             estimator=name,
             rtol=0.0,
-            max_probes=PRODUCTS,
+            max_probes=products,
             generator=torch.Generator().manual_seed(seed),
             progress=quiet,
         )
         times.append(time.process_time() - start)
         errors.append(worst(found, exact))
     print(f"{name}: {errors}", file=sys.stderr)
-    return (f"`{name}`", f"{statistics.median(times):.0f} s", ", ".join(f"{error:.1%}" for error in errors))
+    return (
+        f"`{name}`",
+        str(products),
+        f"{statistics.median(times):.0f} s",
+        ", ".join(f"{error:.1%}" for error in errors),
+    )
 
 
 if __name__ == "__main__":

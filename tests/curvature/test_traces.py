@@ -15,7 +15,14 @@ from zoo import named
 
 from compress.curvature import traces
 from compress.curvature.network import Network, open_network, outputs_of
-from compress.curvature.traces import ggn_traces, heaviest, hessian_product, hessian_products, hessian_traces
+from compress.curvature.traces import (
+    CONTROLLED,
+    ggn_traces,
+    heaviest,
+    hessian_product,
+    hessian_products,
+    hessian_traces,
+)
 from compress.data import Data
 from compress.errors import NumericsError, UsageError
 from compress.graph.trace import trace_graph
@@ -348,7 +355,7 @@ def test_every_estimator_is_exact_on_a_layer_that_its_products_span(estimator: s
     assert found.mean == pytest.approx(exact, rel=0.3 if estimator == "hutchinson" else 1e-10)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, CONTROLLED])
 def test_a_layers_trace_depends_neither_on_batches_nor_on_other_layers(estimator: str) -> None:
     _, network, data = classifier(3, scale=2.0)
     given: dict[str, Any] = {"estimator": estimator, "rtol": 0.0, "max_probes": 12}
@@ -365,6 +372,36 @@ def test_a_piecewise_linear_network_has_the_traces_of_its_gauss_newton_matrix() 
     exact = run(network, Classification(), data)
     for name, estimate in exact.items():
         assert float(dense_hessian(module, Classification(), data, name).trace()) == pytest.approx(estimate.mean)
+
+
+def test_with_a_control_a_piecewise_linear_network_has_exact_traces() -> None:
+    module, network, data = images()
+    found = run_hessian(network, Classification(), data, estimator=CONTROLLED, rtol=0.0, max_probes=3)
+    for name, estimate in found.items():
+        assert float(dense_hessian(module, Classification(), data, name).trace()) == pytest.approx(estimate.mean)
+        assert estimate.stderr <= 1e-7 * estimate.mean
+
+
+@pytest.mark.parametrize("task", [Classification(), Pair()], ids=["logits", "two outputs"])
+def test_a_control_makes_smooth_networks_errors_smaller_and_leaves_them_honest(task: Task) -> None:
+    module, network, data = classifier(3, scale=1.0)
+    if isinstance(task, Pair):
+        torch.manual_seed(1)
+        module = TwoOutputs().double().eval()
+        inputs = torch.randn(12, 4)
+        network = opened(module.float(), (inputs,))
+        module, data = module.double(), Data((inputs.double(),), torch.arange(12) % 3, "data")
+    exact = {name: float(dense_hessian(module, task, data, name).trace()) for name in network.weights}
+    plain, helped = (
+        [run_hessian(network, task, data, estimator=e, seed=seed, rtol=0.0, max_probes=12) for seed in range(20)]
+        for e in ("hutchinson", CONTROLLED)
+    )
+    covered = 0
+    for name, value in exact.items():
+        before, after = (sum((found[name].mean - value) ** 2 for found in runs) ** 0.5 for runs in (plain, helped))
+        assert after <= 0.8 * before
+        covered += sum(abs(found[name].mean - value) <= 2 * found[name].stderr + 1e-9 * value for found in helped)
+    assert covered >= 0.8 * 20 * len(exact)
 
 
 def test_hessian_traces_are_right_within_their_errors() -> None:

@@ -91,3 +91,23 @@ def test_one_example_and_a_network_without_layers_are_measured() -> None:
     for options in (GGN, HESSIAN):
         record, _ = hessian_trace.measure(source, trace_graph(module, data.data.inputs), data, options, context())
         assert record.entries == {}
+
+
+class OfTheBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.norm(self.conv(x))).mean((2, 3))
+
+
+def test_without_gradients_of_single_examples_there_is_no_control_and_a_note() -> None:
+    torch.manual_seed(0)
+    module, inputs = OfTheBatch().eval(), torch.randn(6, 3, 5, 5)
+    source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
+    calibration = Calibration(Classification(), Data((inputs,), torch.arange(6) % 4, "x.npz"))
+    surroundings, options = context(), {**HESSIAN, "estimator": "control"}
+    record, _ = hessian_trace.measure(source, trace_graph(module, (inputs[:2],)), calibration, options, surroundings)
+    assert record.options["estimator"] == "xtrace" and len(record.entries) == 1
+    assert surroundings.notes[0].startswith("traces are estimated by xtrace, without a control: batch_norm takes its")

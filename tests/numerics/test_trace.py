@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.trace import ESTIMATORS, TraceEstimate
+from compress.numerics.trace import ESTIMATORS, Control, TraceEstimate, hutchinson
 
 D = 60
 SPECTRA = {
@@ -107,3 +107,34 @@ def test_a_matrix_of_zeros_has_a_trace_of_zero(name: str, dtype: torch.dtype) ->
 def test_low_rank_in_single_precision_is_found_to_its_precision(name: str) -> None:
     found = estimate(name, matrix(SPECTRA["low rank"]).float(), limit=40)
     assert found.mean == pytest.approx(4.0, abs=1e-4)
+
+
+def controlled(dense: Tensor, near: Tensor | None, *, seed: int) -> TraceEstimate:
+    def probes(numbers: range) -> Tensor:
+        rows = [
+            torch.randint(0, 2, (D,), generator=torch.Generator().manual_seed(1000 * seed + n)) * 2 - 1 for n in numbers
+        ]
+        return torch.stack(rows).double()
+
+    control = None
+    if near is not None:
+        every = probes(range(18))
+        control = Control(float(near.trace()), tuple(((every @ near) * every).sum(1).tolist()))
+    return hutchinson(lambda v: v @ dense, probes, rtol=0.0, limit=18, control=control)
+
+
+def test_a_control_leaves_the_spread_of_the_difference() -> None:
+    dense, noise = matrix(SPECTRA["decaying"]), torch.randn(D, D, generator=torch.Generator().manual_seed(3)).double()
+    near = dense + 1e-3 * (noise + noise.T)
+    exact = float(dense.trace())
+    same = controlled(dense, dense, seed=0)
+    assert same.mean == pytest.approx(exact, rel=1e-12) and same.stderr < 1e-12
+    plain, helped = ([controlled(dense, b, seed=seed) for seed in range(40)] for b in (None, near))
+    errors = [torch.tensor([e.mean - exact for e in found]) for found in (plain, helped)]
+    assert errors[1].square().mean().sqrt() < 0.2 * errors[0].square().mean().sqrt()
+    assert sum(abs(e.mean - exact) <= 2 * e.stderr for e in helped) >= 0.8 * len(helped)
+
+
+def test_a_control_that_is_far_off_is_left_out() -> None:
+    dense, far = matrix(SPECTRA["decaying"]), 50 * matrix(SPECTRA["indefinite"].flip(0))
+    assert controlled(dense, far, seed=0) == controlled(dense, None, seed=0)

@@ -1,0 +1,63 @@
+"""The Gauss-Newton matrix as a control variate of the exact Hessian: what probes give of it, and its traces.
+
+A probe's ``v^T H v`` wanders because of what is off the diagonal of H, and nearly all of that is in the Gauss-Newton
+matrix, which a few passes with per-sample gradients know. Of ``R^T R / n`` with such rows R both ``v^T R^T R v`` and
+the trace are known exactly, whatever the rows are: ``v^T H v`` less the one and plus the other has the same mean. Of a
+network that is piecewise linear in a layer's weights nothing is left to wander.
+Source: control variates, Hammersley and Handscomb 1964; Schraudolph 2002 for the matrix.
+Cost: ``MOST`` passes over the data with per-sample gradients, for all layers and probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..context import Progress
+from ..data import Data
+from ..numerics.trace import Control
+from ..task import Task
+from .loss_factor import Draw, period
+from .network import PASS_BATCH, Network, batches
+from .recording import Recorder
+from .sample_gradients import layer_rows
+
+MOST = 16  # probes of an example; fewer where they are complete
+Signs = Callable[[str, int], Tensor]  # the probes ``[k, d]`` of a layer, given how many
+
+
+def gauss_newton_controls(
+    network: Network, task: Task, data: Data, signs: Signs, count: int, *, seed: int, progress: Progress
+) -> dict[str, Control]:
+    """What the first ``count`` probes of every layer give of a Gauss-Newton matrix, and its blocks' traces.
+
+    Args:
+        signs: Of a layer's tensor; the same for the same number.
+
+    Raises:
+        UsageError: Examples have no gradients of their own, or the loss has no matrix that is known.
+        NumericsError: An output or a gradient isn't finite; names the examples and the layer.
+    """
+    names = [layer.tensor for layer in network.layers]
+    traces = dict.fromkeys(names, 0.0)
+    values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
+    recorder, made = Recorder(network), 0
+    for start, batch in zip(range(0, len(data), PASS_BATCH), batches(network, data), strict=True):
+        progress("Gauss-Newton matrix", start, len(data))
+        outputs, uses = recorder.record(batch.inputs)
+        made = min(period(task, outputs) or MOST, MOST)
+
+        def receive(tensor: str, rows: Tensor) -> None:
+            if tensor in values:
+                traces[tensor] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+                values[tensor] += (rows @ signs(tensor, count).T).double().square().sum(0).cpu()
+
+        for probe in range(made):
+            draw = Draw(seed, range(start, start + len(batch)), probe, data.name)
+            is_last = probe + 1 == made
+            layer_rows(network, task, batch, outputs, uses, draw, receive, mode="ggn", is_last=is_last)
+    progress("Gauss-Newton matrix", len(data), len(data))
+    rows = max(1, len(data) * made)
+    return {name: Control(traces[name] / rows, tuple((values[name] / rows).tolist())) for name in names}
