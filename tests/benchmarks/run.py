@@ -36,7 +36,6 @@ NUM_LEVELS = 4_000_000
 NUM_LOADS = 15
 NUM_RATES = 5
 LATENCY_REPEATS = 100
-KEPT = ("M-FAC", "Per-sample gradients", "Optimizers: ResNet-20 from a pruned start")  # sections of other scripts
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines += measure_network(network, cases, Path(folder))
     lines += plane_rates()
     lines.append(f"Measured in {time.monotonic() - started:.0f} s.")
-    others = {title: text for title, text in sections(out).items() if title in KEPT}
+    own = {line.removeprefix("## ").strip() for line in lines if line.startswith("## ")}
+    others = {title: text for title, text in sections(out).items() if title and title not in own}
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for title, text in others.items():
         put_section(out, title, text)

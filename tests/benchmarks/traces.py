@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = [
         *machine(),
         "",
-        f"ResNet-20, {given.num_examples} images, one thread, processor time. Ratios are of one process; the tables may be",
+        f"ResNet-20, {given.num_examples} images, one thread, processor time. Ratios are of one process; tables may be",
         "of different ones (--parts). Errors are the largest of the layers with over 1 % of the whole trace.",
         "",
     ]
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         not_done = f"{late} layers ended at {given.most} probes before that." if late else ""
         worst_of_peer = worst({n: TraceEstimate(*v) for n, v in theirs.items()}, exact)
         text += [
-            f"To a standard error of {given.rtol:.0%} in every layer: **{their_s / spent:.0f} times** less time.",
+            f"To a standard error of {given.rtol:.0%} in every layer: **{their_s / spent:.0f} times** less.",
             f"{not_done} Spearman's rho with the exact traces: of the probes' {min(rhos):.3f} or more",
             f"over {len(given.seeds)} seeds, of the Hutchinson run's {rho:.3f}.",
             "",
