@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from ..graph.trace import CONVOLUTIONS, TRANSPOSED, argument, aten
+from ..graph.trace import CONVOLUTIONS, TRANSPOSED, argument, argument_names, aten
 
 MIN_CALLED = 4  # examples of a row, from which on a convolution's row is fastest as a call of its own
 
@@ -104,10 +104,10 @@ def _rows(use: Use, gradient: Tensor, group: int) -> Tensor:
     found = RULES.get(_key(use.node, use.site.position))
     count = gradient.shape[use.site.batch_dim] // group
     rows = _by_torch_func(use, gradient) if found is None else found[0](use, gradient, group)
-    rows = rows if len(rows) == count else summed(rows, group)
+    rows = rows if rows.shape[0] == count else summed(rows, group)
     if use.factor is None:
         return rows
-    return rows.reshape(count, len(use.factor), -1).mul_(use.factor.unsqueeze(1)).flatten(1)  # a convolution's own
+    return rows.reshape(count, use.factor.shape[0], -1).mul_(use.factor.unsqueeze(1)).flatten(1)  # a convolution's own
 
 
 def _along(value: Tensor, dim: int, part: slice) -> Tensor:
@@ -121,8 +121,8 @@ def num_trailing(node: fx.Node, position: int) -> int:
 
 
 def _key(node: fx.Node, position: int) -> tuple[Any, str]:
-    schema = getattr(node.target, "_schema", None)
-    return node.target, "" if schema is None else schema.arguments[position].name
+    names = argument_names(node.target)
+    return node.target, names[position] if names else ""
 
 
 def _linear(use: Use, gradient: Tensor, group: int) -> Tensor:
@@ -133,7 +133,7 @@ def _linear(use: Use, gradient: Tensor, group: int) -> Tensor:
 
 def _convolution(use: Use, gradient: Tensor, group: int) -> Tensor:
     node, weight, inputs = use.node, use.arguments[1], use.arguments[0]
-    spatial, count = weight.dim() - 2, len(gradient) // group
+    spatial, count = weight.dim() - 2, gradient.shape[0] // group
     inputs, padding = padded(node, inputs, weight)
     groups = int(argument(node, "groups", 1))
     options = (
@@ -144,8 +144,10 @@ def _convolution(use: Use, gradient: Tensor, group: int) -> Tensor:
         each_dim(argument(node, "output_padding", 0), spatial),
     )
     if group >= MIN_CALLED:
-        parts = zip(torch.split(gradient, group), torch.split(inputs, group), strict=True)
-        return torch.stack([_of_weight(g, x, weight, options, groups) for g, x in parts]).flatten(1)
+        parts = zip(gradient.chunk(count), inputs.chunk(count), strict=True)
+        found = [_of_weight(g, x, weight, options, groups) for g, x in parts]
+        # Theirs may be the layout of channels last, which a stack would keep, to be copied again.
+        return torch.stack(found, out=weight.new_empty(count, *weight.shape)).flatten(1)
     # The rows as groups of one convolution: 2 to 5 times faster than a call an example, or than unfolding.
     gradient, inputs = (
         x.reshape(count, group, *x.shape[1:]).transpose(0, 1).reshape(group, -1, *x.shape[2:])

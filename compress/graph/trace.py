@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -332,13 +333,16 @@ def batch_statistics(graph: fx.Graph) -> list[str]:
 
 def argument(node: fx.Node, name: str, default: Any) -> Any:
     """An argument of an ATen call by its schema name."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for position, parameter in enumerate(schema.arguments):
-        if parameter.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, default)
-    return default
+    names = argument_names(node.target)
+    position = names.index(name) if name in names else len(node.args)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+@cache
+def argument_names(target: Any) -> tuple[str, ...]:
+    """Of an operator's schema, which torch builds anew for each look; none of what has no schema."""
+    schema = getattr(target, "_schema", None)
+    return () if schema is None else tuple(parameter.name for parameter in schema.arguments)
 
 
 def _size(value: Any) -> int:
