@@ -40,7 +40,7 @@ COMMANDS = {
     "completion": "print the completion script of a shell",
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-KEPT_BYTES = 2**30
+KEPT_BYTES, OLD_KEPT_BYTES = 2**30, 2**25
 EXAMPLES = """\
 hcompress demo
 hcompress quantize model.pt --model net.py:make --data calibration.npz --budget 4bit --out small
@@ -134,8 +134,9 @@ def _keep_freed_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(parameter, KEPT_BYTES)
+        # Older ones take no threshold above 32 MB. Any that is set ends their own adjusting, so that the first decides.
+        if any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in (KEPT_BYTES, OLD_KEPT_BYTES)):
+            mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError, UsageError
 from ..plan import read_plan
-from ..registry import COMPARED, Method, find_measure, find_method, methods_for
+from ..registry import COMPARED, MEASURES, Method, find_measure, find_method, methods_for
 from ..settings import BY_NAME, Settings, chosen_budget
 
 LENGTHS = {"recover_steps", "recover_epochs"}
@@ -116,6 +116,21 @@ def check_effects(job: str, given: Collection[str], settings: Settings, *, plan:
         raise UsageError(
             f"{unused[0]} has no effect without training", hint="pass --recover-steps N or --recover-epochs X as well"
         )
+
+
+def check_measured(given: Collection[str], settings: Settings, names: Collection[str]) -> None:
+    """Every option of the command line that is some measure's is one of those that are taken.
+
+    Args:
+        names: Of the measures; what is none is the record of one that was taken before.
+    """
+    taken = {measure.name for measure in MEASURES} & set(names)
+    if settings["configurations"].value:
+        taken |= {*COMPARED, "output-change"}
+    for name in sorted(set(given) & _measured([measure.name for measure in MEASURES]) - _measured(taken)):
+        takers = ", ".join(measure.name for measure in MEASURES if name in measure.options)
+        raise UsageError(f"{', '.join(names)} has no {BY_NAME[name].flag}", hint=f"measures that take it: {takers}")
+    check_estimator(given, settings)
 
 
 def check_estimator(given: Collection[str], settings: Settings) -> None:

@@ -67,11 +67,12 @@ def sensitivity(
     settings = options.resolve()
     if compare is not None and measure is not None:
         raise UsageError("--measure and --compare contradict each other", hint="--compare names both measures itself")
-    if compare is not None and settings["configurations"].value:
+    if compare is not None and "configurations" in options.given_flags():
         raise UsageError("--configurations has no effect with --compare", hint="leave one of them out")
     if measure is not None:
         registry.find_measure(measure)
-    preflight.check_estimator(options.given_flags(), settings)
+    named = (measure or registry.MEASURES[0].name,) if compare is None else compare
+    preflight.check_measured(options.given_flags(), settings, named)
     preflight.check_inputs(checkpoint, settings)
     if settings["out"].value is not None and not dry_run:
         preflight.check_out(Path(settings["out"].value), force=force)
@@ -117,7 +118,7 @@ def _print_forecast(record: dict[str, Any]) -> None:
     found, names = record["forecast"], record["method"]
     each = {names: found} if isinstance(names, str) else found
     for name, expected in each.items():
-        print_line(f"{name}: {'next to nothing' if expected is None else forecast_text(expected)}")
+        print_line(f"{name}: {'no time to speak of' if expected is None else forecast_text(expected)}")
     for note in record["notes"]:
         print_line(f"note: {note}")
 

@@ -15,7 +15,7 @@ import numpy as np
 from .errors import UsageError
 from .numerics.ranks import spearman
 from .plot import Spot, scatter_svg
-from .sensitivity import Estimate, Sensitivity
+from .sensitivity import TOGETHER, Estimate, Sensitivity
 
 SCHEMA = "hcompress.comparison/1"
 SHOWN_OPTION = "4"  # of a measure that has a value for each of many options
@@ -115,7 +115,9 @@ def comparison_cells(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def estimate_text(value: float, stderr: float) -> str:
     """``4.035 +- 0.012``, or the number alone where it is exact."""
-    return f"{value:.4g} +- {stderr:.2g}" if stderr else f"{value:.4g}"
+    if not stderr:
+        return f"{value:.4g}"
+    return f"{value:.4g} +- " + (f"{stderr:,.0f}" if 100 <= stderr < 1e6 else f"{stderr:.2g}")
 
 
 def comparison_svg(record: Mapping[str, Any]) -> str:
@@ -130,7 +132,9 @@ def comparison_svg(record: Mapping[str, Any]) -> str:
 
 def _by_layer(record: Sensitivity) -> dict[str, Estimate]:
     shown = shown_option(record)
-    return {layer: estimate for (layer, option), estimate in record.entries.items() if option == shown}
+    every = {layer: estimate for (layer, option), estimate in record.entries.items() if option == shown}
+    every.pop(TOGETHER, None)
+    return every
 
 
 def _ranks(column: Sequence[Estimate]) -> list[int]:

@@ -1,7 +1,7 @@
 """What a measure will take, before it is made: its time and memory, from trials of the measure itself on few examples.
 
-Three trials: few examples, a batch of them, and few with twice the passes. Time is taken for a constant, a part by the
-passes, and one by the examples times the passes; memory for that of a batch, which all batches share.
+Four trials: few examples and a batch of them, each with few passes and with twice as many. Time is taken for a
+constant, a part by the passes, one by the examples, and one by their product; memory for that of a batch.
 Cost: about one part in ``WORTH / BATCH`` of the measure, or less.
 """
 
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .curvature.network import PASS_BATCH
-from .job import Job, method_options
-from .measuring import measure_context
+from .job import Job
+from .measure.hessian_eigenvalues import check_count
+from .measuring import measure_context, options_of
 from .numerics.eigenvalues import FIRST as SHORT_SEARCH
 from .numerics.trace import FIRST as FEWEST_PRODUCTS
 from .quantize.output_change import EXAMPLES, USUAL
@@ -77,21 +78,29 @@ def forecast(job: Job, name: str, *, always: bool = False) -> Forecast | None:
     measure = find_measure(name)
     if not measure.needs_data or job.calibration is None:
         return None
-    total, options = len(job.calibration.data), method_options(job, measure.options)
+    if measure.name == "hessian-eigenvalues":
+        check_count(job.value("eigenvalues"), job.value("passes"))
+    total, options = len(job.calibration.data), options_of(job, measure)
     repeats = _repeats(measure, options, total)
     once, more = repeats.counts
     if not always and total * repeats.most < WORTH * once:
         return None
     num_few, num_many = min(FEW, total), min(PASS_BATCH, total)
-    few_s = _trial(job, measure, num_few, repeats.options[0])
-    few_s = min(few_s, _trial(job, measure, num_few, repeats.options[0]))  # the first one loads code
-    more_s = few_s if more == once else _trial(job, measure, num_few, repeats.options[1])
-    many_s = few_s if num_many == num_few else _trial(job, measure, num_many, repeats.options[0])
-    by_repeat = max(0.0, more_s - few_s) / max(1, more - once)
-    by_both = max(0.0, many_s - few_s) / max(1, num_many - num_few) / once
+    _trial(job, measure, num_few, repeats.options[0])  # loads code
+    took = {
+        (count, number): _trial(job, measure, count, repeats.options[number])
+        for count in sorted({num_few, num_many})
+        for number in range(1 if more == once else 2)
+    }
+    few, many = ([took.get((count, number), took[count, 0]) for number in range(2)] for count in (num_few, num_many))
+    steps, examples = max(1, more - once), max(1, num_many - num_few)
+    by_repeat = max(0.0, few[1] - few[0]) / steps
+    by_example = max(0.0, many[0] - few[0]) / examples
+    by_both = max(0.0, many[1] - many[0] - few[1] + few[0]) / steps / examples
 
     def time_of(count: int) -> float:
-        return few_s + (count - once) * by_repeat + max(0, repeats.examples - num_few) * count * by_both
+        repeated, further = count - once, max(0, repeats.examples - num_few)
+        return few[0] + repeated * by_repeat + further * (by_example + repeated * by_both)
 
     return Forecast(time_of(repeats.least), time_of(repeats.most), _peak_bytes(job) + _held_bytes(job, options))
 

@@ -139,13 +139,21 @@ def _no_model_bytes(choices: Mapping[str, Storage]) -> NoReturn:
     raise RuntimeError("a measure delivers no file, so that it has no size")
 
 
+def options_of(job: Job, measure: Measure) -> dict[str, Any]:
+    """Those settings that a measure depends on: Gauss-Newton traces need no estimator."""
+    options = method_options(job, measure.options)
+    if options.get("trace") == "ggn":
+        options.pop("estimator", None)
+    return options
+
+
 def _may_keep(job: Job, measure: Measure) -> bool:
     """Whether it is worth a file, and its key tells all: not the loss of a task that is the user's code."""
     return measure.needs_data and job.value("cache") == "on" and type(job.task) in BUILT_IN.values()
 
 
 def _measure(job: Job, measure: Measure, context: Context) -> Taken:
-    options = method_options(job, measure.options)
+    options = options_of(job, measure)
     record, tensors = load_module(measure).measure(job.source, job.graph, job.calibration, options, context)
     return Taken(record, tensors, False)
 
@@ -169,7 +177,7 @@ def _key(job: Job, measure: Measure, context: Context) -> dict[str, Any]:
     """All that a measure's figures depend on."""
     return {
         "measure": measure.name,
-        "options": method_options(job, measure.options),
+        "options": options_of(job, measure),
         "source_sha256": job.source.sha256,
         "network_sha256": network_sha256(job.graph),
         "calibration_sha256": None if job.calibration is None else job.calibration.sha256(),

@@ -44,11 +44,15 @@ def _unit(record: dict[str, Any]) -> str:
     return f" ({record['unit']})" if record["unit"] else ""
 
 
-def part_text(part: dict[str, Any], of: str) -> str:
-    """How many there are, and their range."""
+def part_text(part: dict[str, Any], of: str, none: str = "zero") -> str:
+    """How many there are, and their range.
+
+    Args:
+        none: What those are that have no place on the axis.
+    """
     text = f"{part['count']:,} {of}"
     if part["zeros"]:
-        text += f", {part['zeros']:,} of them zero"
+        text += f", {part['zeros']:,} of them {none}"
     if part["median"] is None:
         return text
     return f"{text}, from {part['least']:.3g} to {part['most']:.3g}, median {part['median']:.3g}"

@@ -56,6 +56,8 @@ def measure_sensitivity(
         count = measuring.num_configurations(job)
         expected = _expected(job, name, announce, always=dry_run)
         if dry_run:
+            if count:
+                job.notes.append("the time of --configurations is not in it")
             return {"method": name, "forecast": expected, "notes": job.notes, "time_s": time.monotonic() - job.started}
         taken = measuring.take(job, name, measuring.measure_context(job))
         predictors = measuring.compare(job, count) if count else None
@@ -109,6 +111,7 @@ def compare_measures(
     with _staged(checkpoint, settings, force=force, dry_run=dry_run) as stage:
         job = open_job(checkpoint, settings, progress, needs_data=any(find_measure(name).needs_data for name in made))
         expected = {name: _expected(job, name, announce, always=dry_run) for name in made}
+        expected |= dict.fromkeys(kept)
         if dry_run:
             took = time.monotonic() - job.started
             return {"method": list(names), "forecast": expected, "notes": job.notes, "time_s": took}
@@ -168,7 +171,7 @@ def _publish(stage: Path, job: Job, pages: tuple[str, str], command: list[str]) 
 
 def _expected(job: Job, name: str, announce: Announce, *, always: bool) -> dict[str, float] | None:
     """What a measure will take, as plain JSON; None of one that is quick, or in the cache."""
-    if not always and measuring.is_kept(job, name):
+    if measuring.is_kept(job, name):
         return None
     found = forecast(job, name, always=always)
     if found is None:

@@ -16,6 +16,7 @@ from .errors import InputError
 
 SENSITIVITY_SCHEMA = "hcompress.sensitivity/1"
 COST_SCHEMA = "hcompress.cost/1"
+TOGETHER = "all layers"  # in place of a layer: of all of them
 Key = tuple[str, str]
 
 

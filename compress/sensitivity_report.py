@@ -13,7 +13,7 @@ from .plot import histogram_svg
 from .report import render_page, render_text
 from .saliency_plot import part_text, range_text
 
-NOTHING = "-"
+NOTHING, NOT_POSITIVE = "-", "zero or below"
 
 
 def render_sensitivity(record: Mapping[str, Any], bars: str, network: str, command: list[str]) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def table_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def saliency_sentence(record: Mapping[str, Any]) -> str:
     """What single weights cost, in a sentence."""
-    return f"Saliency: {record['what']} ({record['unit']}): {part_text(record['kept'], record['of'])}"
+    return f"Saliency: {record['what']} ({record['unit']}): {part_text(record['kept'], record['of'], NOT_POSITIVE)}"
 
 
 def histogram(record: Mapping[str, Any]) -> str:

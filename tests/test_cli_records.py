@@ -1108,12 +1108,25 @@ def test_the_completion_script_gets_commands_and_options() -> None:
 # Memory
 
 
-@pytest.mark.parametrize(("name", "kept"), [(None, [(-3, 2**30), (-1, 2**30)]), ("MALLOC_ARENA_MAX", [])])
-def test_freed_memory_stays_unless_the_environment_says_otherwise(
-    name: str | None, kept: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "most", "kept"),
+    [
+        (None, 2**40, [(-3, 2**30), (-1, 2**30)]),
+        (None, 2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]),
+        (None, 0, [(-3, 2**30), (-3, 2**25)]),
+        ("MALLOC_ARENA_MAX", 2**40, []),
+    ],
+)
+def test_freed_memory_stays_where_the_library_lets_it(
+    name: str | None, most: int, kept: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int]] = []
-    library = types.SimpleNamespace(mallopt=lambda *given: calls.append(given))
+
+    def mallopt(parameter: int, size: int) -> int:
+        calls.append((parameter, size))
+        return int(parameter == -1 or size <= most)
+
+    library = types.SimpleNamespace(mallopt=mallopt)
     monkeypatch.setattr("ctypes.CDLL", lambda _: library)
     monkeypatch.setattr("sys.platform", "linux")
     for known in [known for known in os.environ if known.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:

@@ -13,6 +13,7 @@ from torch import nn
 from compress import forecast as module
 from compress.context import Context
 from compress.data import Data
+from compress.errors import UsageError
 from compress.forecast import forecast
 from compress.graph.trace import trace_graph
 from compress.job import Job
@@ -29,7 +30,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time passes in measures alone: 1 s, 0.5 s a pass or width, and 1 ms an example and pass or width."""
+    """Time passes in measures alone, as ``took`` says."""
     clock = Clock()
 
     def measure(
@@ -38,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         count = len(options["widths"]) if "widths" in options else options.get("passes", 1)
         if "eigenvalues" in options:
             count += options["eigenvalues"] + 1
-        clock.now += 1 + 0.5 * count + 1e-3 * len(calibration.data) * count
+        clock.now += took(count, len(calibration.data))
 
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "load_module", lambda _: types.SimpleNamespace(measure=measure))
@@ -55,7 +56,7 @@ def job(count: int, **flags: Any) -> Job:
 
 
 def took(passes: float, examples: int) -> float:
-    return 1 + 0.5 * passes + 1e-3 * examples * passes
+    return 1 + 2e-3 * examples + 0.5 * passes + 1e-3 * examples * passes
 
 
 def test_passes_are_counted_from_the_fewest_to_the_most(clock: Clock) -> None:
@@ -63,7 +64,7 @@ def test_passes_are_counted_from_the_fewest_to_the_most(clock: Clock) -> None:
     assert found is not None
     assert found.least_s == pytest.approx(took(2, 512)) and found.most_s == pytest.approx(took(20, 512))
     assert 10**7 < found.memory_bytes < 10**11
-    assert clock.now < 0.65 * took(20, 512)
+    assert clock.now < took(20, 512)
 
 
 @pytest.mark.parametrize(("name", "flags"), [("hessian-diagonal", {}), ("hessian-trace", {"trace": "hessian"})])
@@ -100,3 +101,9 @@ def test_vectors_of_products_count_as_memory(clock: Clock) -> None:
     short, long = (forecast(job(600, trace="hessian", passes=p), "hessian-trace") for p in (20, 10**6))
     assert short is not None and long is not None
     assert long.memory_bytes - short.memory_bytes >= 8 * 6 * 10**6 - 10**7
+
+
+def test_more_eigenvalues_than_products_are_refused_before_any_trial(clock: Clock) -> None:
+    with pytest.raises(UsageError, match="30 eigenvalues need 32 products or more"):
+        forecast(job(600, eigenvalues=30), "hessian-eigenvalues", always=True)
+    assert clock.now == 0

@@ -16,10 +16,9 @@ from torch import nn
 from compress.errors import InputError, UsageError
 from compress.graph.trace import Graph, trace_graph
 from compress.manifest import check_files, read_manifest
-from compress.measure.hessian_eigenvalues import TOGETHER
 from compress.measuring import network_sha256
-from compress.registry import MEASURES
-from compress.sensitivity import read_sensitivity
+from compress.registry import MEASURES, find_measure
+from compress.sensitivity import TOGETHER, read_sensitivity
 
 DEMO = Path(str(resources.files("compress.demo")))
 NETWORK = [str(DEMO / "fashion_net.safetensors"), "--model", "compress.demo.network:fashion_net"]
@@ -33,7 +32,8 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.parametrize("name", [measure.name for measure in MEASURES])
 def test_every_measure_gives_each_layer_a_finite_value(name: str, tmp_path: Path) -> None:
-    result = run(*DATA, "--measure", name, "--passes", "3", "--out", str(tmp_path / "out"), "--json", "--quiet")
+    passes = ("--passes", "3") if "passes" in find_measure(name).options else ()
+    result = run(*DATA, "--measure", name, *passes, "--out", str(tmp_path / "out"), "--json", "--quiet")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     written = read_sensitivity(tmp_path / "out" / "sensitivity.json")
@@ -129,7 +129,8 @@ def test_a_measure_that_was_taken_before_is_read_from_the_cache(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    line = (*DATA, "--measure", name, "--passes", "2", "--rtol", "0.0001", "--json")
+    passes = ("--passes", "2", "--rtol", "0.0001") if name == "hessian-trace" else ()
+    line = (*DATA, "--measure", name, *passes, "--json")
     results = [run(*line, "--out", str(tmp_path / out)) for out in ("first", "second")]
     fresh, cached = (json.loads(result.stdout) for result in results)
     assert (fresh.pop("cached"), cached.pop("cached")) == (False, True)
@@ -328,7 +329,7 @@ def test_a_dry_run_says_what_a_measure_would_take_and_writes_nothing(tmp_path: P
     assert result.stdout.startswith("hessian-diagonal: ") and result.stdout.endswith("B\n")
     assert not list(tmp_path.iterdir())
     nothing = run("--measure", "weight-error", "--input-shape", "1,28,28", "--dry-run", "--quiet")
-    assert nothing.stdout == "weight-error: next to nothing\n"
+    assert nothing.stdout == "weight-error: no time to speak of\n"
 
 
 def test_a_long_measure_says_before_what_it_will_take() -> None:
@@ -350,3 +351,35 @@ def test_the_report_has_the_bars_the_table_and_the_saliencies_of_single_weights(
     for entry in record["entries"]:
         assert f"<td>{entry['layer']}</td>" in page and f"| {entry['value']:.4g} " in text
     assert 'class="kept"' in page
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("--measure", "fisher", "--passes", "7"), "fisher has no --passes"),
+        (("--measure", "hessian-diagonal", "--trace", "hessian"), "hessian-diagonal has no --trace"),
+        (("--measure", "hessian-diagonal", "--estimator", "xtrace"), "hessian-diagonal has no --estimator"),
+        (("--compare", "fisher", "weight-error", "--eigenvalues", "2"), "fisher, weight-error has no --eigenvalues"),
+    ],
+)
+def test_an_option_of_another_measure_is_refused(line: tuple[str, ...], message: str) -> None:
+    error = refused(*DATA, *line)
+    assert error.message == message
+    assert str(error.hint).startswith("measures that take it: ")
+
+
+def test_a_setting_that_is_no_flag_does_not_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCOMPRESS_CONFIGURATIONS", "5")
+    monkeypatch.setenv("HCOMPRESS_EIGENVALUES", "5")
+    result = run(*DATA, "--compare", "fisher", "hessian-trace", "--quiet")
+    assert result.exit_code == 0, result.output
+
+
+def test_all_layers_together_are_no_layer_of_a_comparison(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    assert run(*DATA, "--measure", "hessian-eigenvalues", "--passes", "4", "--out", out).exit_code == 0
+    record = json.loads(run(*DATA, "--compare", out, out, "--json", "--quiet").stdout)
+    layers = [entry["layer"] for entry in record["entries"]]
+    assert TOGETHER not in layers and len(layers) == len(read_sensitivity(Path(out, "sensitivity.json")).entries) - 1
+    again = run(*DATA, "--compare", out, "weight-error", "--dry-run", "--quiet")
+    assert again.stdout.splitlines()[:2] == ["weight-error: no time to speak of", f"{out}: no time to speak of"]

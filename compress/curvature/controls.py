@@ -5,7 +5,7 @@ matrix, which a few passes with per-sample gradients know. Of ``R^T R / n`` with
 the trace are known exactly, whatever the rows are: ``v^T H v`` less the one and plus the other has the same mean. Of a
 network that is piecewise linear in a layer's weights nothing is left to wander.
 Source: control variates, Hammersley and Handscomb 1964; Schraudolph 2002 for the matrix.
-Cost: ``MOST`` passes over the data with per-sample gradients, for all layers and probes.
+Cost: ``MOST`` passes over the data with per-sample gradients, for all layers and probes; a byte a weight and probe.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def gauss_newton_controls(
     names = [layer.tensor for layer in network.layers]
     traces = dict.fromkeys(names, 0.0)
     values = {name: torch.zeros(count, dtype=torch.float64) for name in names}
+    drawn: dict[str, Tensor] = {}
     recorder, made = Recorder(network), 0
     for start, batch in zip(range(0, len(data), PASS_BATCH), batches(network, data), strict=True):
         progress("Gauss-Newton matrix", start, len(data))
@@ -52,7 +53,9 @@ def gauss_newton_controls(
         def receive(tensor: str, rows: Tensor) -> None:
             if tensor in values:
                 traces[tensor] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
-                values[tensor] += (rows @ signs(tensor, count).T).double().square().sum(0).cpu()
+                if tensor not in drawn:
+                    drawn[tensor] = signs(tensor, count).to(torch.int8)
+                values[tensor] += (rows @ drawn[tensor].to(rows.dtype).T).double().square().sum(0).cpu()
 
         for probe in range(made):
             draw = Draw(seed, range(start, start + len(batch)), probe, data.name)

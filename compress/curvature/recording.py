@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_map
 
 from ..graph.trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, argument, aten
 from .gradient_rules import Site, Use
@@ -36,7 +37,52 @@ KEEPS_LAYOUT = {  # forwards and backwards
     aten.sigmoid.default,
     aten.silu.default,
 }
-READS_LAYOUT = {aten.as_strided.default, aten.sym_stride.int, aten.view.dtype, aten.view_as_complex.default}
+ANY_LAYOUT = {  # whose result is the same for every layout of what they read
+    aten._adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.add.Scalar,
+    aten.avg_pool2d.default,
+    aten.cat.default,
+    aten.clamp.default,
+    aten.constant_pad_nd.default,
+    aten.div.Tensor,
+    aten.dropout.default,
+    aten.elu.default,
+    aten.flatten.using_ints,
+    aten.group_norm.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.instance_norm.default,
+    aten.layer_norm.default,
+    aten.leaky_relu.default,
+    aten.linear.default,
+    aten.max_pool2d.default,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.mul.Scalar,
+    aten.pad.default,
+    aten.permute.default,
+    aten.prelu.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.softmax.int,
+    aten.softplus.default,
+    aten.sub.Tensor,
+    aten.sum.dim_IntList,
+    aten.sym_size.int,
+    aten.tanh.default,
+    aten.transpose.int,
+    aten.view.default,  # made a reshape
+}
+READS_LAYOUT = {
+    aten._reshape_alias.default,
+    aten.as_strided.default,
+    aten.sym_stride.int,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+}
 IMAGE_OPS = {aten.conv2d.default, aten.conv2d.padding}
 
 
@@ -100,6 +146,8 @@ class Recorder(fx.Interpreter):
             args = tuple(_with_layout(value) for value in args)
             if target is aten.view.default:
                 target = aten.reshape.default
+            elif target not in ANY_LAYOUT:  # it may look at strides, as views, custom operators and branches do
+                args, kwargs = tree_map(_contiguous, (args, kwargs))
         return target(*args, **kwargs)
 
     def _stored(self, node: fx.Node) -> Any:
@@ -155,6 +203,10 @@ class _Layout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _with_layout(value: Any) -> Any:

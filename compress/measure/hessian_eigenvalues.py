@@ -25,10 +25,10 @@ from ..errors import UsageError
 from ..graph.trace import Graph
 from ..model import Source
 from ..numerics.eigenvalues import top_eigenvalues
-from ..sensitivity import Estimate, Sensitivity
+from ..sensitivity import TOGETHER, Estimate, Sensitivity
 from ..task import Calibration
 
-TOGETHER = "all layers"
+ZERO = 1e-3  # of a block's largest eigenvalue: a smaller one need not be known to a share of itself
 
 
 def measure(
@@ -44,11 +44,7 @@ def measure(
         UsageError: More eigenvalues than products, or an operator without a second derivative.
     """
     count, limit = int(options["eigenvalues"]), int(options["passes"])
-    if limit < count + 2:
-        raise UsageError(
-            f"{count} eigenvalues need {count + 2} products or more, and --passes is {limit}",
-            hint=f"pass --passes {max(20, 4 * count)}",
-        )
+    check_count(count, limit)
     rtol = float(options["rtol"])
     network, seed = open_network(graph, device=context.device), draw_seed(context.generator)
     names = [layer.tensor for layer in network.layers]
@@ -63,7 +59,8 @@ def measure(
         for place, one in enumerate(found, 1):
             entries[block, f"eigenvalue {place}"] = Estimate(one.value, one.residual)
     context.progress("Hessian eigenvalues", len(blocks), len(blocks))
-    unsure = {block for (block, _), e in entries.items() if e.stderr > rtol * abs(e.value)}
+    largest = {block: abs(entries[block, "eigenvalue 1"].value) for block, _ in entries}
+    unsure = {b for (b, _), e in entries.items() if e.stderr > rtol * max(abs(e.value), ZERO * largest[b])}
     if unsure:
         context.notes.append(
             f"eigenvalues of {len(unsure)} blocks have residuals above --rtol {rtol:g} of them after {limit} "
@@ -80,3 +77,16 @@ def _products(network: Network, calibration: Calibration, tensors: Sequence[str]
     vectors = {name: part.reshape(-1, *shape) for name, part, shape in zip(tensors, parts, shapes, strict=True)}
     found = hessian_products(network, calibration.task, calibration.data, vectors)
     return torch.cat([found[name].flatten(1) for name in tensors], 1)
+
+
+def check_count(count: int, limit: int) -> None:
+    """Refuse more eigenvalues than products can find.
+
+    Raises:
+        UsageError: Says how many products are needed.
+    """
+    if limit < count + 2:
+        raise UsageError(
+            f"{count} eigenvalues need {count + 2} products or more, and --passes is {limit}",
+            hint=f"pass --passes {max(20, 4 * count)}",
+        )

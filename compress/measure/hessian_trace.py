@@ -62,8 +62,6 @@ def measure(
             "raise --passes for closer ones"
         )
     recorded = {**options, "passes": passes}
-    if options["trace"] == "ggn":
-        recorded.pop("estimator", None)
     record = Sensitivity(
         "hessian-trace", "loss per squared weight", source.sha256, calibration.sha256(), entries, recorded
     )

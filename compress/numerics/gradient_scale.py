@@ -48,11 +48,11 @@ def clipped(gram: Tensor, quantile: float) -> tuple[Tensor, Clipping]:
 
     Args:
         gram: ``[m, m]``, whose diagonal has the squared norms.
-        quantile: Above 0 and at most 1: the share of the gradients that stay as they are.
+        quantile: Above 0 and at most 1: of the gradients that aren't zero, the share that stay as they are.
     """
     squares = gram.diagonal()
     norms = squares.sqrt()
-    bound = torch.quantile(norms, quantile, interpolation="lower")
+    bound = torch.quantile(norms[norms > 0] if norms.any() else norms, quantile, interpolation="lower")
     factors = torch.where(norms > bound, bound / norms, 1.0)
     total = float(squares.sum())
     share = 1 - float((squares * factors.square()).sum()) / total if total > 0 else 0.0

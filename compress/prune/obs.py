@@ -50,6 +50,7 @@ LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the 
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
+CLIPPED = "gradients were clipped"
 RECORDED = ("rounds", "fisher", "fisher_batch", "clip_gradients")
 Costs = dict[str, Tensor]  # of a weight of each unit, by tensor [b, n]
 Choose = Callable[[Costs], Masks]
@@ -151,11 +152,6 @@ def plan(
         choosers = _groups(units, *pattern.quota, rounds)
     surgery = _open(source, graph, layers, units, calibration, options, context)
     *_, cut = _rounds(surgery, choosers)
-    if cut.clipping is not None:
-        context.notes.append(
-            f"gradients were clipped: in the last round {cut.clipping.rows} of them, at the norm "
-            f"{cut.clipping.norm:.3g}, which took {cut.clipping.share:.0%} of the Fisher matrix's trace"
-        )
     return _finished(surgery, cut, budget)
 
 
@@ -263,6 +259,12 @@ def _finished(surgery: _Surgery, cut: _Cut, budget: Budget | None) -> tuple[Plan
     figures = {**decided.predicted, "loss": _expected_loss(surgery)}
     if cut.clipping is not None:
         figures |= {f"clipped_{name}": float(value) for name, value in asdict(cut.clipping).items()}
+        notes = surgery.context.notes
+        notes[:] = [note for note in notes if not note.startswith(CLIPPED)]  # of the candidate before
+        notes.append(
+            f"{CLIPPED}: in the last round {cut.clipping.rows} of them, at the norm "
+            f"{cut.clipping.norm:.3g}, which took {cut.clipping.share:.0%} of the Fisher matrix's trace"
+        )
     task_sha256 = surgery.calibration.sha256()
     return replace(decided, task_sha256=task_sha256, predicted=figures), sidecar
 

@@ -29,7 +29,7 @@ from compress.data import Data, read_data
 from compress.graph.trace import trace_graph
 from compress.model import load_source
 from compress.numerics.ranks import spearman
-from compress.numerics.trace import TraceEstimate
+from compress.numerics.trace import ESTIMATORS, TraceEstimate
 from compress.task import Classification
 
 from .page import machine, put_section, table
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and put the section into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--estimators", nargs="+", default=(*ESTIMATORS, CONTROLLED))
     parser.add_argument("--rtol", type=float, default=0.05)
     parser.add_argument("--num-examples", type=int, default=64)
     parser.add_argument("--most", type=int, default=2000, help="probes of a layer that the peer ends at")
@@ -133,8 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
         ]
     if "estimators" in given.parts:
-        cases = [(name, PRODUCTS) for name in ("hutchinson", "hutch++", "xtrace")] + [(CONTROLLED, FEWEST)]
-        rows = [estimator_row(network, data, *case, given.seeds, exact) for case in cases]
+        products = {CONTROLLED: FEWEST}
+        rows = [
+            estimator_row(network, data, name, products.get(name, PRODUCTS), given.seeds, exact)
+            for name in given.estimators
+        ]
         text += [
             f"Estimators of the exact Hessian's traces, {len(given.seeds)} seeds:",
             "",

@@ -530,3 +530,41 @@ def test_progress_ends_at_all_examples() -> None:
     sample_gradients(network, Classification(), data, **settings(progress=lambda *call: calls.append(call)))
     assert calls[0] == ("per-sample gradients", 0, 50)
     assert calls[-1] == ("per-sample gradients", 50, 50)
+
+
+def _twice(value: Tensor) -> Tensor:
+    return value.view(value.shape[0], -1) * 2
+
+
+def _once(value: Tensor) -> Tensor:
+    return value.view(value.shape[0], -1) * 1
+
+
+class Viewed(nn.Module):
+    """A convolution's output as a later operator sees it that may look at strides."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.conv, self.head = way, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x))
+        if self.way == "view_as":
+            y = y.view_as(torch.cat([y.flatten(1)]))
+        elif self.way == "unsafe view":
+            y = torch.ops.aten._unsafe_view(y, (y.shape[0], 256))
+        elif self.way == "alias":
+            y = torch.ops.aten._reshape_alias(y, (y.shape[0], 256), (256, 1))
+        else:
+            y = torch.cond(y.sum() > 0, _twice, _once, (y,))
+        return self.head(y)
+
+
+@pytest.mark.parametrize("way", ["view_as", "unsafe view", "alias", "branches"])
+def test_operators_that_look_at_strides_see_those_that_they_know(way: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 3, 8, 8)
+    network = open_network(trace_graph(Viewed(way).eval(), (inputs[:2],)), device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = network.module(inputs)
+    assert_close(record(network, (inputs,))[0].detach(), expected)

@@ -12,9 +12,9 @@ from compress.context import Context
 from compress.data import Data
 from compress.errors import UsageError
 from compress.graph.trace import trace_graph
-from compress.measure.hessian_eigenvalues import TOGETHER, measure
+from compress.measure.hessian_eigenvalues import measure
 from compress.model import Source
-from compress.sensitivity import Sensitivity
+from compress.sensitivity import TOGETHER, Sensitivity
 from compress.task import Calibration, Classification
 
 

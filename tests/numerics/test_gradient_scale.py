@@ -29,7 +29,7 @@ def test_the_gram_matrix_is_that_of_the_scaled_rows(memory: int) -> None:
     assert_close(gram, gram_matrix(found))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("quantile", "rows"), [(1.0, 0), (0.9, 1), (0.5, 5)])
+@pytest.mark.parametrize(("quantile", "rows"), [(1.0, 0), (0.9, 1), (0.5, 4)])
 def test_no_gradient_is_longer_than_the_quantile_and_the_others_stay(quantile: float, rows: int) -> None:
     values, found = gradients(2**40)
     gram = gram_matrix(found)  # type: ignore[arg-type]
@@ -46,3 +46,10 @@ def test_gradients_of_zero_are_not_clipped() -> None:
     factors, clipping = clipped(torch.zeros(4, 4, dtype=torch.float64), 0.5)
     assert factors.tolist() == [1, 1, 1, 1]
     assert (clipping.rows, clipping.share, clipping.norm) == (0, 0, 0)
+
+
+def test_gradients_of_zero_do_not_lower_the_bound() -> None:
+    gram = torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0, 4.0], dtype=torch.float64))
+    factors, clipping = clipped(gram, 0.5)
+    assert factors.tolist() == [1, 1, 1, 1, 0.5]
+    assert (clipping.rows, clipping.norm, clipping.share) == (1, 1.0, pytest.approx(3 / 5))
