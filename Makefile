@@ -47,6 +47,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.traces --out docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks.frontier --out docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks.gradients --out docs/benchmarks.md
+	$(BIN)/python -m tests.benchmarks.pruning --out docs/benchmarks.md
 
 # Networks of other packages take more room than all else together, so that no other target installs them.
 coverage: $(READY)
