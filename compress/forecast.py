@@ -7,7 +7,6 @@ Cost: about one part in ``WORTH / BATCH`` of the measure, or less.
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -132,7 +131,6 @@ def _trial(job: Job, measure: Measure, num_examples: int, options: dict[str, Any
     started = time.monotonic()
     load_module(measure).measure(job.source, job.graph, calibration, options, context)
     took = time.monotonic() - started
-    gc.collect()
     job.progress("estimate time and memory", 0, None)
     return took
 

@@ -112,7 +112,7 @@ class _Curvature:
     gram: Tensor
     costs: Costs
     generator: Tensor
-    clipping: Clipping | None
+    clipping: Clipping | None = None
 
 
 def plan(
