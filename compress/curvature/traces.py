@@ -26,9 +26,9 @@ from ..context import Progress
 from ..data import Data
 from ..errors import NumericsError, UsageError
 from ..graph.trace import Layer
-from ..numerics.trace import ESTIMATORS, Control, TraceEstimate, hutchinson
+from ..numerics.trace import ESTIMATORS, TraceEstimate, hutchinson, sketched
 from ..task import Task
-from .controls import gauss_newton_controls
+from .controls import Known, gauss_newton_blocks
 from .loss_factor import Draw, loss_of, output_curvature, period, seeded
 from .network import PASS_BATCH, Network, batches, differentiable
 from .recording import Recorder
@@ -37,6 +37,8 @@ from .sample_gradients import draw_seed, layer_rows
 MIN_PASSES = 2  # a standard error needs two
 MIN_FREEDOM = 7  # probes beyond the first of each example: the spread of fewer is often small by chance
 CONTROLLED = "control"
+METHODS = {**ESTIMATORS, CONTROLLED: hutchinson}
+AIDED = {CONTROLLED: "control", "hutch++": "sketch"}  # what these take of a Gauss-Newton matrix
 HEAVY_SHARE = 0.99  # of the squared output-space traces
 
 
@@ -172,6 +174,7 @@ def hessian_traces(
     data: Data,
     *,
     estimator: str,
+    is_aided: bool = True,
     rtol: float,
     max_probes: int,
     generator: torch.Generator,
@@ -182,7 +185,8 @@ def hessian_traces(
 
     Args:
         data: Without targets, the loss is expected under the model's own predictions.
-        estimator: Of ``numerics.trace.ESTIMATORS``; ``CONTROLLED`` is Hutchinson's with a control variate.
+        estimator: Of ``METHODS``; ``CONTROLLED`` is Hutchinson's with a control variate.
+        is_aided: Whether those of ``AIDED`` may use a Gauss-Newton matrix; without it they are as published.
         rtol: Products are made for a layer until its standard error is at most this share of its magnitude.
         max_probes: The most products of a layer; 2 or more. Fewer than 8 are only made where this is below 8.
 
@@ -197,21 +201,27 @@ def hessian_traces(
     def signs(tensor: str, chosen: range) -> Tensor:
         return _signs(network, (seed, numbers[tensor]), sizes[tensor], chosen)
 
-    controls: dict[str, Control] = {}
-    if estimator == CONTROLLED:
+    known: dict[str, Known] = {}
+    if estimator in AIDED and is_aided:
         count = max(max_probes, MIN_PASSES)
-        controls = gauss_newton_controls(
-            network, task, data, lambda tensor, k: signs(tensor, range(k)), count, seed=seed, progress=progress
+        num_sketched = sketched(count) if AIDED[estimator] == "sketch" else 0
+        known = gauss_newton_blocks(
+            network,
+            task,
+            data,
+            lambda tensor, k: signs(tensor, range(k)),
+            count,
+            num_sketched=num_sketched,
+            seed=seed,
+            progress=progress,
         )
     for layer in network.layers:
         progress("Hessian traces", numbers[layer.tensor], len(network.layers))
         products = partial(layer_products, network, task, data, layer, batch=batch)
-        probes = partial(signs, layer.tensor)
-        if controls:
-            control = controls[layer.tensor]
-            found[layer.tensor] = hutchinson(products, probes, rtol=rtol, limit=max_probes, control=control)
-        else:
-            found[layer.tensor] = ESTIMATORS[estimator](products, probes, rtol=rtol, limit=max_probes)
+        aid = {AIDED[estimator]: getattr(known[layer.tensor], AIDED[estimator])} if known else {}
+        found[layer.tensor] = METHODS[estimator](
+            products, partial(signs, layer.tensor), rtol=rtol, limit=max_probes, **aid
+        )
     progress("Hessian traces", len(network.layers), len(network.layers))
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context
 from ..curvature.network import open_network
-from ..curvature.traces import CONTROLLED, ggn_traces, hessian_traces
+from ..curvature.traces import AIDED, CONTROLLED, ggn_traces, hessian_traces
 from ..errors import UsageError
 from ..graph.trace import Graph
 from ..model import Source
@@ -46,12 +46,14 @@ def measure(
         try:
             traces = sampled(estimator=estimator)
         except UsageError as error:
-            if estimator != CONTROLLED:
+            if estimator not in AIDED:
                 raise
             # What keeps the Gauss-Newton matrix from being known need not stand in the way of the Hessian.
-            estimator = WITHOUT_CONTROL
-            traces = sampled(estimator=estimator)
-            context.notes.append(f"traces are estimated by {estimator}, without a control: {error.message}")
+            estimator = WITHOUT_CONTROL if estimator == CONTROLLED else estimator
+            traces = sampled(estimator=estimator, is_aided=False)
+            context.notes.append(
+                f"traces are estimated by {estimator} alone, without a Gauss-Newton matrix: {error.message}"
+            )
         options = {**options, "estimator": estimator}
     entries = {(name, ""): Estimate(e.mean, e.stderr) for name, e in traces.items()}
     passes = max((e.passes for e in traces.values()), default=0)

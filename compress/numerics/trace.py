@@ -76,32 +76,44 @@ def hutchinson(
     )
 
 
-def hutch_plus_plus(products: Products, probes: Probes, *, rtol: float, limit: int) -> TraceEstimate:
+def hutch_plus_plus(
+    products: Products, probes: Probes, *, rtol: float, limit: int, sketch: Tensor | None = None
+) -> TraceEstimate:
     """``tr(Q^T A Q)`` and Hutchinson's estimate of what ``Q`` leaves, ``Q`` a basis of ``A S`` for random signs ``S``.
 
     A third of ``limit`` goes into each of ``A S``, ``A Q`` and the rest's probes; of these, as many as ``rtol`` needs.
+    With a sketch in place of ``A S`` it is a half for each of the last two.
 
     Args:
-        As for ``hutchinson``.
+        sketch: ``[k, d]``: ``B S`` of the first k probes for a matrix B that is near to A and cost no products of A.
+            The probes of the rest are others, so that the estimate is unbiased whatever B is.
     """
     limit = max(limit, MIN_PRODUCTS)
     size = (limit - MIN_PRODUCTS) // 2 if limit < 3 * MIN_PRODUCTS else limit // 3
+    if sketch is not None:
+        size = min(sketched(limit), len(sketch))
     drawn = probes(range(size))
     drawn = drawn[: drawn.shape[1]]  # d of them span everything
     if not len(drawn):
         return hutchinson(products, probes, rtol=rtol, limit=limit)
-    basis: Tensor = torch.linalg.qr(products(drawn).T)[0].T.contiguous()
-    size = len(basis)
+    images = products(drawn) if sketch is None else sketch[: len(drawn)]
+    basis: Tensor = torch.linalg.qr(images.T)[0].T.contiguous()
+    size, spent = len(basis), len(basis) if sketch is not None else 2 * len(basis)
     known = float((products(basis) * basis).double().sum())
 
     def rest(v: Tensor) -> Tensor:
         return v - (v @ basis.T) @ basis
 
     if size == basis.shape[1]:
-        return TraceEstimate(known, 0.0, 2 * size)
+        return TraceEstimate(known, 0.0, spent)
     return _sampled(
-        products, probes, rest, first=size, offset=known, spent=2 * size, rtol=rtol, limit=max(limit, 2 * size + 2)
+        products, probes, rest, first=size, offset=known, spent=spent, rtol=rtol, limit=max(limit, spent + MIN_PRODUCTS)
     )
+
+
+def sketched(limit: int) -> int:
+    """How many rows of a sketch ``hutch_plus_plus`` uses with so many products."""
+    return max(limit, 2 * MIN_PRODUCTS) // 2
 
 
 def xtrace(products: Products, probes: Probes, *, rtol: float, limit: int) -> TraceEstimate:

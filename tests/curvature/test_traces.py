@@ -404,6 +404,20 @@ def test_a_control_makes_smooth_networks_errors_smaller_and_leaves_them_honest(t
     assert covered >= 0.8 * 20 * len(exact)
 
 
+def test_hutch_plus_plus_looks_where_the_gauss_newton_matrix_is_large() -> None:
+    module, network, data = classifier(3, scale=1.0)
+    exact = {name: float(dense_hessian(module, Classification(), data, name).trace()) for name in network.weights}
+    given: dict[str, Any] = {"estimator": "hutch++", "rtol": 0.0, "max_probes": 12}
+    aided, alone = (
+        [run_hessian(network, Classification(), data, seed=seed, is_aided=flag, **given) for seed in range(20)]
+        for flag in (True, False)
+    )
+    for name, value in exact.items():
+        errors = [sum((found[name].mean - value) ** 2 for found in runs) ** 0.5 for runs in (aided, alone)]
+        assert errors[0] <= errors[1]
+        assert all(found[name].passes <= 12 for found in aided)
+
+
 def test_hessian_traces_are_right_within_their_errors() -> None:
     module, network, data = classifier(3, scale=2.0)
     exact = {name: float(dense_hessian(module, Classification(), data, name).trace()) for name in network.weights}

@@ -110,4 +110,6 @@ def test_without_gradients_of_single_examples_there_is_no_control_and_a_note() -
     surroundings, options = context(), {**HESSIAN, "estimator": "control"}
     record, _ = hessian_trace.measure(source, trace_graph(module, (inputs[:2],)), calibration, options, surroundings)
     assert record.options["estimator"] == "xtrace" and len(record.entries) == 1
-    assert surroundings.notes[0].startswith("traces are estimated by xtrace, without a control: batch_norm takes its")
+    assert surroundings.notes[0].startswith(
+        "traces are estimated by xtrace alone, without a Gauss-Newton matrix: batch_norm takes its"
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.numerics.trace import ESTIMATORS, Control, TraceEstimate, hutchinson
+from compress.numerics.trace import ESTIMATORS, Control, TraceEstimate, hutch_plus_plus, hutchinson
 
 D = 60
 SPECTRA = {
@@ -133,6 +133,38 @@ def test_a_control_leaves_the_spread_of_the_difference() -> None:
     errors = [torch.tensor([e.mean - exact for e in found]) for found in (plain, helped)]
     assert errors[1].square().mean().sqrt() < 0.2 * errors[0].square().mean().sqrt()
     assert sum(abs(e.mean - exact) <= 2 * e.stderr for e in helped) >= 0.8 * len(helped)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_sketch_of_a_matrix_nearby_costs_no_products_and_biases_nothing(spectrum: str) -> None:
+    dense, noise = matrix(SPECTRA[spectrum]), torch.randn(D, D, generator=torch.Generator().manual_seed(3)).double()
+    near, exact = dense + 1e-3 * (noise + noise.T), float(dense.trace())
+    asked, plain, helped = 0, [], []
+
+    def products(v: Tensor) -> Tensor:
+        nonlocal asked
+        asked += len(v)
+        return v @ dense
+
+    for seed in range(60):
+
+        def probes(numbers: range, seed: int = seed) -> Tensor:
+            rows = [
+                torch.randint(0, 2, (D,), generator=torch.Generator().manual_seed(1000 * seed + n)) * 2 - 1
+                for n in numbers
+            ]
+            return torch.stack(rows).double() if rows else torch.zeros(0, D).double()
+
+        asked = 0
+        found = hutch_plus_plus(products, probes, rtol=0.0, limit=18, sketch=probes(range(9)) @ near)
+        assert found.passes == asked == 18
+        helped.append(found.mean - exact)
+        plain.append(hutch_plus_plus(products, probes, rtol=0.0, limit=18).mean - exact)
+    errors = torch.tensor(helped)
+    spread = errors.square().mean().sqrt()
+    assert abs(errors.mean()) < 3 * spread / math.sqrt(len(errors))
+    if spectrum == "decaying":
+        assert spread < 0.8 * torch.tensor(plain).square().mean().sqrt()
 
 
 def test_a_control_that_is_far_off_is_left_out() -> None:
