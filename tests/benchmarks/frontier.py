@@ -20,7 +20,7 @@ import numpy as np
 from compress.numerics.pareto import pareto_frontier
 
 from ..mixed_integer import at_most, resnet50, solved, widths_of
-from .page import machine, put_section, table
+from .page import machine, publish, table
 
 TITLE = "The exact frontier"
 
@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m tests.benchmarks.frontier --out docs/benchmarks.md",
         "```",
     ]
-    print("\n".join(text))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(text))
+    publish(given.out, TITLE, text)
 
 
 if __name__ == "__main__":

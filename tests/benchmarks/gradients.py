@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from compress.model import load_source
 from compress.task import Classification
 
 from .mfac import cpu_time_s
-from .page import machine, put_section, table
+from .page import data_folder, machine, publish, table
 
 TITLE = "Per-sample gradients"
 CPU = torch.device("cpu")
@@ -121,9 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    folder = os.environ.get("HCOMPRESS_TEST_DATA")
-    if not folder:
-        print("HCOMPRESS_TEST_DATA names no folder: gradients are not measured", file=sys.stderr)
+    folder = data_folder("gradients")
+    if folder is None:
         return
     torch.set_num_threads(1)
     speeds, errors = measure(Path(folder), given.rounds)
@@ -138,9 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table(("", "largest difference from float64, of the largest entry"), errors),
         *("```sh", "python -m tests.benchmarks.gradients --out docs/benchmarks.md", "```"),
     ]
-    print("\n".join(lines))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(lines))
+    publish(given.out, TITLE, lines)
 
 
 if __name__ == "__main__":

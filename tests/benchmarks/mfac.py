@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.numerics.mfac import gram_matrix, inverse_fisher, joint_update, new_gradients
 from compress.numerics.mfac_window import FisherWindow
 
-from .page import machine, put_section, table
+from .page import machine, publish, table
 
 TITLE, DEVICE_TITLE = "M-FAC", "M-FAC on a GPU"
 PARTS = ("static", "blocks", "file", "window", "device")
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = f"- GPU: {torch.cuda.get_device_name()}; float32 without TF32, wall time"
         rows = table(("", "time", ""), device_rows(given.device_d, given.rounds))
         command = ["```sh", "python -m tests.benchmarks.mfac --parts device --out docs/benchmarks.md", "```"]
-        _put(given.out, DEVICE_TITLE, [*machine(), shown, "", rows, *command])
+        publish(given.out, DEVICE_TITLE, [*machine(), shown, "", rows, *command])
     if set(given.parts) == {"device"}:
         return
     text = [
@@ -352,13 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "window" in given.parts:
         text += [table(("window of gradients", "CPU time", "exponent"), window_rows(given.rounds))]
     text += ["```sh", "python -m tests.benchmarks.mfac --out docs/benchmarks.md", "```"]
-    _put(given.out, TITLE, text)
-
-
-def _put(page: Path | None, title: str, lines: Sequence[str]) -> None:
-    print("\n".join(lines))
-    if page is not None:
-        put_section(page, title, "\n".join(lines))
+    publish(given.out, TITLE, text)
 
 
 if __name__ == "__main__":

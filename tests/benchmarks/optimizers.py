@@ -34,7 +34,7 @@ from compress.train import optimizers
 from compress.train.batches import training_batches
 from compress.train.optimizers import make_optimizer
 
-from .page import machine, put_section, table
+from .page import machine, publish, table
 
 NAMES = ("sgd", "adahessian", "mfac")
 RATES = (0.015, 0.03, 0.06, 0.12, 0.24)
@@ -201,9 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"python -m tests.benchmarks.optimizers --train train.npz {command}".strip(),
         "```",
     ]
-    print("\n".join(text))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(text))
+    publish(given.out, TITLE, text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -51,3 +52,22 @@ def _processor() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "processor unknown"
+
+
+def publish(page: Path | None, title: str, lines: Sequence[str]) -> None:
+    """Print a section, and put it into the page where one is given."""
+    print("\n".join(lines))
+    if page is not None:
+        put_section(page, title, "\n".join(lines))
+
+
+def data_folder(what: str) -> str | None:
+    """The folder of the real checkpoints; None, and a word on stderr, where HCOMPRESS_TEST_DATA names none.
+
+    Args:
+        what: Isn't measured without it.
+    """
+    folder = os.environ.get("HCOMPRESS_TEST_DATA")
+    if not folder:
+        print(f"HCOMPRESS_TEST_DATA names no folder: {what} are not measured", file=sys.stderr)
+    return folder or None

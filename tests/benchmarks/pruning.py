@@ -11,7 +11,6 @@ Cost: 15 minutes of one core.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from compress import pipeline, settings
 from compress.data import Data, read_data
 from compress.model import load_source
 
-from .page import machine, put_section, table
+from .page import data_folder, machine, publish, table
 
 TITLE = "Pruning methods: ResNet-20, one-shot"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -110,9 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    folder = os.environ.get("HCOMPRESS_TEST_DATA")
+    folder = data_folder("pruning methods")
     if folder is None:
-        print("HCOMPRESS_TEST_DATA names no folder with ResNet-20: pruning methods aren't compared", file=sys.stderr)
         return
     calibration, test = (
         read_data(f"{folder}/cifar.py:tensors({split!r})", "--data", mean=None, std=None, layout=None)
@@ -152,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m tests.benchmarks.pruning --out docs/benchmarks.md",
         "```",
     ]
-    print("\n".join(text))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(text))
+    publish(given.out, TITLE, text)
 
 
 def _by_size(module: nn.Module, weights: Mapping[str, Tensor], sparsity: float, test: Data) -> float:

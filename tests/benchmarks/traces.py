@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from compress.numerics.ranks import spearman
 from compress.numerics.trace import ESTIMATORS, TraceEstimate
 from compress.task import Classification
 
-from .page import machine, put_section, table
+from .page import data_folder, machine, publish, table
 
 TITLE = "Traces of every layer"
 PARTS = ("layers", "estimators")
@@ -83,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    folder = os.environ.get("HCOMPRESS_TEST_DATA")
+    folder = data_folder("traces")
     if folder is None:
-        print("HCOMPRESS_TEST_DATA names no folder with ResNet-20: traces are not measured", file=sys.stderr)
         return
     data = read_data(f"{folder}/cifar.py:tensors('calib')", "--data", mean=None, std=None, layout=None)
     data = data.first(given.num_examples)
@@ -145,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table(("`--estimator`", "products a layer", "CPU time", "worst error of each seed"), rows),
         ]
     text += ["```sh", "python -m tests.benchmarks.traces --out docs/benchmarks.md", "```"]
-    print("\n".join(text))
-    if given.out is not None:
-        put_section(given.out, TITLE, "\n".join(text))
+    publish(given.out, TITLE, text)
 
 
 def gauss_newton(
