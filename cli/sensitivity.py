@@ -136,8 +136,7 @@ def _print_comparison(record: dict[str, Any]) -> None:
 def _print(record: dict[str, Any]) -> None:
     from ..sensitivity_report import table_head, table_rows
 
-    entries = sorted(record["entries"], key=lambda entry: -entry["value"])
-    lengths, scale = _bars([entry["value"] for entry in entries])
+    lengths, scale = _bars(sorted((entry["value"] for entry in record["entries"]), reverse=True))
     rows = [(*row, "#" * length) for row, length in zip(table_rows(record), lengths, strict=True)]
     origin = ", from the cache" if record["cached"] else ""
     print_line(f"{record['method']}, {record['unit']}; {record['num_examples']} calibration examples{origin}{scale}")

@@ -22,6 +22,7 @@ from .sensitivity import Sensitivity, sensitivity_from
 from .task import BUILT_IN
 
 KIND = "sensitivity"
+NETWORK = "network sha256"  # in the memo of a job
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,14 @@ def take(job: Job, name: str, context: Context) -> Taken:
 
 
 def is_kept(job: Job, name: str) -> bool:
-    """Whether the cache has this measure."""
-    measure = find_measure(name)
-    if job.calibration is None or not _may_keep(job, measure):
-        return False
-    return cache.read(KIND, _key(job, measure, measure_context(job)), []) is not None
+    """Whether the cache has this measure; what was read of it is what ``take`` then gives."""
+    measure, key = find_measure(name), f"measure {name}"
+    if key not in job.memo and job.calibration is not None and _may_keep(job, measure):
+        context = replace(measure_context(job), notes=[])
+        taken = _read(job, measure, context, [])  # a damaged entry is for ``take`` to say
+        if taken is not None:
+            job.memo[key] = (taken, context.notes)
+    return key in job.memo
 
 
 def num_configurations(job: Job) -> int:
@@ -160,17 +164,31 @@ def _measure(job: Job, measure: Measure, context: Context) -> Taken:
 
 def _recall(job: Job, measure: Measure, context: Context) -> Taken:
     """The measure from the cache, with the notes that it made; measured and kept where it isn't there."""
-    key = _key(job, measure, context)
-    found = cache.read(KIND, key, job.notes)
+    found = _read(job, measure, context, job.notes)
+    if found is not None:
+        return found
+    taken = _measure(job, measure, context)
+    entry = {"sensitivity": taken.record.to_json(), "notes": context.notes}
+    cache.write(KIND, _key(job, measure, context), entry, taken.tensors, notes=job.notes)
+    return taken
+
+
+def _read(job: Job, measure: Measure, context: Context, notes: list[str]) -> Taken | None:
+    """The measure from the cache, if it is there; its notes go to ``context``, one on a damaged entry to ``notes``."""
+    found = cache.read(KIND, _key(job, measure, context), notes)
     if found is None:
-        taken = _measure(job, measure, context)
-        entry = {"sensitivity": taken.record.to_json(), "notes": context.notes}
-        cache.write(KIND, key, entry, taken.tensors, notes=job.notes)
-        return taken
+        return None
     kept, tensors = found
     job.progress(f"{measure.name} from the cache", 1, 1)
     context.notes.extend(kept["notes"])
     return Taken(sensitivity_from(kept["sensitivity"], f"the cached {measure.name}"), tensors, True)
+
+
+def _network_sha256(job: Job) -> str:
+    """Of the job's network, hashed once for all that is asked of the cache."""
+    if NETWORK not in job.memo:
+        job.memo[NETWORK] = network_sha256(job.graph)
+    return str(job.memo[NETWORK])
 
 
 def _key(job: Job, measure: Measure, context: Context) -> dict[str, Any]:
@@ -179,7 +197,7 @@ def _key(job: Job, measure: Measure, context: Context) -> dict[str, Any]:
         "measure": measure.name,
         "options": options_of(job, measure),
         "source_sha256": job.source.sha256,
-        "network_sha256": network_sha256(job.graph),
+        "network_sha256": _network_sha256(job),
         "calibration_sha256": None if job.calibration is None else job.calibration.sha256(),
         "inputs": input_specs(job.graph.example_inputs),
         "seed": int(job.value("seed")),

@@ -27,7 +27,7 @@ from .recording import Recorder
 from .sample_gradients import layer_rows
 
 MOST = 16  # probes of an example; fewer where they are complete
-Signs = Callable[[str, int], Tensor]  # the probes ``[k, d]`` of a layer, given how many
+Signs = Callable[[str, range], Tensor]  # the probes ``[k, d]`` of a layer that a range numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def gauss_newton_blocks(
             if tensor in values:
                 traces[tensor] += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
                 if tensor not in drawn:
-                    drawn[tensor] = signs(tensor, count).to(torch.int8)
+                    drawn[tensor] = signs(tensor, range(count)).to(torch.int8)
                 images = rows @ drawn[tensor].to(rows.dtype).T
                 values[tensor] += images.double().square().sum(0).cpu()
                 sketches[tensor] += images[:, :num_sketched].T @ rows

@@ -209,7 +209,7 @@ def hessian_traces(
             network,
             task,
             data,
-            lambda tensor, k: signs(tensor, range(k)),
+            signs,
             count,
             num_sketched=num_sketched,
             seed=seed,

@@ -92,12 +92,11 @@ def hutch_plus_plus(
     size = (limit - MIN_PRODUCTS) // 2 if limit < 3 * MIN_PRODUCTS else limit // 3
     if sketch is not None:
         size = min(sketched(limit), len(sketch))
-    drawn = probes(range(size))
-    drawn = drawn[: drawn.shape[1]]  # d of them span everything
-    if not len(drawn):
+    rows = probes(range(size)) if sketch is None else sketch[:size]
+    rows = rows[: rows.shape[1]]  # d of them span everything
+    if not len(rows):
         return hutchinson(products, probes, rtol=rtol, limit=limit)
-    images = products(drawn) if sketch is None else sketch[: len(drawn)]
-    basis: Tensor = torch.linalg.qr(images.T)[0].T.contiguous()
+    basis: Tensor = torch.linalg.qr((products(rows) if sketch is None else rows).T)[0].T.contiguous()
     size, spent = len(basis), len(basis) if sketch is not None else 2 * len(basis)
     known = float((products(basis) * basis).double().sum())
 
