@@ -23,7 +23,9 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 
 @command("quantize", examples=EXAMPLES)
 @checkpoint_argument
-@setting_options("method", "budget", "activations", "range", "exclude", "keep", "tie", "for", "cache")
+@setting_options(
+    "method", "budget", "activations", "activation_range", "range", "exclude", "keep", "tie", "for", "cache"
+)
 @setting_options(
     "channel_widths",
     "group_size",

@@ -482,8 +482,10 @@ def _one_example(job: Job) -> tuple[Tensor, ...]:
 def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
     """What each layer takes at each width in the runtime, measured on this machine or read from the cache."""
     activations = str(_planner_options(job, method).get("activations", "float"))
-    data = None if job.calibration is None else job.calibration.data.first(32)
-    ranges = calibrated(job.graph, data, activations, context)
+    few = None if job.calibration is None else replace(job.calibration, data=job.calibration.data.first(32))
+    ranges = calibrated(
+        job.graph, few, {"activations": activations, "activation_range": "minmax"}, replace(context, memo={})
+    )
 
     def network(widths: Mapping[str, int]) -> bytes:
         integer = {tensor: bits for tensor, bits in widths.items() if bits < FLOAT_BITS}

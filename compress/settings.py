@@ -223,6 +223,15 @@ SETTINGS = (
         in_preset=True,
     ),
     Setting(
+        "activation_range",
+        "run.activation_range",
+        "str",
+        "Range of an activation; auto: the one of these that moves the outputs least.",
+        "auto",
+        ("auto", "minmax", "mse", "p99.99", "p99.9", "kl"),
+        in_preset=True,
+    ),
+    Setting(
         "reconstruction",
         "run.reconstruction",
         "str",

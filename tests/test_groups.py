@@ -280,7 +280,7 @@ def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_rounded_activations_have_no_place_in_that_layout(folder: Path, tmp_path: Path) -> None:
-    given = {"group_size": None, "activations": "8", "reconstruction": "none"}
+    given = {"group_size": None, "activations": "8", "activation_range": "auto", "reconstruction": "none"}
     run(folder, tmp_path / "run", method="uniform", budget="8bit", **given)
     with pytest.raises(UsageError, match="its activations are rounded"):
         pipeline.export_layout(tmp_path / "run", None, tmp_path / "out", force=False, command=[], progress=quiet)

@@ -27,8 +27,6 @@ from ..widths import BY_CHANNEL, WIDTHS, Width, is_mixed, letters_of, levels_of
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
-NUM_CLIPS, SMALLEST_CLIP = 24, 0.08  # shares of an activation's extreme that are tried, and the least of them
-NESTED = 15  # odd: of its parts of a step are those of a coarser grid over the same values made
 SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
 BLOCK = 2**17  # weights that a range is searched over at a time, so that they stay in the cache
 LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges are chosen
@@ -337,42 +335,9 @@ def _squares(change: Tensor, moment: Tensor | None) -> Tensor:
     return total.clamp_min(0)
 
 
-def clipped_range(counts: Tensor, low: float, high: float, bits: int) -> tuple[float, float]:
-    """The part of a range whose grid rounds values with the least squared error, both ends clipped on their own.
-
-    Args:
-        counts: Of the values in equal bins from ``low`` to ``high``, zero included.
-    """
-    width = (high - low) / len(counts)
-    values = low + width * (torch.arange(len(counts), dtype=torch.float64) + 0.5)
-    shares = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIPS, dtype=torch.float64).tolist()
-    best = (math.inf, low, high)
-    for bottom in shares if low < 0 else [1.0]:
-        for top in shares if high > 0 else [1.0]:
-            scale, zero = activation_grid(bottom * low, top * high, bits)
-            levels = torch.round(values / scale).clamp(-zero, 2**bits - 1 - zero)
-            error = float((counts * (values - scale * levels).square()).sum())
-            best = min(best, (error, bottom * low, top * high))
-    return best[1], best[2]
-
-
 def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero point of an unsigned grid of ``2**bits`` levels over ``[low, high]``, widened to hold zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     top = 2**bits - 1
     scale = (high - low) / top if high - low > SMALLEST_PEAK else 1.0
     return scale, min(max(round(-low / scale), 0), top)
-
-
-def between_steps(low: float, high: float, bits: int, whole: tuple[float, float]) -> tuple[float, float]:
-    """The range nearest to ``[low, high]`` at which no value of another grid is halfway between two levels.
-
-    A value that was rounded to 8 bits over ``whole`` is rounded to ``bits`` then. Halfway values would go one way or
-    the other by the last bit of a division, which runtimes do in ways of their own. Scales that are to each other as
-    odd numbers, ``p / NESTED``, keep all values ``1 / (2 NESTED)`` steps of the finer grid from such borders or more:
-    ``(j + 1/2) p / NESTED`` is never nearer to an integer.
-    """
-    scale, (step, _) = activation_grid(low, high, bits)[0], activation_grid(*whole, 8)
-    odd = 2 * round((scale / step * NESTED - 1) / 2) + 1
-    ratio = max(odd, 1) / NESTED * step / scale
-    return low * ratio, high * ratio

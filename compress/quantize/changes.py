@@ -37,6 +37,7 @@ from ..task import Task, divergences, floating, has_logits
 
 MOST_ELEMENTS = 2**27  # of all activations of a batch
 BATCH = 16
+TEMPERATURE = 2.0  # that logits are divided by: of examples that a network was trained on it is all too sure
 SELDOM = 0.1  # of the mean share: how often an example is drawn at least
 PREDICTIONS = 4096  # of outputs with many for an example: fewer examples are drawn
 

@@ -74,7 +74,7 @@ def plan(
     widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
     groups = list(groups_of(graph, layers, tie, widths))
     reads = find_reads(graph, groups, activations)
-    rounded = calibrated(graph, calibration.data, activations, context)
+    rounded = calibrated(graph, calibration, options, context)
     group_sizes = group_sizes_of(layers, options)
     found = _changes(
         source, graph, layers, widths, search, group_sizes, calibration, context, with_integers=bool(rounded)
@@ -91,9 +91,10 @@ def plan(
             ranges = tuple(found[layer.tensor, bits][0] for layer in group) if bits < FLOAT_BITS else ()
             choices.append(Choice(bits, sum(costs.entries[la.tensor, bits] for la in group), sum(losses), ranges))
         items.append(Item(tuple(layer.tensor for layer in group), tuple(choices)))
-    read = read_ranges(graph, reads, rounded, calibration.data, context)
+    read = read_ranges(graph, reads, rounded, calibration, str(options["activation_range"]), context)
     chosen = read_records(reads, read, _activation_losses(graph, read, sensitivities, calibration, context))
     recorded = {
+        "activation_range": options["activation_range"],
         "activations": activations,
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),

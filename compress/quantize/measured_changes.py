@@ -19,9 +19,9 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..sensitivity import Estimate, Sensitivity
 from ..task import Calibration, has_logits
-from .changes import loss_changes, telling_examples
+from .changes import TEMPERATURE, loss_changes, telling_examples
 from .channel_widths import rounded_at
-from .output_change import EXAMPLES, NAME, TEMPERATURE, USUAL
+from .output_change import EXAMPLES, NAME, USUAL
 from .points import WIDTHS
 
 

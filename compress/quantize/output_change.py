@@ -38,7 +38,7 @@ from ..task import Calibration
 from ..widths import CHANNEL_BYTES, Width, is_mixed
 from . import correct as correction
 from .calibrate import calibrated
-from .changes import loss_changes, telling_examples
+from .changes import TEMPERATURE, loss_changes, telling_examples
 from .channel_widths import Rows, mixtures, rounded_rows
 from .points import Costs, costs_of, first_plan, group_sizes_of, groups_of, of_choices, widths_of
 from .points import at_point as at_point
@@ -50,7 +50,6 @@ MEASURED = (2, 4)  # whole widths at which each weight's loss is measured
 USUAL = 3  # bits at which examples are told apart by how far their outputs move
 EXAMPLES = 128
 PASSES = 2
-TEMPERATURE = 2.0
 CLEARLY = 0.85  # of what is left: a rival that is no nearer than that on calibration data isn't taken
 MUCH_WORSE = 2.0  # times the loss that is expected: such a rival isn't tried
 
@@ -69,7 +68,8 @@ def plan(
     Args:
         sensitivities: None is read.
         budget: ``bits`` (the average), ``bytes`` of the delivered file, ``bops`` or ``latency``; None for 8 bits.
-        options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``channel_widths``
+        options: ``activations`` (``8``, ``6``, ``4``, ``float``, or ``mixed``: each has its own), ``activation_range``
+            (for ``calibrate.calibrated``), ``channel_widths``
             (``mixed``, or ``equal``: one width for all channels of a weight), ``group_size`` (of the weights of linear
             layers, which then have one width each; or None), ``reconstruction`` (``gptq`` or ``none``) and
             ``bias_correction`` (``on`` or ``off``; both for ``correct``), ``exclude`` and ``tie`` (globs: the weights
@@ -86,10 +86,10 @@ def plan(
     widths = widths_of(graph, layers, keep, may_stay_float=goal.quantity == "latency")
     groups = list(groups_of(graph, layers, tie, widths))
     reads = find_reads(graph, groups, activations)
-    ranges = calibrated(graph, calibration.data, activations, context)
+    ranges = calibrated(graph, calibration, options, context)
     if NAME not in context.memo:
         found = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
-        own = read_ranges(graph, reads, ranges, calibration.data, context)
+        own = read_ranges(graph, reads, ranges, calibration, str(options["activation_range"]), context)
         context.memo[NAME] = (found, own, *_measured(graph, found, own, calibration, context))
     rows, own, losses, lost = context.memo[NAME]
     costs = costs_of(source, graph, layers, goal, reads, context)
@@ -102,6 +102,7 @@ def plan(
             choices += [_choice(group, width, bits, costs, losses) for bits, width in mixed.items()]
         items.append(Item(tuple(layer.tensor for layer in group), tuple(sorted(choices, key=lambda c: c.cost))))
     recorded = {
+        "activation_range": options["activation_range"],
         "activations": activations,
         "bias_correction": options["bias_correction"],
         "channel_widths": options["channel_widths"],

@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 
 from ..apply import float_module, grid_of
 from ..context import Context
-from ..data import Data
 from ..frontier import FLOAT_BITS, Read, ReadChoice
 from ..graph.rewrite import Grid, layer_reads, operand, points_for
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, node_macs
+from ..numerics.activation_ranges import Ends
 from ..plan import WIDEST
 from ..settings import MIXED
-from .calibrate import clipped_ranges
+from ..task import Calibration
+from .calibrate import ranges_at
 
 READ_WIDTHS = (4, 6, 8)
-Ranges = Mapping[str, Sequence[tuple[float, float]]]  # by activation, one for each of READ_WIDTHS
+Ranges = Mapping[str, Sequence[Ends]]  # by activation, one for each of READ_WIDTHS
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +122,19 @@ def _shared(uses: Sequence[Use], groups: Sequence[Sequence[str]], inputs: set[st
 
 
 def read_ranges(
-    graph: Graph, reads: Reads, extremes: Mapping[str, tuple[float, float]], data: Data, context: Context
+    graph: Graph, reads: Reads, ranges: Mapping[str, Ends], calibration: Calibration, rule: str, context: Context
 ) -> Ranges:
     """The range of each activation whose width is chosen, at each width.
 
     Args:
-        extremes: Of all activations, by name.
+        ranges: Of eight bits, by name.
+        rule: As for ``calibrate.calibrated``.
     """
-    wide = {name: extremes[name] for one in reads.shared for name in one.activations}
+    wide = {name: ranges[name] for one in reads.shared for name in one.activations}
     if not wide:
         return {}
-    narrow = READ_WIDTHS[:-1]
-    clipped = clipped_ranges(float_module(graph), wide, narrow, data, context.progress, device=context.device)
-    return {name: (*(clipped[bits][name] for bits in narrow), ends) for name, ends in wide.items()}
+    narrow = [ranges_at(graph, bits, wide, calibration, rule, context) for bits in READ_WIDTHS[:-1]]
+    return {name: (*(found[name] for found in narrow), ends) for name, ends in wide.items()}
 
 
 def grids_of(ranges: Ranges) -> dict[str, list[Grid]]:

@@ -52,12 +52,11 @@ def plan(
             bytes, the smallest plan is returned: what it takes in the file is the feasible minimum.
         UsageError: Nothing to quantize, or calibration data are needed and missing.
     """
-    data = None if calibration is None else calibration.data
     exclude = tuple(options.get("exclude") or ())
     layers = graph.compressible(exclude, "quantize")
     bits = _choose_bits(source, graph, layers, budget, context)
 
-    ranges = calibrated(graph, data, str(options["activations"]), context)
+    ranges = calibrated(graph, calibration, options, context)
     activations = activation_decisions(graph, ranges, {layer.tensor for layer in layers}, str(options["activations"]))
     search = str(options.get("range") or "auto")
     scheme = weight_scheme(bits, with_integers=bool(activations))
@@ -68,6 +67,7 @@ def plan(
     weights = _weight_decisions(layers, bits, scheme, search, group_sizes)
     decisions = (*weights, *activations)
     recorded = {
+        "activation_range": options["activation_range"],
         "activations": str(options["activations"]),
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),

@@ -68,12 +68,19 @@ PRUNE = Case("magnitude, sparsity 0.5", "prune", {"method": "magnitude", "sparsi
 INT8 = Case("uniform, 8 bits, 8-bit activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "8"})
 BITS8 = Case("uniform, 8 bits, float activations", "quantize", UNIFORM | {"budget": "8bit", "activations": "float"})
 BITS4 = Case("uniform, 4 bits, float activations", "quantize", UNIFORM | {"budget": "4bit", "activations": "float"})
+LAYERWISE = Case("layerwise, sparsity 0.5", "prune", {"method": "layerwise", "sparsity": "0.5"})
+LAYERWISE8 = Case("layerwise, sparsity 0.8", "prune", {"method": "layerwise", "sparsity": "0.8"})
 OBS = Case("obs, sparsity 0.5", "prune", {"method": "obs", "sparsity": "0.5"})
 OBS7 = Case("obs, sparsity 0.7", "prune", {"method": "obs", "sparsity": "0.7"})
 MAGNITUDE7 = Case("magnitude, sparsity 0.7", "prune", {"method": "magnitude", "sparsity": "0.7"})
-HAWQ8 = Case("hawq, 8 bits on average, 8-bit activations", "quantize", {"budget": "8bit", "activations": "8"})
-HAWQ4 = Case("hawq, 4 bits on average, float activations", "quantize", {"budget": "4bit", "activations": "float"})
-HAWQ3 = Case("hawq, 3 bits on average, float activations", "quantize", {"budget": "3bit", "activations": "float"})
+OURS8 = Case("output-change, 8 bits on average, 8-bit activations", "quantize", {"budget": "8bit", "activations": "8"})
+OURS48 = Case("output-change, 4 bits on average, 8-bit activations", "quantize", {"budget": "4bit", "activations": "8"})
+OURS4 = Case(
+    "output-change, 4 bits on average, float activations", "quantize", {"budget": "4bit", "activations": "float"}
+)
+OURS3 = Case(
+    "output-change, 3 bits on average, float activations", "quantize", {"budget": "3bit", "activations": "float"}
+)
 BITS3 = Case("uniform, 3 bits, float activations", "quantize", UNIFORM | {"budget": "3bit", "activations": "float"})
 HALF = {"method": "structured-obs", "budget": "macs=50%"}
 TRAINING = {"recover_steps": "250", "augment": "crop,flip"}
@@ -91,7 +98,7 @@ def networks(data: str | None) -> Iterator[tuple[Network, tuple[Case, ...]]]:
     shown = f"fashion_net.safetensors {_flags(model | arrays)}"
     flags = model | {name: str(folder / file) for name, file in arrays.items()}
     demo = Network("FashionNet (ships with the package)", folder / "fashion_net.safetensors", shown, flags)
-    yield demo, (PRUNE, OBS, STRUCTURED, INT8, HAWQ8, BITS4, HAWQ4, BOTH)
+    yield demo, (PRUNE, LAYERWISE, OBS, STRUCTURED, INT8, OURS8, BITS4, OURS4, BOTH)
     if data is None:
         return
     parts = (
@@ -99,7 +106,10 @@ def networks(data: str | None) -> Iterator[tuple[Network, tuple[Case, ...]]]:
         ("BabyLlama", "babyllama/babyllama.safetensors", "babyllama.py:babyllama", "babyllama.py:windows", "eval"),
     )
     cut = (STRUCTURED, RECOVERED, HESSO)
-    cases = ((PRUNE, OBS, MAGNITUDE7, OBS7, *cut, INT8, HAWQ8, BITS4, HAWQ4, BITS3, HAWQ3), (BITS8,))
+    cases = (
+        (PRUNE, LAYERWISE, MAGNITUDE7, OBS7, LAYERWISE8, *cut, INT8, OURS8, OURS48, BITS4, OURS4, BITS3, OURS3),
+        (BITS8, OURS4),
+    )
     for (name, file, factory, function, split), chosen in zip(parts, cases, strict=True):
         named = {"model": factory, "data": f"{function}('calib')", "eval": f"{function}('{split}')"}
         flags = {key: str(Path(data) / value) for key, value in named.items()}

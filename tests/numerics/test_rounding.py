@@ -11,15 +11,10 @@ from torch import Tensor
 from compress.errors import NumericsError
 from compress.numerics import rounding
 from compress.numerics.rounding import (
-    NESTED,
     NUM_CANDIDATES,
-    NUM_CLIPS,
-    SMALLEST_CLIP,
     activation_grid,
-    between_steps,
     broadcast_scale,
     choose_ranges,
-    clipped_range,
     level_range,
     range_candidates,
     round_weight,
@@ -329,43 +324,3 @@ def test_an_activations_grid_holds_zero_and_covers_its_range(low: float, width: 
     slack = scale * 0.5 * (1 + 1e-6) + 1e-30
     assert -zero_point * scale <= min(low, 0) + slack
     assert (top - zero_point) * scale >= max(high, 0) - slack
-
-
-@given(st.floats(-10, 0), st.floats(0.1, 10), st.floats(0.05, 1), st.floats(0.05, 1), st.sampled_from([4, 6]))
-def test_no_value_of_eight_bits_is_halfway_between_levels(
-    low: float, high: float, a: float, b: float, bits: int
-) -> None:
-    found = between_steps(a * low, b * high, bits, (low, high))
-    (step, eight), (scale, zero_point) = activation_grid(low, high, 8), activation_grid(*found, bits)
-    values = (torch.arange(256, dtype=torch.float64) - eight) * step / scale
-    away = (values - values.floor() - 0.5).abs() * scale / step
-    assert float(away.min()) >= 1 / (2 * NESTED) - 1e-9
-    assert 0 <= zero_point < 2**bits
-    assert abs(scale - activation_grid(a * low, b * high, bits)[0]) <= step / NESTED * 1.001
-
-
-def activation_error(values: Tensor, low: float, high: float, bits: int) -> float:
-    scale, zero_point = activation_grid(low, high, bits)
-    rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 2**bits - 1)
-    return float((values - rounded).double().square().sum())
-
-
-@settings(max_examples=15)
-@given(SEEDS, st.sampled_from([4, 6]), st.sampled_from([-1.0, 0.0, 1.0]))
-def test_a_clipped_range_is_the_best_of_those_tried(seed: int, bits: int, least: float) -> None:
-    values = torch.randn(4000, generator=torch.Generator().manual_seed(seed)).pow(3).clamp(min=10 * least)
-    values = values.abs() if least > 0 else values
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    found = clipped_range(torch.histc(values, 2048, low, high).double(), low, high, bits)
-    shares = torch.linspace(1, SMALLEST_CLIP, NUM_CLIPS).tolist()
-    errors = {(a, b): activation_error(values, a * low, b * high, bits) for a in shares for b in shares}
-    assert low <= found[0] <= 0 <= found[1] <= high
-    assert activation_error(values, *found, bits) < 1.05 * min(errors.values())  # of values, not of their bins
-    assert activation_error(values, *found, bits) <= errors[1.0, 1.0]
-
-
-def test_a_range_without_tails_stays_whole() -> None:
-    values = torch.linspace(0, 3, 10_001)
-    low, high = clipped_range(torch.histc(values, 2048, 0, 3).double(), 0.0, 3.0, 4)
-    assert low == 0
-    assert high > 2.8

@@ -159,13 +159,13 @@ def test_levels_by_outputs_bring_the_network_nearer(name: str, bits: int) -> Non
 def test_levels_are_chosen_beside_rounded_activations(name: str) -> None:
     network = named(name)
     module, graph, plan, inputs = rounded(network, 4)
-    ranges = calibrated(graph, Data(inputs, None, "random"), "4", context())
+    calibration = Calibration(Classification(), Data(inputs, None, "random"))
+    ranges = calibrated(graph, calibration, {"activations": "4", "activation_range": "auto"}, context())
     weights = plan.quantized("weight")
     activations = activation_decisions(graph, ranges, weights.keys(), "4")
     plan = replace(plan, decisions=(*plan.decisions, *activations))
     dense = tree_leaves(float_module(graph)(*inputs))[0]
     source = Source(Path("net.pt"), "0" * 64, module, "torch", None, {}, {}, ())
-    calibration = Calibration(Classification(), Data(inputs, None, "random"))
     moved = {}
     for how in ("none", "gptq"):
         asked = replace(plan, options={"reconstruction": how, "bias_correction": "on"})

@@ -35,6 +35,7 @@ from compress.task import Calibration, Classification, Regression, Task
 
 OPTIONS: dict[str, Any] = {
     "activations": "float",
+    "activation_range": "auto",
     "range": "mse",
     "reconstruction": "none",
     "bias_correction": "on",

@@ -34,7 +34,13 @@ from compress.task import Calibration, Classification, divergence
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {
-    **{"activations": "mixed", "reconstruction": "none", "bias_correction": "on", "channel_widths": "equal"},
+    **{
+        "activations": "mixed",
+        "activation_range": "auto",
+        "reconstruction": "none",
+        "bias_correction": "on",
+        "channel_widths": "equal",
+    },
     **{"range": "mse", "exclude": (), "keep": (), "tie": ()},
 }
 

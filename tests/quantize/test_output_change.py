@@ -24,7 +24,13 @@ from compress.task import Calibration, Classification, divergence
 from compress.widths import is_mixed, letters_of, mean_bits
 
 OPTIONS: dict[str, Any] = {
-    **{"activations": "float", "channel_widths": "mixed", "reconstruction": "gptq", "bias_correction": "on"},
+    **{
+        "activations": "float",
+        "activation_range": "auto",
+        "channel_widths": "mixed",
+        "reconstruction": "gptq",
+        "bias_correction": "on",
+    },
     **{"exclude": (), "keep": (), "tie": ()},
 }
 

@@ -39,7 +39,13 @@ def plan_for(budget: Budget | None, *, data: Data | None = None, **options: Any)
     source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
     context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, model_bytes, [])
     calibration = None if data is None else Calibration(Classification(), data)
-    given = {"activations": "float", "reconstruction": "none", "bias_correction": "off", **options}
+    given = {
+        "activations": "float",
+        "activation_range": "auto",
+        "reconstruction": "none",
+        "bias_correction": "off",
+        **options,
+    }
     plan, sidecar = uniform.plan(source, graph, {}, calibration, budget, given, context)
     assert sidecar == {}
     return plan
@@ -79,7 +85,7 @@ def test_excluded_layers_count_with_32_bits() -> None:
 
 def test_ranges_of_activations_are_their_extremes_over_the_data() -> None:
     data = Data(NETWORK.inputs(100), None, "zoo")
-    plan = plan_for(None, data=data, activations="8", range="minmax")
+    plan = plan_for(None, data=data, activations="8", activation_range="minmax")
     _, graph = traced()
     module = float_module(graph)
     points = [node.name for node in activation_points(module)]
@@ -99,7 +105,7 @@ def test_fewer_bits_are_those_of_what_layers_read(bits: int) -> None:
     data = Data(network.inputs(64), None, "zoo")
     source = Source(Path("model.pt"), "0" * 64, module, "torch", None, {}, {}, ())
     context = Context(torch.Generator(), torch.device("cpu"), lambda *_: None, model_bytes, [])
-    given = {"range": "minmax", "reconstruction": "none", "bias_correction": "off"}
+    given = {"range": "minmax", "activation_range": "mse", "reconstruction": "none", "bias_correction": "off"}
     plans = [
         uniform.plan(source, graph, {}, Calibration(Classification(), data), None, {**given, "activations": a}, context)
         for a in ("8", str(bits))
