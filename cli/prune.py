@@ -27,7 +27,7 @@ hcompress prune nightly.pt --model net.py:make --data calibration.npz --eval tes
 @setting_options(
     "method", "budget", "sparsity", "scope", "pattern", "exclude", "multiple_of", "rounds", "fisher", "for", "cache"
 )
-@setting_options("fisher_batch", "clip_gradients", "memory")
+@setting_options("fisher_batch", "clip_gradients", "block_size", "memory")
 @setting_options("train", "recover_steps", "recover_epochs", "optimizer", "lr", "schedule", "batch_size", "augment")
 @setting_options("distill", "distill_features", "patience")
 @setting_options(

@@ -311,6 +311,16 @@ SETTINGS = (
         maximum=1,
     ),
     Setting(
+        "block_size",
+        "measure.block_size",
+        "int",
+        "Weights of a block of the Fisher matrix, which is zero beyond; the whole matrix, where not given.",
+        None,
+        in_preset=True,
+        minimum=1,
+        metavar="B",
+    ),
+    Setting(
         "rtol",
         "measure.rtol",
         "float",

@@ -47,6 +47,18 @@ def test_the_network_is_smaller_in_every_figure(cut: dict[str, Any]) -> None:
     assert all(group["kept"] % 8 == 0 for group in cut["groups"] if group["channels"] >= 16)
 
 
+@pytest.mark.parametrize("method", [pytest.param("structured-obs", marks=pytest.mark.slow), "hesso", "cric"])
+def test_where_nothing_has_to_go_the_checkpoint_comes_back(method: str, tmp_path: Path) -> None:
+    note = "nothing is cut: the network is within the budget as it is"
+    note += "" if method == "structured-obs" else ", so that nothing was trained"
+    train = () if method == "structured-obs" else ("--train", DEMO / "calibration.npz", "--recover-steps", "1")
+    goal = ("--method", method, "--sparsity", "0", "--out", tmp_path / "whole")
+    report = run("prune", CHECKPOINT, *NETWORK, *DATA, *train, *goal)
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == CHECKPOINT.read_bytes()
+    assert note in report["notes"]
+    assert report["params"]["compressed"] == report["params"]["dense"]
+
+
 def test_it_loads_as_a_program_and_in_the_user_s_class(cut: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of torch to itself

@@ -29,6 +29,7 @@ from compress.job import Job, method_options, open_job
 from compress.manifest import check_files, read_manifest
 from compress.plan import Plan
 from compress.prune import layerwise, obs, structured_obs
+from compress.prune.fisher import fisher_of
 from compress.registry import find_method, load_module
 from compress.sweep_report import read_sweep, render_sweep, sweep_svg
 from compress.train import loop
@@ -219,7 +220,7 @@ def counted(calls: Counter[str], name: str, function: Callable[..., Any]) -> Cal
 
 
 def test_gradients_that_are_kept_count_to_the_memory_of_the_others(files: Files) -> None:
-    kept = obs._Curvature(torch.zeros(10, 25), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    kept = obs._Curvature(fisher_of(torch.zeros(10, 25)), {}, torch.zeros(1))
     for memo, left in (({}, 5000), ({obs.DENSE: kept}, 4000)):
         context = types.SimpleNamespace(memo=memo, memory=5000)
         assert obs._memory_left(types.SimpleNamespace(context=context)) == left  # type: ignore[arg-type]

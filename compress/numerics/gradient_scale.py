@@ -1,9 +1,9 @@
-"""What single gradients count for in a Fisher matrix: rows of ``G`` scaled, and its Gram matrix with them.
+"""What single gradients count for in a Fisher matrix: rows of ``G`` scaled.
 
 Norms of gradients have heavy tails: a few examples can hold nearly all of ``tr(F)``. ``clipped`` scales down the rows
 whose norm is above a quantile of all, to it (Abadi et al. 2016, arXiv:1607.00133, clip single gradients so). ``F`` is
 then no estimate of the curvature any more, but of that of examples of which none counts for more than the bound.
-Cost: a product with each gradient; the norms are those of the Gram matrix.
+Cost: a product with each gradient.
 """
 
 from __future__ import annotations
@@ -31,26 +31,19 @@ class Clipping:
     share: float
 
 
-def scale_rows(gradients: Tensor | ChunkedGradients, gram: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the gradients ``[m, d]`` by ``factors`` ``[m]`` where they lie; returns their new Gram matrix.
-
-    Args:
-        gram: What they had, float64 ``[m, m]``.
-    """
+def scale_rows(gradients: Tensor | ChunkedGradients, factors: Tensor) -> None:
+    """Multiply the gradients ``[m, d]`` by ``factors`` ``[m]`` where they lie."""
     for part in gradients.chunks if isinstance(gradients, ChunkedGradients) else (gradients,):
         part.mul_(factors.to(part).unsqueeze(1))
-    own = factors.to(gram)
-    return gram * own.unsqueeze(1) * own
 
 
-def clipped(gram: Tensor, quantile: float) -> tuple[Tensor, Clipping]:
+def clipped(squares: Tensor, quantile: float) -> tuple[Tensor, Clipping]:
     """Factors ``[m]`` that bound the gradients' norms by a quantile of them, and what they take away.
 
     Args:
-        gram: ``[m, m]``, whose diagonal has the squared norms.
+        squares: Of the norms, ``[m]``.
         quantile: Above 0 and at most 1: of the gradients that aren't zero, the share that stay as they are.
     """
-    squares = gram.diagonal()
     norms = squares.sqrt()
     bound = torch.quantile(norms[norms > 0] if norms.any() else norms, quantile, interpolation="lower")
     factors = torch.where(norms > bound, bound / norms, 1.0)

@@ -161,18 +161,21 @@ class InverseFisher:
         Args:
             units: int64 ``[u, s]``, the parameters of each; -1 where a set has fewer, whose row and column are those of
                 a parameter without gradients.
-
-        Raises:
-            ValueError: ``F`` was factorised in blocks.
         """
-        m, s = len(self.gradients), units.shape[1]
-        if len(self.blocks) > 1 or len(self.blocks[0].columns) > 1:
-            raise ValueError("diagonal_blocks is for the full matrix, and F was factorised in blocks")
-        system, factor = self._system(self.blocks[0], slice(0, 1))
-        result = torch.empty(len(units), s, s, dtype=torch.float64, device=self.gradients.device)
-        for part in _parts(units, m):
-            result[part] = _unit_blocks(system, factor, units[part].to(self.gradients.device))
-        return m * result
+        count, s = units.shape
+        units, eye = units.to(self.gradients.device), torch.eye(s, dtype=torch.float64, device=self.gradients.device)
+        result = (eye / self.damping).repeat(count, 1, 1)
+        for group in self.blocks:
+            block, at = _locate(group.columns, units)
+            for part in _parts(group.columns, len(self.gradients)):
+                here = (block >= part.start) & (block < part.stop)
+                some = torch.nonzero(here.any(1))[:, 0]
+                system, factor = self._system(group, part)
+                for few in (some[step] for step in _parts(units[some], len(self.gradients))):
+                    inside = torch.where(here[few], block[few] - part.start, -1)
+                    found, is_own = _unit_blocks(system, factor, inside, at[few])
+                    result[few] = torch.where(is_own, len(self.gradients) * found, result[few])
+        return result
 
     def _systems(self, width: int = 1) -> Iterator[tuple[_System, Tensor]]:
         for group in self.blocks:
@@ -224,6 +227,17 @@ def gram_matrix(gradients: Gradients) -> Tensor:
     _check_shape(gradients)
     everything = torch.arange(gradients.shape[1], device=gradients.device)
     return _gram(gradients.detach(), everything[None], is_dual=True)[0]
+
+
+def squared_norms(gradients: Gradients) -> Tensor:
+    """Of each gradient, ``[m]``, float64: the diagonal of ``gram_matrix``, in one pass.
+
+    Raises:
+        NumericsError: A gradient is not finite (names row and column).
+    """
+    _check_gradients(gradients)
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in _all_strips(gradients.detach())]
+    return torch.stack(norms).square().sum(0)
 
 
 def inverse_fisher(
@@ -405,9 +419,6 @@ def joint_saliency(inverse: InverseFisher, weights: Tensor, units: Tensor) -> Te
 
     Returns:
         ``[u]``, on the gradients' device; of single parameters in the weights' dtype, else float64.
-
-    Raises:
-        ValueError: Units have several parameters, and ``F`` was factorised in blocks.
     """
     if units.shape[1] == 1:
         return saliency(weights, inverse.diagonal().to(weights.device))[units[:, 0]]
@@ -487,6 +498,9 @@ def _gather(gradients: Gradients, columns: Tensor) -> Tensor:
     first, last = int(columns[0, 0]), int(columns[-1, -1])
     if last - first + 1 == columns.numel():
         flat = _aligned(gradients.narrow(1, first, last - first + 1))
+    elif isinstance(gradients, Tensor):
+        # Several times faster than index_select where few columns are taken.
+        flat = gradients.gather(1, columns.flatten().expand(len(gradients), -1))
     else:
         flat = gradients.index_select(1, columns.flatten())
     return flat.reshape(len(gradients), *columns.shape).movedim(1, 0)
@@ -687,28 +701,38 @@ def _diagonal(system: _System, factor: Tensor) -> Tensor:
     return result
 
 
-def _unit_blocks(system: _System, factor: Tensor, units: Tensor) -> Tensor:
-    """Of sets ``[u, s]`` inside the one block, ``[u, s, s]``: every eigenvalue is within its bounds."""
-    gradients, (count, s), u = system.gradients, units.shape, float(system.u)
-    is_real, at = units >= 0, units.clamp(min=0)
-    both = is_real[:, :, None] & is_real[:, None]
-    eye = torch.eye(s, dtype=torch.float64, device=units.device)
-    own = gradients.index_select(1, system.columns[0, at.flatten()]).to(torch.float64)
+def _unit_blocks(system: _System, factor: Tensor, block: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sets of parameters, ``[u, s, s]``: every eigenvalue is within its bounds; and which of it is of one block.
+
+    Args:
+        block: Of each parameter, ``[u, s]``; -1 where it isn't in these.
+        at: Its position there.
+    """
+    gradients, (count, s), u = system.gradients, block.shape, float(system.u)
+    is_real, block, at = block >= 0, block.clamp(min=0), torch.where(block >= 0, at, 0)
+    both = is_real[:, :, None] & is_real[:, None] & (block[:, :, None] == block[:, None])
+    eye = torch.eye(s, dtype=torch.float64, device=block.device)
+    own = gradients.index_select(1, system.columns[block, at].flatten()).to(torch.float64)
     if system.columns.shape[1] <= len(gradients):
-        scaled = torch.where(both, u * factor[0, at[:, :, None], at[:, None]], eye)
+        scaled = torch.where(both, u * factor[block[:, :, None], at[:, :, None], at[:, None]], eye)
     else:
-        root = (factor[0] @ own).T.reshape(count, s, -1)
+        root = torch.empty_like(own)
+        for number in torch.unique(block).tolist():
+            places = torch.nonzero(block.flatten() == number)[:, 0]
+            root[:, places] = factor[number] @ own[:, places]
+        root = root.T.reshape(count, s, -1)
         scaled = torch.where(both, eye - root @ root.mT, eye)
         for one in torch.nonzero(torch.linalg.eigvalsh(scaled)[:, 0] < SMALL_GAP)[:, 0].tolist():
-            columns = at[one][is_real[one]]
-            exact = u * _inverse_columns(system, columns)[columns]
-            scaled[one].masked_scatter_(both[one], (exact + exact.mT) / 2)
+            for number in torch.unique(block[one][is_real[one]]).tolist():
+                places = torch.nonzero((block[one] == number) & is_real[one])[:, 0]
+                alone = _inverse_system(gradients, system.columns[number, None], factor[number, None], u)
+                exact = u * _inverse_columns(alone, at[one, places])[at[one, places]]
+                scaled[one, places[:, None], places] = (exact + exact.mT) / 2
     values, vectors = torch.linalg.eigh(scaled)
     # (F^-1)_QQ >= (F_QQ)^-1: float32's G G^T may be too inexact for the damping.
     squares = own.square().sum(0).reshape(count, s) * is_real
     values = torch.maximum(values, u / (u + squares.sum(1, keepdim=True))).clamp(max=1)
-    result: Tensor = (vectors * values[:, None]) @ vectors.mT / u
-    return result
+    return (vectors * values[:, None]) @ vectors.mT / u, both
 
 
 def _squared_norms(root: Tensor, part: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class CutTarget:
     def _picked(self, scores: Tensor, share: float, end: float, movable: Tensor, gone: Tensor | None) -> Tensor:
         """The channels that stay with the multiples of now."""
         kept = self._chosen(scores, end, movable, gone)
-        if share == 1:
+        if share == 1 or bool(kept.all()):
             return kept
         # Of what would go in the end, or the last steps might be too coarse to come near the limit.
         return self._chosen(scores, self._dense_terms - share * (self._dense_terms - end), movable & ~kept, gone)

@@ -2,10 +2,11 @@
 
 In rounds of growing sparsity: per-sample gradients at the current weights, saliencies ``w^2 / (2 [F^-1]_ii)`` of the
 damped Fisher matrix ``F``, of blocks ``Q`` of weights ``w_Q^T ([F^-1]_QQ)^-1 w_Q / 2``, a mask, and the exact joint
-update of the survivors. The update's damping is the one that
-leaves the outputs nearest to the dense network's on the calibration data, and no update is made where none helps.
+update of the survivors. The update's damping is the one that leaves the outputs nearest to the dense network's on the
+calibration data, and no update is made where none helps. ``F`` is one matrix, or of blocks on its diagonal.
 Source: Frantar, Kurtic, Alistarh 2021, M-FAC (arXiv:2107.03356); Hassibi and Stork 1993, Optimal Brain Surgeon.
-Cost: a round takes a pass with per-sample gradients, two products of m^2 d, and seven forward passes.
+Cost: a round takes a pass with per-sample gradients, two products of m^2 d (of m B d in blocks of B), and seven forward
+passes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from ..curvature.sample_gradients import sample_gradients
 from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..numerics.gradient_scale import Clipping, clipped, scale_rows
-from ..numerics.mfac import Gradients, gram_matrix, inverse_fisher, joint_saliency, joint_update
+from ..numerics.mfac import Gradients, squared_norms
 from ..numerics.units import Units, masks_of_most
 from ..pattern import parse_pattern
 from ..plan import Plan
 from ..saliencies import Saliencies, saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
+from .fisher import Fisher, fisher_of, unit_saliencies, updates
 from .magnitude import removed_within, smallest
 from .masks import Masks, cut_layers, mask_plan, recorded_options, searched_sparsities, units_of, whole_plan
 
@@ -40,18 +42,16 @@ NAME = "obs"
 MANY_LEFT = 0.6  # of the weights: while more are left, every second example has a gradient
 FEW_LEFT = 0.8  # over the share of the weights that is left: gradients of an example
 MOST_DRAWS = 4
-SALIENCY_ROWS = 256  # gradients that weights are ranked by; the update, which needs them all, is what matters
-SALIENCY_DAMPING = 1e-3  # of the mean curvature, as are the next
 Dampings = tuple[float, ...]
 DENSE = "obs at the dense weights"  # in the memo of a job
 SALIENCY = "w^2 / (2 [F^-1]_ii), the rise of the loss: in the round in which a weight went, or in the last"
-DAMPINGS: Dampings = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS: Dampings = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean curvature
 LEAST_ROWS = 256  # calibration examples: of fewer, all have gradients from the first round on
 NEIGHBOURS = 1  # dampings on each side of a round's best that the next round tries
 SEARCH_SHARE = 2  # of the calibration examples, one in so many picks the damping; in the last round, all do
 STEP = 1e-2  # of the whole move, to both sides, for its derivative
 CLIPPED = "gradients were clipped"
-RECORDED = ("rounds", "fisher", "fisher_batch", "clip_gradients")
+RECORDED = ("rounds", "fisher", "fisher_batch", "clip_gradients", "block_size")
 Costs = dict[str, Tensor]  # of a weight of each unit, by tensor [b, n]
 Choose = Callable[[Costs], Masks]
 
@@ -101,15 +101,13 @@ class _Curvature:
     """Of the network as it is.
 
     Attributes:
-        gradients: ``[m, d]`` of the weights that are left.
-        gram: ``[m, m]``.
+        fisher: Of the weights that are left.
         costs: Saliencies, as for ``_costs``.
         generator: Its state after them.
         clipping: Of the gradients.
     """
 
-    gradients: Gradients
-    gram: Tensor
+    fisher: Fisher
     costs: Costs
     generator: Tensor
     clipping: Clipping | None = None
@@ -129,7 +127,7 @@ def plan(
     Args:
         budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
         options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude``
-            (globs), ``fisher``, ``fisher_batch``, ``clip_gradients``.
+            (globs), ``fisher``, ``fisher_batch``, ``clip_gradients``, ``block_size``.
 
     Returns:
         The plan and its sidecar: packed masks and the survivors' values by tensor.
@@ -342,37 +340,39 @@ def _curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
         memory=_memory_left(surgery),
     )
     surgery.context.progress("saliencies and update", 0, None)
-    gram, clipping = _weighed(surgery, gradients, len(data.every(stride)), draws)
-    costs = _costs(surgery, gradients, gram, network.flat().cpu(), keep)
-    return _Curvature(gradients, gram, costs, surgery.context.generator.get_state(), clipping)
+    clipping = _weigh(surgery, gradients, len(data.every(stride)), draws)
+    fisher = fisher_of(gradients, surgery.options["block_size"])
+    costs = _costs(surgery, fisher, network.flat().cpu(), keep)
+    return _Curvature(fisher, costs, surgery.context.generator.get_state(), clipping)
 
 
 def _batch(surgery: _Surgery) -> int:
     return int(surgery.options["fisher_batch"] or 1)
 
 
-def _weighed(surgery: _Surgery, gradients: Gradients, n: int, draws: int) -> tuple[Tensor, Clipping | None]:
-    """The Gram matrix of gradients that count for as much as they are to, and what was clipped of them.
+def _weigh(surgery: _Surgery, gradients: Gradients, n: int, draws: int) -> Clipping | None:
+    """Scale the gradients to count for as much as they are to; what was clipped of them.
 
     A sum over b examples is divided by the root of b: independent draws then give the same matrix in the mean as single
     examples do.
     """
-    gram, size, quantile = gram_matrix(gradients), _batch(surgery), surgery.options["clip_gradients"]
+    size, quantile = _batch(surgery), surgery.options["clip_gradients"]
     if size > 1:
         sizes = torch.tensor([min(size, n - start) for start in range(0, n, size)], dtype=torch.float64)
-        gram = scale_rows(gradients, gram, sizes.repeat_interleave(draws).rsqrt())
+        scale_rows(gradients, sizes.repeat_interleave(draws).rsqrt())
     if quantile is None or float(quantile) == 1:
-        return gram, None
-    factors, clipping = clipped(gram, float(quantile))
-    return scale_rows(gradients, gram, factors), clipping
+        return None
+    factors, clipping = clipped(squared_norms(gradients), float(quantile))
+    scale_rows(gradients, factors)
+    return clipping
 
 
 def _memory_left(surgery: _Surgery) -> int:
     """Bytes that gradients may take, less those that are kept for the points of a sweep."""
     kept: _Curvature | None = surgery.context.memo.get(DENSE)
-    if kept is None or not isinstance(kept.gradients, Tensor):
+    if kept is None or not isinstance(kept.fisher.gradients, Tensor):
         return surgery.context.memory
-    return surgery.context.memory - kept.gradients.numel() * kept.gradients.element_size()
+    return surgery.context.memory - kept.fisher.gradients.nbytes
 
 
 def _round(
@@ -389,11 +389,11 @@ def _round(
     """
     network, data, task = surgery.network, surgery.calibration.data, surgery.calibration.task
     searched, reference = data.every(step), surgery.dense[::step]
-    gradients, gram, weights = found.gradients, found.gram, network.flat().cpu()
+    weights = network.flat().cpu()
     masks = choose(found.costs)
     chosen = torch.cat([masks[tensor].flatten() for tensor in surgery.units])
     best, least, used = torch.where(chosen, weights, 0.0), float("inf"), None
-    for damping, candidate in _candidates(gradients, gram, weights, keep, chosen, dampings):
+    for damping, candidate in _candidates(found.fisher, weights, keep, chosen, dampings):
         network.set_flat(candidate)
         moved = divergence(reference, predict(network, searched), are_logits=has_logits(task))
         if moved < least:
@@ -406,13 +406,16 @@ def _num_gradients(surgery: _Surgery, keep: Tensor) -> tuple[int, int]:
     """One example in how many has gradients, and how many: more of them as fewer weights are left.
 
     So they never take more memory than one an example and weight. What is cut late costs most, and early cuts need few.
-    Labels give one gradient, and k outputs no more than k that differ.
+    Labels give one gradient, and k outputs no more than k that differ. With blocks, there are as many as a block has
+    weights at least, where that can be.
     """
-    density = int(keep.sum()) / keep.numel()
-    if density > MANY_LEFT and len(surgery.calibration.data) > LEAST_ROWS:
-        return 2, 1
+    n, density = len(surgery.calibration.data), int(keep.sum()) / keep.numel()
     most = 1 if surgery.options["fisher"] == "labels" else min(MOST_DRAWS, surgery.dense[0].numel())
-    return 1, max(1, min(most, int(FEW_LEFT / density)))
+    wanted = (surgery.options["block_size"] or 0) * _batch(surgery) / n  # of each example
+    wanted = wanted if wanted <= most else 0
+    if density > MANY_LEFT and n > LEAST_ROWS and wanted <= 1 / 2:
+        return 2, 1
+    return 1, max(1, min(most, int(FEW_LEFT / density)), math.ceil(wanted))
 
 
 def _near(damping: float | None) -> Dampings:
@@ -423,20 +426,13 @@ def _near(damping: float | None) -> Dampings:
     return DAMPINGS[max(0, place - NEIGHBOURS) : place + NEIGHBOURS + 1]
 
 
-def _costs(surgery: _Surgery, gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor) -> Costs:
+def _costs(surgery: _Surgery, fisher: Fisher, weights: Tensor, keep: Tensor) -> Costs:
     """What each unit costs for each of its weights: below zero where it is gone, infinite where it is protected."""
     places = _places(surgery, keep)
     counts = {tensor: own.sizes() for tensor, own in surgery.units.items()}
-    sizes = torch.cat([own.flatten() for own in counts.values()])
-    alive, scale, is_there = weights[keep], _mean_curvature(gradients, gram), places[:, 0] >= 0
+    sizes, is_there = torch.cat([own.flatten() for own in counts.values()]), places[:, 0] >= 0
     costs = torch.full((len(places),), -1.0, dtype=torch.float64)
-    if scale > 0:
-        step = -(-len(gradients) // SALIENCY_ROWS)
-        inverse = inverse_fisher(gradients[::step], SALIENCY_DAMPING * scale, gram=gram[::step, ::step].contiguous())
-        found = joint_saliency(inverse, alive, places[is_there]).cpu()
-    else:
-        found = torch.where(places < 0, 0.0, alive.double()[places])[is_there].square().sum(1)
-    costs[is_there] = found.double() / sizes[is_there]
+    costs[is_there] = unit_saliencies(fisher, weights[keep], places[is_there]) / sizes[is_there]
     is_protected = torch.where(places < 0, False, surgery.protected[keep][places]).any(1)
     costs[is_protected] = float("inf")
     parts = torch.split(costs, [own.numel() for own in counts.values()])
@@ -451,20 +447,14 @@ def _places(surgery: _Surgery, keep: Tensor) -> Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1]), value=-1) for part in parts])
 
 
-def _mean_curvature(gradients: Gradients, gram: Tensor) -> float:
-    return float(gram.diagonal().sum()) / gradients.numel()
-
-
 def _candidates(
-    gradients: Gradients, gram: Tensor, weights: Tensor, keep: Tensor, chosen: Tensor, dampings: Dampings
+    fisher: Fisher, weights: Tensor, keep: Tensor, chosen: Tensor, dampings: Dampings
 ) -> Iterator[tuple[float | None, Tensor]]:
     """The weights after the cut alone (None), then after the joint update at each damping."""
     yield None, torch.where(chosen, weights, 0.0)
-    scale = _mean_curvature(gradients, gram)
-    if scale <= 0:
+    if fisher.mean <= 0:
         return
-    update = joint_update(gradients, weights[keep].to(gram.device), chosen[keep].to(gram.device), gram=gram)
-    changes = update.solve_each([damping * scale for damping in dampings], refinements=1).cpu()
+    changes = updates(fisher, weights[keep], chosen[keep], dampings)
     for damping, change in zip(dampings, changes, strict=True):
         moved = weights.clone()
         moved[keep] += change

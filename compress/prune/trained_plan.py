@@ -12,7 +12,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..context import Context
 from ..errors import UsageError
-from ..graph.channel_cost import ChannelCosts, channel_costs
+from ..graph.channel_cost import ChannelCosts, channel_costs, total
 from ..graph.cut import Keep, cut, kept_channels
 from ..graph.groups import Channels, find_channels
 from ..graph.rewrite import tensor_at, tensor_names
@@ -57,6 +57,16 @@ def _limit(
     return "latency", budget.absolute(measured(whole)), measured
 
 
+def _is_within(
+    quantity: str, limit: float, cost: Cost | None, channels: Channels, costs: ChannelCosts, kept: Tensor
+) -> bool:
+    """Whether the channels that stay, bool ``[c]``, keep a limit of ``_limit``."""
+    if quantity == "sparsity":
+        return int((~kept).sum()) >= limit * len(kept)
+    found = total(costs.of(quantity), kept) if cost is None else cost(keep_of(channels, kept))
+    return float(found) <= limit
+
+
 def trained_plan(
     name: str,
     make: type[Hesso],
@@ -95,6 +105,21 @@ def trained_plan(
     exclude, multiple_of = tuple(options.get("exclude") or ()), options.get("multiple_of")
     recorded = {"exclude": list(exclude), "multiple_of": multiple_of}
     state = dict(source.module.state_dict())
+    whole = torch.ones(channels.count, dtype=torch.bool)
+    if _is_within(quantity, limit, cost, channels, costs, whole):
+        context.notes.append(f"{UNCUT}, so that nothing was trained")
+        return channel_plan(
+            name,
+            source,
+            channels,
+            whole,
+            channels.module,
+            (),
+            calibration=calibration,
+            budget=budget,
+            options=recorded,
+            predicted=cost_figures(costs, whole),
+        )
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
 
     def opened(limit: float) -> Hesso:

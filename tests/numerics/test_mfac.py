@@ -15,7 +15,14 @@ from torch import Tensor
 
 from compress.errors import NumericsError
 from compress.numerics import mfac
-from compress.numerics.mfac import gram_matrix, inverse_fisher, joint_saliency, joint_update, saliency
+from compress.numerics.mfac import (
+    gram_matrix,
+    inverse_fisher,
+    joint_saliency,
+    joint_update,
+    saliency,
+    squared_norms,
+)
 
 Array = NDArray[Any]
 Blocks = int | Sequence[int] | None
@@ -286,11 +293,12 @@ UNITS = torch.tensor([[0, 5, 9, 2], [3, 7, 1, -1], [18, 19, -1, -1], [4, -1, -1,
 @needs_wide
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_saliency_of_units_is_that_of_the_dense_inverse(kind: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("blocks", [None, 6, 17, UNEVEN])
+def test_the_saliency_of_units_is_that_of_the_dense_inverse(kind: str, shape: tuple[int, int], blocks: Any) -> None:
     gradients, weights = gradients_of(kind, *shape), normal(9, shape[1])
-    damping = 1e-6 * norm_of(gradients)
-    found = joint_saliency(inverse_fisher(gradients, damping), weights, UNITS)
-    fisher, expected = dense_fisher(gradients, damping, [shape[1]]), []
+    damping, blocks = 1e-6 * norm_of(gradients), uneven(blocks, shape[1])
+    found = joint_saliency(inverse_fisher(gradients, damping, blocks=blocks), weights, UNITS)
+    fisher, expected = dense_fisher(gradients, damping, sizes_of(blocks, shape[1])), []
     for unit in UNITS.tolist():
         # What ([F^-1]_QQ)^-1 is without an inverse: F_QQ - F_QR F_RR^-1 F_RQ, R being all others.
         q = [i for i in unit if i >= 0]
@@ -334,9 +342,24 @@ def test_units_keep_their_bounds_where_float32_does_not_resolve_the_damping() ->
     assert bool((2 * found <= (1 + 1e-9) * (fisher.damping + squares) * own).all())
 
 
-def test_units_are_refused_where_the_matrix_is_in_blocks() -> None:
-    with pytest.raises(ValueError, match="factorised in blocks"):
-        joint_saliency(inverse_fisher(normal(1, 8, 20), 0.1, blocks=5), normal(2, 20), UNITS)
+@pytest.mark.parametrize("m", [8, 40])
+def test_units_of_several_blocks_cost_what_their_parts_do(m: int) -> None:
+    gradients, weights = normal(1, m, 50), normal(2, 50)
+    fisher = inverse_fisher(gradients, 0.1, blocks=10)
+    whole = joint_saliency(fisher, weights, torch.tensor([[3, 8, 11, 42], [20, 21, 22, 23]]))
+    parts = joint_saliency(fisher, weights, torch.tensor([[3, 8], [11, -1], [42, -1]]))
+    alone = joint_saliency(inverse_fisher(gradients[:, 20:30], 0.1), weights[20:30], torch.tensor([[0, 1, 2, 3]]))
+    torch.testing.assert_close(whole, torch.cat([parts.sum()[None], alone]), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squared_norms_are_the_diagonal_of_the_gram_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfac, "PIECE", 100)
+    gradients = normal(1, 8, 50).to(dtype)
+    torch.testing.assert_close(squared_norms(gradients), mfac.gram_matrix(gradients).diagonal(), rtol=1e-6, atol=0)
+    gradients[3, 40] = float("nan")
+    with pytest.raises(NumericsError, match="gradient row 3 of 8 is nan at column 40"):
+        squared_norms(gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

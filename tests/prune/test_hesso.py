@@ -448,6 +448,14 @@ def test_budgets_are_of_what_is_left(budget: str) -> None:
     assert 0.8 * limits[budget] < left <= limits[budget]
 
 
+@pytest.mark.parametrize("budget", ["macs=100%", "sparsity=0%"])
+@pytest.mark.parametrize("multiple_of", [1, None])
+def test_a_budget_that_the_whole_network_keeps_takes_nothing(budget: str, multiple_of: int | None) -> None:
+    hesso = trained(opened(budget=budget, multiple_of=multiple_of), (examples(),))
+    assert bool(hesso.staying.all())
+    assert sum(p.numel() for p in hesso.compress().parameters()) == sum(p.numel() for p in hesso.model.parameters())
+
+
 def test_a_measured_cost_is_brought_to_its_limit() -> None:
     calls = []
 

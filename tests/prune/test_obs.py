@@ -24,6 +24,7 @@ from compress.model import Source
 from compress.numerics import mfac
 from compress.plan import Plan
 from compress.prune import magnitude, obs
+from compress.prune.fisher import Fisher
 from compress.prune.masks import FIRST_SPARSITY, MOST_REMOVED, SEARCH_DENSITY
 from compress.task import Calibration, Classification, Regression, divergence
 
@@ -358,13 +359,15 @@ def test_what_is_excluded_is_in_no_candidate() -> None:
     assert set(plan.masks()) == {"0.weight", "5.weight"}
 
 
-def test_gradients_in_a_file_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_gradients_in_a_file_give_the_same_plan(block_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "block_size": block_size}
     monkeypatch.setattr(mfac, "PIECE", 2000)
     graph = trace_graph(network(), (examples(2),))
     calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
     (plan, sidecar), (filed_plan, filed_sidecar) = (
         obs.plan(
-            source_of(network()), graph, {}, calibration, Budget("sparsity", 0.6), OPTIONS, replace(context(), memory=m)
+            source_of(network()), graph, {}, calibration, Budget("sparsity", 0.6), options, replace(context(), memory=m)
         )
         for m in (10**9, 1000)
     )
@@ -453,20 +456,88 @@ def test_nothing_is_clipped_unless_asked() -> None:
 
 def test_batches_of_gradients_give_fewer_rows_of_the_same_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the mean: a sum of b independent draws is as long as the root of b of them."""
-    found: dict[int, Tensor] = {}
-    real = obs.scale_rows
+    found: list[Tensor] = []
+    real = obs.fisher_of
 
-    def kept(gradients: Tensor, gram: Tensor, factors: Tensor) -> Tensor:
-        found[len(gradients)] = real(gradients, gram, factors)
-        products = gradients.double() @ gradients.double().T
-        torch.testing.assert_close(products, found[len(gradients)], rtol=1e-5, atol=1e-5)
-        return found[len(gradients)]
+    def kept(gradients: Tensor, block_size: int | None) -> Fisher:
+        found.append(gradients.double().square().sum(1))
+        return real(gradients, block_size)
 
-    monkeypatch.setattr(obs, "scale_rows", kept)
-    singles = []
-    monkeypatch.setattr(obs, "gram_matrix", lambda g: singles.append(mfac.gram_matrix(g)) or singles[-1])
+    monkeypatch.setattr(obs, "fisher_of", kept)
     prune(network(), 0.1, n=250, rounds=1)
     prune(network(), 0.1, n=250, rounds=1, fisher_batch=16)
-    assert list(found) == [16]
-    mean, expected = float(found[16].diagonal().mean()), float(singles[0].diagonal().mean())
-    assert mean == pytest.approx(expected, rel=0.3)
+    assert [len(squares) for squares in found] == [250, 16]
+    assert float(found[1].mean()) == pytest.approx(float(found[0].mean()), rel=0.3)
+
+
+def test_a_block_of_the_whole_network_gives_the_plan_of_the_whole_matrix() -> None:
+    graph, whole, values = prune(network(), 0.6)
+    assert whole.options["block_size"] is None
+    _, block, others = prune(network(), 0.6, block_size=10**6)
+    assert block.options["block_size"] == 10**6
+    masks = [{name: mask.mask_sha256 for name, mask in plan.masks().items()} for plan in (whole, block)]
+    assert masks[0] == masks[1]
+    states = [apply_plan(network(), graph.tied, *plan).state() for plan in ((whole, values), (block, others))]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 10, 100])
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.6, "unstructured"), (0.6, "4x1"), (0.6, "1x4"), (None, "2:4")])
+def test_blocks_of_curvature_go_with_every_pattern(block_size: int, sparsity: float | None, pattern: str) -> None:
+    module = patterned_network()
+    graph, plan, sidecar = prune(module, sparsity, pattern=pattern, rounds=1, block_size=block_size)
+    state = apply_plan(module, graph.tied, plan, sidecar).state()
+    zeros = sum(int((state[layer.tensor] == 0).sum()) for layer in graph.layers)
+    assert zeros >= (sparsity or 0.5) * sum(layer.elements for layer in graph.layers)
+    x = examples(24, channels=12)
+    cut = {key: torch.where(state[key] == 0, 0.0, value) for key, value in module.state_dict().items()}
+    cut = {key: value if key in plan.masks() else state[key] for key, value in cut.items()}
+    after, before = (divergence(module(x), outputs(module, s, x), are_logits=True) for s in (state, cut))
+    assert after < before or (block_size == 1 and after == before), "a block of one weight has no other to move"
+
+
+def test_a_plan_of_blocks_is_followed_with_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, sidecar = prune(network(), 0.6, block_size=32)
+    sizes = []
+    real = obs.fisher_of
+
+    def seen(gradients: Tensor, block_size: int | None) -> Fisher:
+        sizes.append(block_size)
+        return real(gradients, block_size)
+
+    monkeypatch.setattr(obs, "fisher_of", seen)
+    other = network(seed=7)
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    again, _ = obs.refit(plan, sidecar, source_of(other), trace_graph(other, (examples(2),)), calibration, context())
+    assert sizes == [32, 32]
+    assert again.options == plan.options
+    assert {n: m.mask_sha256 for n, m in again.masks().items()} == {n: m.mask_sha256 for n, m in plan.masks().items()}
+
+
+def test_a_plan_from_before_there_were_blocks_is_followed_with_the_whole_matrix() -> None:
+    _, plan, sidecar = prune(network(), 0.6)
+    old = replace(plan, options={name: value for name, value in plan.options.items() if name != "block_size"})
+    calibration = Calibration(Classification(), Data((examples(24),), None, "examples"))
+    module = network()
+    again, _ = obs.refit(old, sidecar, source_of(module), trace_graph(module, (examples(2),)), calibration, context())
+    assert again.options["block_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("block_size", "expected"), [(None, 150), (150, 150), (151, 300), (301, 600), (1200, 1200), (1201, 150)]
+)
+def test_there_are_as_many_gradients_as_a_block_has_weights(
+    block_size: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where four of an example, which are the most, are enough."""
+    rows = []
+    real = obs.fisher_of
+
+    def seen(gradients: Tensor, block_size: int | None) -> Fisher:
+        rows.append(len(gradients))
+        return real(gradients, block_size)
+
+    monkeypatch.setattr(obs, "fisher_of", seen)
+    prune(network(), 0.1, n=300, rounds=1, block_size=block_size)
+    assert rows == [expected]
