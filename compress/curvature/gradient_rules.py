@@ -126,7 +126,7 @@ def _key(node: fx.Node, position: int) -> tuple[Any, str]:
 
 
 def _linear(use: Use, gradient: Tensor, group: int) -> Tensor:
-    left, right = (_examples(x, use.site.batch_dim, 1) for x in (gradient, use.arguments[0]))
+    left, right = (examples_first(x, use.site.batch_dim, 1) for x in (gradient, use.arguments[0]))
     left, right = (x.reshape(len(x) // group, -1, x.shape[-1]) for x in (left, right))
     return torch.bmm(left.transpose(1, 2), right).flatten(1)
 
@@ -165,8 +165,8 @@ def _of_weight(gradient: Tensor, inputs: Tensor, like: Tensor, options: tuple[An
 
 def _embedding(use: Use, gradient: Tensor, group: int) -> Tensor:
     weight, indices = use.arguments[0], use.arguments[1]
-    indices = _examples(indices.unsqueeze(-1), use.site.batch_dim, 1)[..., 0]
-    gradient = _examples(gradient, use.site.batch_dim, 1)
+    indices = examples_first(indices.unsqueeze(-1), use.site.batch_dim, 1)[..., 0]
+    gradient = examples_first(gradient, use.site.batch_dim, 1)
     gradient = gradient.masked_fill((indices == argument(use.node, "padding_idx", -1)).unsqueeze(-1), 0)
     if argument(use.node, "scale_grad_by_freq", False):
         times = indices.new_zeros(len(indices), len(weight)).scatter_add_(1, indices, torch.ones_like(indices))
@@ -190,10 +190,10 @@ def _offset(use: Use, gradient: Tensor, group: int) -> Tensor:
     """The output's gradient, summed over all but the parameter's own dimensions."""
     if use.node.target in CHANNELS_SECOND:
         return gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
-    return _examples(gradient, use.site.batch_dim, num_trailing(use.node, use.site.position)).sum(1).flatten(1)
+    return examples_first(gradient, use.site.batch_dim, num_trailing(use.node, use.site.position)).sum(1).flatten(1)
 
 
-def _examples(value: Tensor, batch_dim: int, kept: int) -> Tensor:
+def examples_first(value: Tensor, batch_dim: int, kept: int) -> Tensor:
     """``[n, positions, ...]``, the last ``kept`` dimensions as they are."""
     value = value.movedim(batch_dim, 0)
     return value.reshape(len(value), -1, *value.shape[value.dim() - kept :])

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..data import Data
 from ..graph.trace import TRANSPOSED, argument, aten
-from .gradient_rules import each_dim, padded
+from .factors import windows
 from .network import PASS_BATCH, Network, batches
 
 LARGEST_MOMENT = 8192  # inputs of an output; beyond, a moment would take more than half a gigabyte
@@ -85,15 +85,11 @@ def read_positions(node: fx.Node, inputs: Tensor, weight: Tensor, step: int) -> 
     if node.target is aten.linear.default:
         return inputs.reshape(1, -1, inputs.shape[-1])[:, ::step]
     spatial = weight.dim() - 2
-    inputs, padding = padded(node, inputs, weight)
-    windows = torch.nn.functional.pad(inputs, [side for size in reversed(padding) for side in (size, size)])
-    steps, dilations = (each_dim(argument(node, name, 1), spatial) for name in ("stride", "dilation"))
-    for dim, (size, stride, dilation) in enumerate(zip(weight.shape[2:], steps, dilations, strict=True), start=2):
-        windows = windows.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    found = windows(node, inputs, weight)
     # [n, channels, positions..., kernel...] -> [p, channels, kernel...] -> [g, p, channels of a group x kernel]
-    shape = (len(windows), *windows.shape[2 : 2 + spatial])
-    numbers = torch.arange(0, math.prod(shape), step, device=windows.device)
+    shape = (len(found), *found.shape[2 : 2 + spatial])
+    numbers = torch.arange(0, math.prod(shape), step, device=found.device)
     example, *places = torch.unravel_index(numbers, shape)
     index: tuple[Any, ...] = (example, slice(None), *places)
-    picked = windows[index]
+    picked = found[index]
     return picked.reshape(len(numbers), int(argument(node, "groups", 1)), -1).transpose(0, 1)

@@ -101,6 +101,7 @@ class Recorder(fx.Interpreter):
     def __init__(self, network: Network, sites: Mapping[fx.Node, tuple[Site, ...]] | None = None) -> None:
         """A recorder of ``sites``; of all that the network has, and with norms folded, where None."""
         super().__init__(network.module)
+        self.network = network
         self.is_in_place = network.is_in_place
         self.sites = network.sites if sites is None else sites
         self.has_channels_last = _may_have_channels_last(network)

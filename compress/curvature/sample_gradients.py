@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..errors import UsageError
 from ..graph.trace import batch_statistics
 from ..numerics.mfac import Gradients, new_gradients
 from ..task import Task
+from .factors import UseGradients
 from .gradient_rules import Use, rows_of, summed
 from .loss_factor import Draw, cotangents
 from .network import PASS_BATCH, Network, batches, differentiable, outputs_of, require_finite
@@ -149,12 +150,14 @@ def layer_rows(
     mode: str,
     group: int = 1,
     is_last: bool = True,
+    factored: Mapping[str, Callable[[UseGradients], None]] | None = None,
 ) -> None:
     """Make the rows of a batch, ``[ceil(n / group), elements]`` of each tensor, in the order of the backward pass.
 
     Args:
         outputs: Of a recorder, with ``uses``.
         receive: Is given each tensor once, with its rows, summed over its uses.
+        factored: Of tensors whose rows aren't made: each is given its uses' output gradients, if it has any.
         is_last: Whether no other draw is made of the same outputs.
 
     Raises:
@@ -169,7 +172,9 @@ def layer_rows(
     probe = cotangents(task, outputs, batch.targets, draw, mode=mode)
     waiting = Counter(use.tensor for use in uses)
     sums: dict[str, Tensor] = {}
-    given: set[str] = set()
+    factored = factored or {}
+    held: dict[str, list[tuple[Use, Tensor]]] = {}
+    given = set(factored)
 
     def add(tensor: str, rows: Tensor) -> None:
         sums[tensor] = sums[tensor] + rows if tensor in sums else rows
@@ -183,12 +188,22 @@ def layer_rows(
         receive(tensor, rows)
 
     def take(use: Use, gradient: Tensor) -> None:
-        add(use.tensor, rows_of(use, gradient, group=group))
-        waiting[use.tensor] -= 1
-        if not waiting[use.tensor]:
-            give(use.tensor)
+        tensor = use.tensor
+        if tensor in factored:
+            held.setdefault(tensor, []).append((use, gradient))
+        else:
+            add(tensor, rows_of(use, gradient, group=group))
+        waiting[tensor] -= 1
+        if waiting[tensor]:
+            return
+        if tensor in factored:
+            factored[tensor](held.pop(tensor))
+        else:
+            give(tensor)
 
     _pull_back(outputs_of(outputs), probe, uses, take, retain_graph=not is_last)
+    for tensor, gradients in held.items():  # other uses of it have none
+        factored[tensor](gradients)
     for tensor, rows in _one_by_one(network, batch, probe).items():
         add(tensor, summed(rows, group))
     for tensor in network.weights:

@@ -9,8 +9,8 @@ hold most of the trace, and are known by their outputs: after two passes over al
 product for all layers would bring the noise of the blocks between them into each. A network that is piecewise linear in
 each layer's weights, as one of ReLUs with fixed batch statistics is, has the same blocks in both matrices: there the
 first function gives the Hessian's traces.
-Cost: a forward pass and one with per-sample gradients over the data for all layers, against one backward pass a layer
-and product, and a forward and backward pass a layer and block of products.
+Cost: a forward pass and one with per-sample gradients over the data for all layers, or with ``factors`` of them,
+against one backward pass a layer and product, and a forward and backward pass a layer and block of products.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ..graph.trace import Layer
 from ..numerics.trace import ESTIMATORS, TraceEstimate, hutchinson, sketched
 from ..task import Task
 from .controls import Known, gauss_newton_blocks
+from .factors import UseGradients, factored, factors_of, squared_row_norms
 from .loss_factor import Draw, loss_of, output_curvature, period, seeded
-from .network import PASS_BATCH, Network, batches, differentiable
+from .network import PASS_BATCH, Network, batches, differentiable, require_finite
 from .recording import Recorder
 from .sample_gradients import draw_seed, layer_rows
 
@@ -139,12 +140,20 @@ def _squared_norms(
         outputs, uses = recorder.record(batch.inputs)
         complete, curvature = period(task, outputs), output_curvature(task, outputs)
         draw = Draw(seed, numbers.tolist(), probe, data.name)
-        found: dict[str, Tensor] = {}
+        found = {tensor: torch.zeros(len(batch), dtype=torch.float64) for tensor in network.weights}
 
         def square(tensor: str, rows: Tensor, found: dict[str, Tensor] = found) -> None:
-            found[tensor] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().cpu()
+            found[tensor] = squared_row_norms(rows, len(network.weights[tensor])).cpu()
 
-        layer_rows(network, task, batch, outputs, uses, draw, square, mode="ggn")
+        def square_factors(
+            tensor: str, gradients: UseGradients, found: dict[str, Tensor] = found, draw: Draw = draw
+        ) -> None:
+            squares = factors_of([gradients]).squared_norms().squeeze(1)
+            require_finite(squares, f"the gradient of {tensor}", draw.examples, draw.name)
+            found[tensor] = squares.cpu()
+
+        receivers = {tensor: partial(square_factors, tensor) for tensor in factored(uses)}
+        layer_rows(network, task, batch, outputs, uses, draw, square, mode="ggn", factored=receivers)
         norms.append(torch.stack([found[tensor] for tensor in network.weights], 1))
         curvatures += [] if curvature is None else [curvature.cpu()]
     return torch.cat(norms), torch.cat(curvatures) if curvatures else None, complete
