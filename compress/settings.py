@@ -314,10 +314,10 @@ SETTINGS = (
         "block_size",
         "measure.block_size",
         "int",
-        "Weights of a block of the Fisher matrix, which is zero beyond; the whole matrix, where not given.",
-        None,
+        "Weights of a block of the Fisher matrix, which is zero beyond; 0 for the whole matrix.",
+        128,
         in_preset=True,
-        minimum=1,
+        minimum=0,
         metavar="B",
     ),
     Setting(

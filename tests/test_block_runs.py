@@ -51,8 +51,8 @@ def test_a_plan_is_followed_with_its_blocks(made: Path, tmp_path: Path) -> None:
     assert plan["options"]["block_size"] == 48 and masks[0] == masks[1] != {}
 
 
-def test_a_block_has_a_weight_at_least(tmp_path: Path) -> None:
-    failure = prune(tmp_path / "none", *GOAL, "--block-size", "0", code=2)
+def test_a_block_has_no_negative_size(tmp_path: Path) -> None:
+    failure = prune(tmp_path / "none", *GOAL, "--block-size", "-1", code=2)
     assert "--block-size" in failure["error"]["message"]
 
 

@@ -341,7 +341,7 @@ def _curvature(surgery: _Surgery, keep: Tensor) -> _Curvature:
     )
     surgery.context.progress("saliencies and update", 0, None)
     clipping = _weigh(surgery, gradients, len(data.every(stride)), draws)
-    fisher = fisher_of(gradients, surgery.options["block_size"])
+    fisher = fisher_of(gradients, surgery.options["block_size"] or None)
     costs = _costs(surgery, fisher, network.flat().cpu(), keep)
     return _Curvature(fisher, costs, surgery.context.generator.get_state(), clipping)
 
