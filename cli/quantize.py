@@ -28,6 +28,7 @@ hcompress quantize nightly.pt --model net.py:make --eval test.npz --plan small/p
 )
 @setting_options(
     "channel_widths",
+    "equalization",
     "group_size",
     "reconstruction",
     "bias_correction",

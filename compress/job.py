@@ -34,6 +34,7 @@ class Job:
     Attributes:
         memo: What a later step needs again: of a method, from one plan to the next; of a sweep, from point to point.
         is_swept: Whether plans for other goals follow.
+        is_equalized: Whether the network's channels were scaled (``equalizing``).
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Job:
     started: float
     memo: dict[str, Any] = field(default_factory=dict)
     is_swept: bool = False
+    is_equalized: bool = False
 
     def value(self, name: str) -> Any:
         """A setting's value."""

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from . import canonical, figures, inspection, measuring, planning, store
+from . import canonical, equalizing, figures, inspection, measuring, planning, store
 from .bench import measure_latency
 from .budget import Budget
 from .build import (
@@ -184,6 +184,10 @@ def run_opened(
     if DENSE_FILES not in opened.memo:
         opened.memo[DENSE_FILES] = dense_files(opened)
     dense: Dense = opened.memo[DENSE_FILES]
+    if given is not None:
+        opened = equalizing.as_planned(opened, given[0])
+    elif target.job == "quantize":
+        opened = equalizing.chosen(opened, planning.planner_options(opened, method), dense)
     sensitivities: dict[str, Sensitivity] = {}
     if given is None or plan is None:
         gates = planning.search_gates(method, target.budget, target.gates, settings, opened.task)
@@ -312,6 +316,7 @@ def apply_plan(
             )
         _note_other_source(opened, decided)
         dense = dense_files(opened)
+        opened = equalizing.as_planned(opened, decided)
         write_plan(stage, decided, sidecar)
         built = with_program(opened, build(opened, decided, sidecar, stage), stage)
         target = Target(stage, out, "apply", gates_of(settings), command, decided.budget)

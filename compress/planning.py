@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import canonical, measuring, recovery, store
+from . import canonical, equalizing, measuring, recovery, store
 from .apply import apply_plan, assemble, masks_of
 from .bench import measure_latency
 from .budget import Budget, parse_budget, rounded_up
@@ -230,7 +230,7 @@ def _decide(
         sensitivities,
         job.calibration,
         absolute_budget(budget or goal.budget, goal.dense),
-        _planner_options(job, goal.method),
+        planner_options(job, goal.method),
         context,
     )
     return _completed(job, goal.budget, plan, tensors, context)
@@ -258,7 +258,7 @@ def require_groups(job: Job, method: Method) -> None:
         )
 
 
-def _planner_options(job: Job, method: Method) -> dict[str, Any]:
+def planner_options(job: Job, method: Method) -> dict[str, Any]:
     """A method's settings; activations that are rounded as they come are floats to it, as they have no range."""
     options = method_options(job, method.options)
     return options | {"activations": "float"} if options.get("activations") == DYNAMIC else options
@@ -268,6 +268,8 @@ def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, T
     plan, tensors = corrected(job, plan, tensors, context)
     if job.value("activations") == DYNAMIC and "activations" in plan.options:
         plan = replace(plan, options={**plan.options, "activations": DYNAMIC})
+    if job.is_equalized:
+        plan = replace(plan, options={**plan.options, equalizing.OPTION: "on"})
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
     plan, sidecar = sealed(replace(plan, budget=budget or plan.budget, seed=seed, inputs=inputs), tensors)
@@ -481,7 +483,7 @@ def _one_example(job: Job) -> tuple[Tensor, ...]:
 
 def _latency_table(job: Job, method: Method, context: Context) -> CostTable:
     """What each layer takes at each width in the runtime, measured on this machine or read from the cache."""
-    activations = str(_planner_options(job, method).get("activations", "float"))
+    activations = str(planner_options(job, method).get("activations", "float"))
     few = None if job.calibration is None else replace(job.calibration, data=job.calibration.data.first(32))
     ranges = calibrated(
         job.graph, few, {"activations": activations, "activation_range": "minmax"}, replace(context, memo={})
@@ -573,7 +575,7 @@ def _search_candidates(
 ) -> tuple[Decided, Built, int, bool]:
     """Go on to ever smaller models until one fails; the first is returned where none passes."""
     context = planning_context(job, goal.dense, 0)
-    options = _planner_options(job, goal.method)
+    options = planner_options(job, goal.method)
     best, tried, passed = None, 0, False
     for plan, tensors in module.candidates(job.source, job.graph, sensitivities, job.calibration, options, context):
         decided = _completed(job, goal.budget, plan, tensors, context)

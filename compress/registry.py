@@ -138,6 +138,7 @@ METHODS = (
         options=(
             "activations",
             "activation_range",
+            "equalization",
             "channel_widths",
             "group_size",
             "reconstruction",
@@ -158,6 +159,7 @@ METHODS = (
         options=(
             "activations",
             "activation_range",
+            "equalization",
             "range",
             "group_size",
             "reconstruction",
@@ -180,6 +182,7 @@ METHODS = (
         options=(
             "activations",
             "activation_range",
+            "equalization",
             "range",
             "group_size",
             "reconstruction",

@@ -232,6 +232,15 @@ SETTINGS = (
         in_preset=True,
     ),
     Setting(
+        "equalization",
+        "run.equalization",
+        "str",
+        "Whether channels between layers are scaled to one size; auto: where it helps much.",
+        "auto",
+        ("auto", "on", "off"),
+        in_preset=True,
+    ),
+    Setting(
         "reconstruction",
         "run.reconstruction",
         "str",

@@ -41,7 +41,19 @@ RANKS = (
         "figures",
         "inspection",
     ),
-    ("job", "build", "recovery", "finish", "measuring", "forecast", "sensing", "planning", "pipeline", "sweep"),
+    (
+        "job",
+        "build",
+        "recovery",
+        "finish",
+        "measuring",
+        "forecast",
+        "sensing",
+        "equalizing",
+        "planning",
+        "pipeline",
+        "sweep",
+    ),
     ("cli", "__main__"),
 )
 # Folders that know nothing of their neighbours in the same rank, and of which no neighbour knows.
