@@ -292,7 +292,7 @@ WRONG = [
     (
         "prune model.pt --preset edge-int8",
         2,
-        "method 'hawq' is a method of hcompress quantize",
+        "method 'output-change' is a method of hcompress quantize",
         "choices: layerwise, obs, magnitude, gradual, structured-obs, hesso, cric",
     ),
     ("prune model.pt --budget zonk", 2, "budget 'zonk' is not understood", "examples: 0.3MB"),

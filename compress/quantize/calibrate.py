@@ -32,6 +32,7 @@ from .changes import TEMPERATURE, loss_changes
 CPU = torch.device("cpu")
 BATCH = 16  # larger ones cost memory and are no faster
 BINS = 2048  # of an activation's values between its extremes
+AUTO = "auto"
 USUAL = "mse"  # the range that others must beat
 FAR_LESS = 0.5  # of the loss that it measures
 FEW, EXAMPLES = 32, 128  # on which all ranges of an activation are compared, and what seems better with the usual one
@@ -74,7 +75,7 @@ def calibrated(
     Raises:
         UsageError: There are no data.
     """
-    activations, rule = str(options["activations"]), str(options["activation_range"])
+    activations, rule = str(options["activations"]), str(options.get("activation_range", AUTO))
     if activations == "float":
         return {}
     if calibration is None:
@@ -120,7 +121,7 @@ def ranges_at(
         ends = RULES[rule](counts[name], *wide[name], bits)
         return between_steps(*ends, bits, wide[name]) if name in reads and bits < WIDEST else ends
 
-    if rule != "auto":
+    if rule != AUTO:
         return found | {name: by(rule, name) for name in wide}
     candidates = {name: list(dict.fromkeys(by(rule, name) for rule in (USUAL, *RULES))) for name in wide}
     return found | _best(graph, bits, candidates, calibration, context)

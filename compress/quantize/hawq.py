@@ -32,7 +32,7 @@ from ..numerics.rounding import choose_ranges
 from ..plan import RANGES, Plan, grid_bits, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration
-from .calibrate import calibrated, squared_changes
+from .calibrate import AUTO, calibrated, squared_changes
 from .correct import correct as correct
 from .points import at_point as at_point
 from .points import costs_of, first_plan, group_sizes_of, groups_of, widths_of
@@ -91,10 +91,10 @@ def plan(
             ranges = tuple(found[layer.tensor, bits][0] for layer in group) if bits < FLOAT_BITS else ()
             choices.append(Choice(bits, sum(costs.entries[la.tensor, bits] for la in group), sum(losses), ranges))
         items.append(Item(tuple(layer.tensor for layer in group), tuple(choices)))
-    read = read_ranges(graph, reads, rounded, calibration, str(options["activation_range"]), context)
+    read = read_ranges(graph, reads, rounded, calibration, str(options.get("activation_range", AUTO)), context)
     chosen = read_records(reads, read, _activation_losses(graph, read, sensitivities, calibration, context))
     recorded = {
-        "activation_range": options["activation_range"],
+        "activation_range": options.get("activation_range", AUTO),
         "activations": activations,
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),

@@ -37,7 +37,7 @@ from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..widths import CHANNEL_BYTES, Width, is_mixed
 from . import correct as correction
-from .calibrate import calibrated
+from .calibrate import AUTO, calibrated
 from .changes import TEMPERATURE, loss_changes, telling_examples
 from .channel_widths import Rows, mixtures, rounded_rows
 from .points import Costs, costs_of, first_plan, group_sizes_of, groups_of, of_choices, widths_of
@@ -89,7 +89,7 @@ def plan(
     ranges = calibrated(graph, calibration, options, context)
     if NAME not in context.memo:
         found = _rows(source, graph, layers, calibration, options, context, with_integers=bool(ranges))
-        own = read_ranges(graph, reads, ranges, calibration, str(options["activation_range"]), context)
+        own = read_ranges(graph, reads, ranges, calibration, str(options.get("activation_range", AUTO)), context)
         context.memo[NAME] = (found, own, *_measured(graph, found, own, calibration, context))
     rows, own, losses, lost = context.memo[NAME]
     costs = costs_of(source, graph, layers, goal, reads, context)
@@ -102,7 +102,7 @@ def plan(
             choices += [_choice(group, width, bits, costs, losses) for bits, width in mixed.items()]
         items.append(Item(tuple(layer.tensor for layer in group), tuple(sorted(choices, key=lambda c: c.cost))))
     recorded = {
-        "activation_range": options["activation_range"],
+        "activation_range": options.get("activation_range", AUTO),
         "activations": activations,
         "bias_correction": options["bias_correction"],
         "channel_widths": options["channel_widths"],

@@ -22,7 +22,7 @@ from ..model import Source
 from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
-from .calibrate import BATCH, activation_decisions, calibrated
+from .calibrate import AUTO, BATCH, activation_decisions, calibrated
 from .correct import correct as correct
 from .points import group_sizes_of
 
@@ -67,7 +67,7 @@ def plan(
     weights = _weight_decisions(layers, bits, scheme, search, group_sizes)
     decisions = (*weights, *activations)
     recorded = {
-        "activation_range": options["activation_range"],
+        "activation_range": options.get("activation_range", AUTO),
         "activations": str(options["activations"]),
         "bias_correction": options["bias_correction"],
         "exclude": list(exclude),
