@@ -92,6 +92,8 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
         figures[f"{metric['name']} ({metric['unit']})"] = metric["compressed"]
     if macs is not None:
         figures["macs"] = macs["compressed"]
+    if "nonzero_macs" in report:
+        figures["nonzero_macs"] = report["nonzero_macs"]["compressed"]
     if latency is not None:
         figures["latency_ms"] = latency["compressed"]
     return figures | {

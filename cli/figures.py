@@ -88,8 +88,10 @@ def comparison_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for name, size_bytes in sorted(report["files"].items())
         if name != delivered
     ]
-    for key, label in (("params", "parameters"), ("macs", "MACs")):
-        pair = report[key]
+    for key, label in (("params", "parameters"), ("macs", "MACs"), ("nonzero_macs", "MACs of nonzero weights")):
+        pair = report.get(key)
+        if key == "nonzero_macs" and pair == report["macs"]:  # no weight is zero
+            continue
         if pair is not None and pair["dense"] is not None:
             rows.append(
                 (label, count(pair["dense"]), count(pair["compressed"]), share(pair["compressed"], pair["dense"]))

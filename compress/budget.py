@@ -28,11 +28,13 @@ class Budget:
     """The goal of a run.
 
     Attributes:
-        quantity: One of ``QUANTITIES``: bytes of the delivered model file, average bits of a weight, MACs, parameters,
-            bit operations, milliseconds of latency, or sparsity (zeros / elements of all weights; of methods that cut
-            channels, the share of the channels that goes).
+        quantity: One of ``QUANTITIES``: bytes of the delivered model file, average bits of a weight, MACs (of methods
+            that zero weights, those whose weight isn't zero), parameters, bit operations, milliseconds of latency, or
+            sparsity (zeros / elements of all weights; of methods that cut channels, the share of the channels that
+            goes).
         limit: The most that may remain; for sparsity, the least that must be removed. A fraction if ``of`` is
-        ``dense``. of: ``absolute``, or ``dense`` where the limit is a fraction of the dense model's figure.
+            ``dense``.
+        of: ``absolute``, or ``dense`` where the limit is a fraction of the dense model's figure.
     """
 
     quantity: str

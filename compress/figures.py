@@ -85,8 +85,8 @@ def budget_checks(
     """The check of a budget against what came out.
 
     Args:
-        reached: ``average_bits``, ``sparsity`` (of channels where any were cut), ``bytes``, ``macs``, ``params`` and
-            ``latency`` in milliseconds.
+        reached: ``average_bits``, ``sparsity`` (of channels where any were cut), ``bytes``, ``macs`` (of weights that
+            aren't zero where weights were masked), ``params`` and ``latency`` in milliseconds.
         dense: The same of the dense network, for relative budgets.
         frontier: Of the plan; bit operations are known from it.
     """
@@ -316,11 +316,15 @@ def _why(plan: Plan | None, tensor: str, decision: str, sparsity: float, bits: f
         if pattern.quota is not None:
             return f"{kept}: the {least} of each group along the inputs, pattern {mask.pattern}{made_up}"
         shared = plan.options.get("scope") == "global"
+        saves_macs = shared and plan.budget is not None and plan.budget.quantity == "macs"
         where = "all layers" if shared else "this layer"
+        where += ", for the MACs that they make" * saves_macs
         if pattern.is_block:
             return f"{kept}: the {least} of the {mask.pattern} blocks of {where}{made_up}"
         if moved:
             return f"{kept}: the {least} of {where}{made_up}"
+        if saves_macs:
+            return f"{kept}: those of the least square for the MACs that they make"
         if shared:
             return f"{kept}: those below the magnitude that all layers share"
         return f"{kept}: the smallest of this layer"
@@ -342,6 +346,11 @@ def totals(layers: list[dict[str, Any]]) -> dict[str, float]:
         if elements
         else {"average_bits": 32.0, "sparsity": 0.0}
     )
+
+
+def nonzero_macs(graph: Graph, layers: list[dict[str, Any]]) -> int:
+    """Multiply-accumulates whose weight isn't zero, as the entries of the graph's layers say."""
+    return graph.nonzero_macs({e["tensor"]: e["elements"] - round(e["sparsity"] * e["elements"]) for e in layers})
 
 
 def versions() -> dict[str, str]:

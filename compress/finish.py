@@ -171,13 +171,16 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
     checks += limit_check("max_bytes", built.sizes[delivered], target.gates.max_bytes, "bytes")
     checks += limit_check("max_latency", latency["compressed"].median, target.gates.max_latency, "ms")
     milliseconds = {name: latency.get(name, latency["compressed"]).median for name in ("dense", "compressed")}
-    parameters = dict(job.source.module.named_parameters())
+    parameters, state = dict(job.source.module.named_parameters()), job.source.module.state_dict()
     left = {name: built.original.get(name, parameter) for name, parameter in parameters.items()}
     params = {"dense": _num_elements(parameters), "compressed": _num_elements(left)}
     macs = {"dense": job.graph.macs, "compressed": built.graph.macs}
     reached = {**totals, "bytes": built.sizes[delivered], "latency": milliseconds["compressed"]}
     whole = {"bytes": len(dense.onnx), "latency": milliseconds["dense"]}
-    reached |= {"params": params["compressed"], "macs": macs["compressed"]}
+    nonzero = {name: int(torch.count_nonzero(state[name])) for name in shapes if name in state}
+    nonzero_macs = {"dense": job.graph.nonzero_macs(nonzero), "compressed": figures.nonzero_macs(built.graph, layers)}
+    is_masked = plan is not None and bool(plan.masks())
+    reached |= {"params": params["compressed"], "macs": (nonzero_macs if is_masked else macs)["compressed"]}
     if built.group_sparsity is not None:
         reached["sparsity"] = built.group_sparsity
     whole |= {"params": params["dense"], "macs": macs["dense"]}
@@ -203,6 +206,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "sparsity": totals["sparsity"],
         "params": params,
         "macs": macs,
+        "nonzero_macs": nonzero_macs,
         "latency_ms": milliseconds,
         "latency_threads": threads or LATENCY_THREADS,
         "parity": [figures.parity_record(p) for p in parity],

@@ -407,6 +407,7 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
         "verdict_text": verdict_text(verdict),
         "headline": headline(report),
         "comparisons": _comparisons(report),
+        "nonzero_macs": _nonzero_macs(report),
         "parts": _parts(report.get("onnx_bytes") or {}),
         "layers": layers,
         "decisions": [name for name in ("quantize", "mask", "keep") if any(x["decision"] == name for x in layers)],
@@ -434,6 +435,7 @@ def _view(report: dict[str, Any]) -> dict[str, Any]:
 
 def _comparisons(report: dict[str, Any]) -> tuple[Comparison, ...]:
     delivered, latency = report["delivered"], report["latency_ms"] or {"dense": None, "compressed": None}
+    nonzero = _nonzero_macs(report)
     against = "" if delivered == "model.onnx" else " against the dense model.onnx"
     return (
         _metric(report["metric"]),
@@ -443,7 +445,14 @@ def _comparisons(report: dict[str, Any]) -> tuple[Comparison, ...]:
         _compare("MACs", _count, *_pair(report["macs"]), note="multiply-accumulate operations"),
         _compare("latency", _milliseconds, *_pair(latency), words=("faster", "slower"), note="at batch 1"),
         _compare("params", _count, *_pair(report["params"])),
+        *([_compare("MACs of nonzero weights", _count, *_pair(nonzero))] if nonzero else []),
     )
+
+
+def _nonzero_macs(report: dict[str, Any]) -> dict[str, float | None] | None:
+    """MACs whose weight isn't zero; None where that is all of them."""
+    found: dict[str, float | None] | None = report.get("nonzero_macs")
+    return None if found == report["macs"] else found
 
 
 def _pair(record: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -13,7 +13,7 @@ import logging
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -140,6 +140,16 @@ class Graph:
             hint = blocked or "is it quantized already? hcompress inspect lists its layers"
             raise UsageError(f"the network has no float weight to {verb}", hint="check --exclude" if exclude else hint)
         return layers
+
+    def nonzero_macs(self, kept: Mapping[str, int]) -> int:
+        """Multiply-accumulates of one example, less those whose weight is zero.
+
+        Args:
+            kept: Weights that aren't zero, by tensor; all of those that it doesn't name.
+        """
+        kept = {layer.tensor: kept.get(layer.tensor, layer.elements) for layer in self.layers}
+        zeros = (layer.macs * (layer.elements - kept[layer.tensor]) // layer.elements for layer in self.layers)
+        return self.macs - sum(zeros)
 
     def layer(self, tensor: str) -> Layer:
         """The layer whose weight is ``tensor``."""

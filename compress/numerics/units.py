@@ -101,11 +101,11 @@ class Units:
 
 
 def cheapest(costs: Tensor, sizes: Tensor, removed: int) -> Tensor:
-    """The fewest of the cheapest units whose weights are ``removed`` or more: their numbers, the cheapest first.
+    """The fewest of the cheapest units whose sizes sum to ``removed`` or more: their numbers, the cheapest first.
 
     Args:
-        costs: Of a weight of each unit, ``[u]``. Of equal ones the first goes first.
-        sizes: Weights of each unit, ``[u]``.
+        costs: Of each unit for its size, ``[u]``. Of equal ones the first goes first.
+        sizes: Weights of each unit, or what else is counted, ``[u]``.
     """
     order = costs.argsort(stable=True)
     if removed <= 0:
@@ -113,27 +113,47 @@ def cheapest(costs: Tensor, sizes: Tensor, removed: int) -> Tensor:
     return order[: 1 + int((sizes[order].cumsum(0) < removed).sum())]
 
 
+def kept_of_all(
+    costs: Mapping[str, Tensor], sizes: Mapping[str, Tensor], removed: int, each: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
+    """What is left of several tensors when the cheapest of all their units have gone, bool ``[b, n]`` by tensor.
+
+    Args:
+        costs: Of a weight of each unit, ``[b, n]`` by tensor.
+        sizes: Weights of each unit, ``[b, n]`` by tensor.
+        removed: What goes at least: weights, or what they count for.
+        each: What a weight counts for, by tensor: units compete by what they cost for that. One where None.
+    """
+    prices, amounts = [costs[name].flatten() for name in costs], [sizes[name].flatten() for name in costs]
+    if each is not None:
+        prices = [price / each[name] for name, price in zip(costs, prices, strict=True)]
+        amounts = [amount * each[name] for name, amount in zip(costs, amounts, strict=True)]
+    kept = torch.ones(sum(map(len, prices)), dtype=torch.bool)
+    kept[cheapest(torch.cat(prices), torch.cat(amounts), removed)] = False
+    parts = torch.split(kept, [len(part) for part in prices])
+    return {name: part.reshape(costs[name].shape) for name, part in zip(costs, parts, strict=True)}
+
+
 def masks_without(
-    units: Mapping[str, Units], costs: Mapping[str, Tensor], removed: Mapping[str, int] | int
+    units: Mapping[str, Units],
+    costs: Mapping[str, Tensor],
+    removed: Mapping[str, int] | int,
+    *,
+    each: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Masks of what is left when the cheapest units have gone, bool in the weights' shapes.
 
     Args:
         costs: Of a weight of each unit, by tensor ``[b, n]``.
-        removed: Weights that go at least: of all tensors together, or of each one.
+        removed: What goes at least of all tensors together; or weights that go at least of each one.
+        each: What a weight of each tensor counts for where they compete; one where None.
     """
-    flat = {name: costs[name].reshape(-1) for name in units}
-    sizes = {name: units[name].sizes().reshape(-1) for name in units}
+    costs, sizes = {name: costs[name] for name in units}, {name: own.sizes() for name, own in units.items()}
     if isinstance(removed, int):
-        gone = cheapest(torch.cat(list(flat.values())), torch.cat(list(sizes.values())), removed)
-        kept = torch.ones(sum(map(len, flat.values())), dtype=torch.bool)
-        kept[gone] = False
-        parts = torch.split(kept, [len(part) for part in flat.values()])
+        kept = kept_of_all(costs, sizes, removed, each)
     else:
-        parts = tuple(torch.ones(len(part), dtype=torch.bool) for part in flat.values())
-        for name, part in zip(flat, parts, strict=True):
-            part[cheapest(flat[name], sizes[name], removed[name])] = False
-    return {name: units[name].spread(part.reshape(costs[name].shape)) for name, part in zip(units, parts, strict=True)}
+        kept = {name: kept_of_all({name: costs[name]}, sizes, removed[name])[name] for name in units}
+    return {name: own.spread(kept[name]) for name, own in units.items()}
 
 
 def masks_of_most(units: Mapping[str, Units], costs: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ Cost: of a step, that of training and two copies of the weights; a sort of them 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -38,6 +37,7 @@ from ..train.optimizers import RATES
 from ..train.recipe import Recipe, Training
 from . import magnitude
 from .masks import Masks, cut_layers, mask_plan, num_removed, recorded_options, units_of, whole_plan
+from .removal import Removal, remaining, removal_for, squares
 
 NAME = "gradual"
 RAMP = 0.3  # of the steps, in which the sparsity rises
@@ -63,7 +63,7 @@ def plan(
     """Train a network while its weights go.
 
     Args:
-        budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
+        budget: ``sparsity``, ``bytes`` of the delivered file, or ``macs``; None means a sparsity of one half.
         options: ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude`` (globs).
         context: Its ``training`` says on what and for how long.
 
@@ -79,15 +79,15 @@ def plan(
     if training is None:
         raise UsageError(f"method {NAME} trains", hint="pass --train DATA")
     recorded = recorded_options(options)
-    layers, pattern = cut_layers(graph, recorded, budget, context)
-    removed = None
+    layers, pattern = cut_layers(source, graph, recorded, budget, context)
+    removal = None
     if pattern.quota is None:
-        removed = magnitude.removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
-    if removed == 0:
+        removal = removal_for(source, graph, layers, pattern, budget, recorded["scope"], context)
+    if removal is not None and removal.amount == 0:
         context.notes.append(f"{NAME}: nothing has to go, so that nothing was trained")
         return whole_plan(source, graph, layers, budget, NAME, recorded)
     units = units_of(layers, pattern)
-    choose = _chooser(units, pattern, removed, recorded["scope"])
+    choose = _chooser(units, pattern, removal, recorded["scope"])
     recipe = _of_gradual(training.recipe)
     state = dict(source.module.state_dict())
     module, teacher = trainable_copy(graph, state), trainable_copy(graph, state)
@@ -198,15 +198,15 @@ def _of_gradual(recipe: Recipe) -> Recipe:
     return recipe if recipe.lr is not None else replace(recipe, lr=RATE * RATES[recipe.optimizer])
 
 
-def _chooser(units: Mapping[str, Units], pattern: Pattern, removed: int | None, scope: str) -> Choose:
-    """How masks are chosen: ``removed`` weights go in the end, or all that the pattern's quota doesn't keep."""
-    total = sum(math.prod(own.shape) for own in units.values())
+def _chooser(units: Mapping[str, Units], pattern: Pattern, removal: Removal | None, scope: str) -> Choose:
+    """How masks are chosen: the removal is made in the end, or all goes that the pattern's quota doesn't keep."""
 
     def choose(values: Mapping[str, Tensor], share: float) -> Masks:
-        costs = magnitude.squares(units, values)
+        costs = squares(units, values)
         if pattern.quota is None:
-            assert removed is not None
-            return magnitude.smallest(units, costs, num_removed(share * removed / total, total), scope)
+            assert removal is not None
+            amount = num_removed(share * removal.amount / removal.whole, removal.whole)
+            return remaining(units, costs, replace(removal, amount=amount), scope)
         n, m = pattern.quota
         return masks_of_most(units, costs, m - round((m - n) * share))
 

@@ -2,10 +2,11 @@
 
 How much goes where is decided first, for the whole network: on calibration data every row of every layer is eliminated
 to its end, and what each removal costs the layer's output is weighed by how much the network's outputs react to it. The
-cheapest removals of all are made. As the costs of a row never fall, that is the exact frontier of their sum. Blocks of
-weights are eliminated like weights, in bands of their rows, and compete by what they cost for each weight. Then
-which weights those are, and what the others become, is decided layer by layer on the inputs that the pruned network
-makes (``reconstruct.sparse``). Layers that can't be fitted compete by the diagonal of the same curvature.
+cheapest removals of all are made, for each weight, or for each multiply-accumulate where those have a budget. As the
+costs of a row never fall, that is the exact frontier of their sum. Blocks of weights are eliminated like weights, in
+bands of their rows, and compete by what they cost for each weight. Then which weights those are, and what the others
+become, is decided layer by layer on the inputs that the pruned network makes (``reconstruct.sparse``). Layers that
+can't be fitted compete by the diagonal of the same curvature.
 Source: Frantar, Singh, Alistarh 2022, Optimal Brain Compression (arXiv:2208.11580), for the costs that rows and layers
 compete by, here in units of the network's outputs. Cost: a forward and backward pass, six forward ones, and twice
 that of ``numerics.elimination``.
@@ -29,7 +30,7 @@ from ..data import Data
 from ..graph.rewrite import on_device
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.units import cheapest, masks_of_most, masks_without
+from ..numerics.units import kept_of_all, masks_of_most, masks_without
 from ..pattern import Pattern, parse_pattern
 from ..plan import Plan
 from ..reconstruct.side_by_side import fitting_examples
@@ -38,8 +39,8 @@ from ..saliencies import saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration
 from ..train.distill import divergence_from
-from .magnitude import removed_within
 from .masks import cut_layers, mask_plan, num_removed, recorded_options, searched_sparsities, units_of, whole_plan
+from .removal import Removal, removal_for
 
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
@@ -77,7 +78,7 @@ def plan(
     """Choose the weights to zero, and new values for the others and for biases.
 
     Args:
-        budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
+        budget: ``sparsity``, ``bytes`` of the delivered file, or ``macs``; None means a sparsity of one half.
         options: ``scope`` (``global``: layers compete; ``layer``: each loses the same share), ``pattern``
             (``pattern.FORMS``), ``exclude`` (globs).
 
@@ -89,13 +90,13 @@ def plan(
         UsageError: Nothing to prune, or no pattern.
     """
     recorded = recorded_options(options)
-    layers, pattern = cut_layers(graph, recorded, budget, context)
+    layers, pattern = cut_layers(source, graph, recorded, budget, context)
     if pattern.quota is None:
-        removed = removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
-        if not removed:
+        removal = removal_for(source, graph, layers, pattern, budget, recorded["scope"], context)
+        if not removal.amount:
             return whole_plan(source, graph, layers, budget, NAME, recorded)
         surgery = _open(source, graph, layers, calibration, recorded, context)
-        return _pruned(surgery, _cuts(surgery, layers, pattern, removed), budget)
+        return _pruned(surgery, _cuts(surgery, layers, pattern, removal), budget)
     n, m = pattern.quota
     surgery = _open(source, graph, layers, calibration, recorded, context)
     scores, units = _scores(surgery, layers, pattern), units_of(layers, pattern)
@@ -117,11 +118,12 @@ def candidates(
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, as long as they are asked for."""
     recorded = recorded_options(options)
-    layers, pattern = cut_layers(graph, recorded, None, context)
+    layers, pattern = cut_layers(source, graph, recorded, None, context)
     surgery = _open(source, graph, layers, calibration, recorded, context)
     for sparsity in searched_sparsities():
-        removed = num_removed(sparsity, sum(layer.elements for layer in layers))
-        yield _pruned(surgery, _cuts(surgery, layers, pattern, removed), None)
+        whole = sum(layer.elements for layer in layers)
+        removal = Removal(num_removed(sparsity, whole), whole)
+        yield _pruned(surgery, _cuts(surgery, layers, pattern, removal), None)
 
 
 def refit(
@@ -166,12 +168,11 @@ def _open(
     return _Surgery(source, graph, calibration, inputs, context.memo[NAME], options, context)
 
 
-def _cuts(surgery: _Surgery, layers: Sequence[Layer], pattern: Pattern, removed: int) -> dict[str, Cut]:
+def _cuts(surgery: _Surgery, layers: Sequence[Layer], pattern: Pattern, removal: Removal) -> dict[str, Cut]:
     """How many weights each layer loses at least; which ones, where a layer can't be fitted."""
     context, scores, units = surgery.context, _scores(surgery, layers, pattern), units_of(layers, pattern)
-    total = sum(layer.elements for layer in layers)
     if surgery.options["scope"] == "layer":
-        counts = [num_removed(removed / total, layer.elements) for layer in layers]
+        counts = [num_removed(removal.share, layer.elements) for layer in layers]
     else:
         if COSTS not in context.memo:
             context.memo[COSTS] = removal_costs(
@@ -183,14 +184,11 @@ def _cuts(surgery: _Surgery, layers: Sequence[Layer], pattern: Pattern, removed:
                 progress=context.progress,
             )
         costs = context.memo[COSTS] | {tensor: (score, units[tensor].sizes()) for tensor, score in scores.items()}
-        each, sizes = (torch.cat([costs[layer.tensor][part].flatten() for layer in layers]) for part in (0, 1))
-        owner = torch.arange(len(layers)).repeat_interleave(
-            torch.tensor([costs[layer.tensor][1].numel() for layer in layers])
-        )
-        gone = cheapest(each, sizes, removed)
-        counts = torch.zeros(len(layers), dtype=torch.long).index_add_(0, owner[gone], sizes[gone].long()).tolist()
-        kept = torch.ones(len(each), dtype=torch.bool).index_fill_(0, gone, False)
-        context.saliencies.append(saliency_histogram(each, kept, what=SALIENCY, of=pattern.units))
+        each, sizes = ({layer.tensor: costs[layer.tensor][part] for layer in layers} for part in (0, 1))
+        kept = kept_of_all(each, sizes, removal.amount, removal.each)
+        counts = [int(sizes[tensor][~mask].sum()) for tensor, mask in kept.items()]
+        flat, stays = (torch.cat([found[tensor].flatten() for tensor in kept]) for found in (each, kept))
+        context.saliencies.append(saliency_histogram(flat, stays, what=SALIENCY, of=pattern.units))
     cuts = {}
     for layer, count in zip(layers, counts, strict=True):
         tensor, mask = layer.tensor, None

@@ -88,11 +88,12 @@ def mask_plan(
     )
     state = source.module.state_dict()
     total = sum(layer.elements for layer in graph.layers)
-    zeros = sum(
-        int((~masks[layer.tensor] if layer.tensor in masks else state[layer.tensor] == 0).sum())
-        for layer in graph.layers
-    )
-    predicted = {"sparsity": zeros / total}
+    kept = {
+        layer.tensor: int(torch.count_nonzero(masks.get(layer.tensor, state[layer.tensor]))) for layer in graph.layers
+    }
+    predicted = {"sparsity": (total - sum(kept.values())) / total}
+    if budget is not None and budget.quantity == "macs":
+        predicted["macs"] = float(graph.nonzero_macs(kept))
     return Plan(method, dict(options), 0, source.sha256, None, budget, decisions, predicted), sidecar
 
 
@@ -102,18 +103,18 @@ def units_of(layers: Sequence[Layer], pattern: Pattern) -> dict[str, Units]:
 
 
 def cut_layers(
-    graph: Graph, recorded: Mapping[str, Any], budget: Budget | None, context: Context
+    source: Source, graph: Graph, recorded: Mapping[str, Any], budget: Budget | None, context: Context
 ) -> tuple[tuple[Layer, ...], Pattern]:
     """The layers that weights go from, as the recorded options say it, and the pattern in which they do.
 
     Raises:
-        BudgetError: The budget asks for more zeros than the pattern makes.
+        BudgetError: The budget of sparsity or MACs asks for more zeros than the pattern makes.
         UsageError: It is no pattern, or there is nothing to prune.
     """
     pattern = parse_pattern(str(recorded["pattern"]))
     layers = graph.compressible(tuple(recorded["exclude"]), "prune")
     if pattern.quota is not None:
-        layers = patterned_layers(graph, layers, pattern.quota, budget, context)
+        layers = patterned_layers(source, graph, layers, pattern.quota, budget, context)
     return layers, pattern
 
 
@@ -131,12 +132,17 @@ def whole_plan(
 
 
 def patterned_layers(
-    graph: Graph, layers: Sequence[Layer], quota: tuple[int, int], budget: Budget | None, context: Context
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    quota: tuple[int, int],
+    budget: Budget | None,
+    context: Context,
 ) -> tuple[Layer, ...]:
     """The layers that an n:m pattern fits; the others are named in a note.
 
     Raises:
-        BudgetError: The budget asks for more zeros than the pattern makes.
+        BudgetError: The budget of sparsity or MACs asks for more zeros than the pattern makes.
         UsageError: It fits no layer.
     """
     (n, m), pattern = quota, f"{quota[0]}:{quota[1]}"
@@ -152,9 +158,34 @@ def patterned_layers(
         context.notes.append(dense)
     zeros = sum(layer.elements // m * (m - n) for layer in fitting)
     reached = zeros / sum(layer.elements for layer in graph.layers)
+    hint = f"{dense if skipped else 'the pattern fixes it'}; choose a sparser pattern, or --pattern unstructured"
     if budget is not None and budget.quantity == "sparsity" and budget.limit > reached + 0.005:
-        raise BudgetError(
-            f"pattern {pattern} gives sparsity {reached:.4f}, less than {budget.limit:g}",
-            hint=f"{dense if skipped else 'the pattern fixes it'}; choose a sparser pattern, or --pattern unstructured",
-        )
+        raise BudgetError(f"pattern {pattern} gives sparsity {reached:.4f}, less than {budget.limit:g}", hint=hint)
+    if budget is not None and budget.quantity == "macs":
+        macs = graph.nonzero_macs(_patterned(source, graph, fitting, quota, context))
+        if macs > budget.absolute(graph.macs):
+            raise BudgetError(
+                f"pattern {pattern} leaves {macs:,} MACs of {graph.macs:,}, more than {budget}", hint=hint, least=macs
+            )
     return fitting
+
+
+def nonzero_of_others(source: Source, graph: Graph, layers: Sequence[Layer], context: Context) -> dict[str, int]:
+    """How many weights of all but ``layers`` aren't zero, by tensor; none is known where a training moves them."""
+    if context.training is not None:
+        return {}
+    state, chosen = source.module.state_dict(), {layer.tensor for layer in layers}
+    others = (layer.tensor for layer in graph.layers if layer.tensor not in chosen)
+    return {name: int(torch.count_nonzero(state[name])) for name in others}
+
+
+def _patterned(
+    source: Source, graph: Graph, fitting: Sequence[Layer], quota: tuple[int, int], context: Context
+) -> dict[str, int]:
+    """The most weights that aren't zero, by tensor, once ``fitting`` layers have the pattern: zeros go first."""
+    state, (n, m) = source.module.state_dict(), quota
+    kept = nonzero_of_others(source, graph, fitting, context)
+    for name, own in units_of(fitting, Pattern(quota=quota)).items():
+        is_there = state[name].cpu() != 0 if context.training is None else torch.ones(own.shape, dtype=torch.bool)
+        kept[name] = int(own.blocks(is_there).reshape(-1, m).sum(1).clamp(max=n).sum())
+    return kept

@@ -35,8 +35,8 @@ from ..saliencies import Saliencies, saliency_histogram
 from ..sensitivity import Sensitivity
 from ..task import Calibration, divergence, has_logits
 from .fisher import Fisher, fisher_of, unit_saliencies, updates
-from .magnitude import removed_within, smallest
 from .masks import Masks, cut_layers, mask_plan, recorded_options, searched_sparsities, units_of, whole_plan
+from .removal import Removal, remaining, removal_for
 
 NAME = "obs"
 MANY_LEFT = 0.6  # of the weights: while more are left, every second example has a gradient
@@ -125,7 +125,7 @@ def plan(
     """Choose the weights to zero, and new values for the others.
 
     Args:
-        budget: ``sparsity``, or ``bytes`` of the delivered file; None means a sparsity of one half.
+        budget: ``sparsity``, ``bytes`` of the delivered file, or ``macs``; None means a sparsity of one half.
         options: ``rounds``, ``scope`` (``global`` or ``layer``), ``pattern`` (``pattern.FORMS``), ``exclude``
             (globs), ``fisher``, ``fisher_batch``, ``clip_gradients``, ``block_size``.
 
@@ -138,14 +138,14 @@ def plan(
         DiskError: The gradients fit neither in ``context.memory`` nor on the disk.
     """
     recorded, rounds = recorded_options(options), int(options["rounds"])
-    layers, pattern = cut_layers(graph, recorded, budget, context)
+    layers, pattern = cut_layers(source, graph, recorded, budget, context)
     units = units_of(layers, pattern)
     choosers: list[Choose]
     if pattern.quota is None:
-        removed = removed_within(source, graph, layers, pattern, budget, recorded["scope"], context)
-        if not removed:
+        removal = removal_for(source, graph, layers, pattern, budget, recorded["scope"], context)
+        if not removal.amount:
             return whole_plan(source, graph, layers, budget, NAME, _recorded(options))
-        choosers = _shares(units, removed, rounds, recorded["scope"])
+        choosers = _shares(units, removal, rounds, recorded["scope"])
     else:
         choosers = _groups(units, *pattern.quota, rounds)
     surgery = _open(source, graph, layers, units, calibration, options, context)
@@ -163,11 +163,12 @@ def candidates(
 ) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
     """Plans of growing sparsity, a round each, as long as they are asked for."""
     recorded = recorded_options(options)
-    layers, pattern = cut_layers(graph, recorded, None, context)
+    layers, pattern = cut_layers(source, graph, recorded, None, context)
     units = units_of(layers, pattern)
     surgery = _open(source, graph, layers, units, calibration, options, context)
     d = surgery.network.num_weights
-    choosers = [_chooser(units, round(sparsity * d), recorded["scope"]) for sparsity in searched_sparsities()]
+    removals = [Removal(round(sparsity * d), d) for sparsity in searched_sparsities()]
+    choosers = [_chooser(units, removal, recorded["scope"]) for removal in removals]
     for cut in _rounds(surgery, choosers, share=1):
         yield _finished(surgery, cut, None)
 
@@ -196,21 +197,22 @@ def refit(
     # What isn't protected goes, in the order of its saliency: the mask is the plan's in the end.
     units = units_of(layers, replace(parse_pattern(recorded_options(given.options)["pattern"]), quota=None))
     surgery = replace(_open(source, graph, layers, units, calibration, given.options, context), protected=protected)
-    choosers = _shares(units, int((~protected).sum()), int(given.options["rounds"]), "global")
+    removal = Removal(int((~protected).sum()), len(protected))
+    choosers = _shares(units, removal, int(given.options["rounds"]), "global")
     *_, cut = _rounds(surgery, choosers)
     return _finished(surgery, cut, given.budget)
 
 
-def _shares(units: Mapping[str, Units], removed: int, rounds: int, scope: str) -> list[Choose]:
+def _shares(units: Mapping[str, Units], removal: Removal, rounds: int, scope: str) -> list[Choose]:
     """An exponential schedule: each round leaves the same share of what is left."""
-    d = sum(math.prod(own.shape) for own in units.values())
-    left = [(1 - removed / d) ** (number / rounds) for number in range(1, rounds + 1)]
-    return [_chooser(units, round((1 - share) * d), scope) for share in left]
+    left = [(1 - removal.share) ** (number / rounds) for number in range(1, rounds + 1)]
+    amounts = [round((1 - share) * removal.whole) for share in left]
+    return [_chooser(units, replace(removal, amount=amount), scope) for amount in amounts]
 
 
-def _chooser(units: Mapping[str, Units], removed: int, scope: str) -> Choose:
-    """Removes the least salient units, of the network or of each layer, until ``removed`` weights are gone."""
-    return lambda costs: smallest(units, costs, removed, scope)
+def _chooser(units: Mapping[str, Units], removal: Removal, scope: str) -> Choose:
+    """Removes the least salient units, of the network or of each layer."""
+    return lambda costs: remaining(units, costs, removal, scope)
 
 
 def _groups(units: Mapping[str, Units], n: int, m: int, rounds: int) -> list[Choose]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from compress.numerics.units import Units
 from compress.pattern import Pattern
 from compress.prune.gradual import HELD, RAMP, SHARE, SoftMasks
-from compress.prune.magnitude import smallest, squares
 from compress.prune.masks import num_removed
+from compress.prune.removal import Removal, remaining, squares
 
 LR = 0.1
 
@@ -20,8 +20,9 @@ LR = 0.1
 def chosen(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Half of the weights go in the end."""
     units = {name: Units((len(value), 1), 0, 1, Pattern()) for name, value in values.items()}
-    removed = num_removed(0.5 * share, sum(map(len, values.values())))
-    return {n: mask.flatten() for n, mask in smallest(units, squares(units, values), removed, "global").items()}
+    whole = sum(map(len, values.values()))
+    removal = Removal(num_removed(0.5 * share, whole), whole)
+    return {n: mask.flatten() for n, mask in remaining(units, squares(units, values), removal, "global").items()}
 
 
 def opened(steps: int) -> tuple[nn.Parameter, SoftMasks, torch.optim.Optimizer]:
