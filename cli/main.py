@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return shell_complete(cli, {}, PROGRAM, COMPLETION_VARIABLE, instruction)
     # Threads that wait by spinning make small ops 5 to 15 times slower on a machine whose cores others use as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _keep_freed_memory()
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     if not sys.warnoptions:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep what tensors leave: given back, it is mapped and zeroed again for the next batch.
 
     That takes a seventh of the time of a quantization. Where there is no ``mallopt``, as outside of glibc, all stays as

@@ -1134,7 +1134,7 @@ def test_freed_memory_stays_where_the_library_lets_it(
     if name is not None:
         monkeypatch.setenv(name, "1")
     main_module = importlib.import_module("compress.cli.main")
-    main_module._keep_freed_memory()
+    main_module.keep_freed_memory()
     assert calls == kept
     del library.mallopt
-    main_module._keep_freed_memory()
+    main_module.keep_freed_memory()

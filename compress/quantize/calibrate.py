@@ -138,6 +138,8 @@ def _best(
     for count in (FEW, max(FEW, min(EXAMPLES, RUNS // len(candidates)))):
         data = calibration.data.every(max(1, len(calibration.data) // count)).first(count)
         grids = {name: [grid_of(*ends, bits) for ends in own] for name, own in left.items() if len(own) > 1}
+        if not grids:
+            break
         _, found = loss_changes(graph, {}, grids, data, calibration.task, context, temperature=TEMPERATURE)
         for name, losses in found.items():
             best = min(range(len(losses)), key=losses.__getitem__)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from compress.cli.main import keep_freed_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folder is None:
         return
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every command does
     speeds, errors = measure(Path(folder), given.rounds)
     lines = [
         *machine(),
         "",
         f"ResNet-20, {EXAMPLES} images, one thread; processor time of an image, the best of {given.rounds} in turns.",
         "Rows of 16 are sums over 16 images. `autograd` is a forward and a backward pass of each row's images, and a",
-        "copy of the weights' gradients; `torch.func` is `vmap(grad)`.",
+        "copy of the weights' gradients; `torch.func` is `vmap(grad)`. Freed memory is kept, as all commands do.",
         "",
         table(("", "here", "other", "ratio"), speeds),
         table(("", "largest difference from float64, of the largest entry"), errors),
