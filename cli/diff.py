@@ -47,11 +47,18 @@ def plan_changes(a: Plan, b: Plan) -> dict[str, Pair]:
     named = [
         {"method": plan.method, "seed": plan.seed, "budget": None if plan.budget is None else str(plan.budget)}
         | {"source": plan.source_sha256, "task": plan.task_sha256}
-        | {f"option {name}": value for name, value in plan.options.items()}
+        | {f"option {name}": _short(value) for name, value in plan.options.items()}
         | {f"predicted {name}": value for name, value in plan.predicted.items()}
         for plan in (a, b)
     ]
     return _differing(*map(canonical.plain, named))
+
+
+def _short(option: Any) -> Any:
+    """A table of factors by tensor is told by its size and hash."""
+    if not isinstance(option, dict):
+        return option
+    return f"of {len(option)} tensors, {canonical.sha256_of(option)[:12]}"
 
 
 def decision_changes(a: Plan, b: Plan) -> list[dict[str, Any]]:

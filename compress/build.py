@@ -307,7 +307,7 @@ def unchanged_bytes(source: Source, compressed: Compressed, plan: Plan) -> bytes
     state = source.module.state_dict()
     is_file = source.format in ("safetensors", "run") and source.example_inputs is None
     is_small = plan.budget is not None and plan.budget.quantity == "bytes"
-    if not is_file or is_small or compressed.tensors.keys() != state.keys():
+    if not is_file or is_small or plan.options.get("equalization") or compressed.tensors.keys() != state.keys():
         return None
     for name, value in compressed.tensors.items():
         if not isinstance(value, Tensor) or not _same_bits(value, state[name]):

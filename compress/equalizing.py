@@ -1,78 +1,84 @@
 """Whether a network's channels are equalized before it is rounded, and the network that is.
 
-The plan records it, and the factors follow from the checkpoint: what is applied needs no data.
+The plan records the factors: what it decides is for that network, on this checkpoint or another one.
 Cost: where some channels differ much, the network is traced again, and rounded twice for a few examples.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .apply import apply_plan, assemble, float_module
 from .build import Dense, planning_context
-from .data import Data
-from .graph.equalize import equalized, find_links
+from .errors import InputError, escape
+from .finish import EVALUATION
+from .graph.equalize import Link, exponents, find_links, scaled
+from .graph.reload import copied
 from .graph.rewrite import on_device, unlift
 from .graph.trace import Graph, trace_graph
 from .job import Job
-from .measuring import NETWORK
 from .plan import Plan, Quantize
 from .quantize.calibrate import activation_decisions, calibrated
+from .recovery import TRAINING_DATA
 from .task import divergence, has_logits
 
 OPTION = "equalization"
 SPREAD = 16.0  # between the factors of two channels: where they are nearer, nothing is tried
 FAR_LESS = 0.5  # of the loss without it
+NEAR = 1e-5  # of the largest output: powers of two leave the bits, unless a kernel chooses its way by the values
 BITS = 4  # of the weights that are rounded to see
 EXAMPLES, BATCH = 64, 16
 
 
 def as_planned(job: Job, plan: Plan) -> Job:
-    """The job with the network that a plan's decisions are for."""
-    return equalize(job)[0] if plan.options.get(OPTION) == "on" else job
+    """The job with the network that a plan's decisions are for.
 
-
-def equalize(job: Job) -> tuple[Job, float]:
-    """The job with its network equalized, and the largest factor between two channels; the job itself where none is."""
-    module = unlift(job.graph.program, job.graph.tied)
-    excluded = {layer.tensor for layer in job.graph.layers if _is_excluded(job, layer.tensor)}
-    blocked = {name for blocker in job.graph.blockers for name in (blocker.layer, f"{blocker.layer}.weight")}
+    Raises:
+        InputError: Its factors don't fit the network.
+    """
+    recorded = plan.options.get(OPTION)
+    if not isinstance(recorded, dict):
+        return job
+    links = {link.weight: link for link in _links(job, ())}
     state = job.source.module.state_dict()
-    found, spread = equalized(find_links(module, excluded | blocked | job.source.stored.keys()), state)
-    if not found:
-        return job, spread
-    kept = {key: value for key, value in job.memo.items() if key != NETWORK}  # what doesn't depend on the weights
-    network = copy.deepcopy(job.source.module)
-    network.load_state_dict({**state, **found})
-    graph = trace_graph(network, job.graph.example_inputs)
-    return replace(job, source=replace(job.source, module=network), graph=graph, memo=kept, is_equalized=True), spread
-
-
-def _is_excluded(job: Job, tensor: str) -> bool:
-    return any(fnmatchcase(tensor, glob) for glob in job.value("exclude") or ())
+    factors = {}
+    for weight, found in recorded.items():
+        is_whole = isinstance(found, list) and all(isinstance(e, int) and abs(e) < 64 for e in found)
+        if weight not in links or not is_whole or len(found) != len(state[weight]):
+            raise InputError(
+                f"plan: the factors of {escape(str(weight))} don't fit the network's channels",
+                hint="the plan is for another architecture; make it again",
+            )
+        factors[weight] = torch.tensor(found, dtype=torch.float64)
+    return _equalized(job, list(links.values()), factors)
 
 
 def chosen(job: Job, options: Mapping[str, Any], dense: Dense) -> Job:
     """The job as a method's options say; with ``auto``, equalized where rounding then costs far less."""
     wanted = options.get(OPTION, "off")
-    if wanted == "off":
+    if wanted == "off" or (wanted == "auto" and job.calibration is None):
         return job
-    other, spread = equalize(job)
+    links = _links(job, tuple(job.value("exclude") or ()))
+    factors = exponents(links, job.source.module.state_dict())
+    spread = max((float(torch.exp2(e.max() - e.min())) for e in factors.values()), default=1.0)
+    if wanted == "auto" and spread < SPREAD:
+        return job
+    other = _equalized(job, links, factors)
     if other is job:
-        if wanted == "on":
-            job.notes.append("no two layers have channels between them that could be equalized")
+        job.notes.append("no two layers have channels between them that could be equalized")
+        return job
+    if (apart := _apart(job, other)) > NEAR:
+        job.notes.append(f"channels between layers stay as they are: scaled, they move the outputs by {apart:.2g}")
         return job
     if wanted == "auto":
-        if spread < SPREAD or job.calibration is None:
-            return job
-        before, after = (_loss(each, str(options["activations"]), dense) for each in (job, other))
+        before, after = (_loss(each, job.graph, str(options["activations"]), dense) for each in (job, other))
         if after >= FAR_LESS * before:
             return job
         job.notes.append(
@@ -82,7 +88,45 @@ def chosen(job: Job, options: Mapping[str, Any], dense: Dense) -> Job:
     return other
 
 
-def _loss(job: Job, activations: str, dense: Dense) -> float:
+def _links(job: Job, exclude: Collection[str]) -> list[Link]:
+    """The channels that may be scaled, but for weights that globs exclude, and what is quantized already."""
+    weights = (layer.tensor for layer in job.graph.layers)
+    excluded = {name for name in weights if any(fnmatchcase(name, glob) for glob in exclude)}
+    module = unlift(job.graph.program, job.graph.tied)
+    return find_links(module, job.source.module.state_dict().keys(), excluded | job.source.stored.keys())
+
+
+def _equalized(job: Job, links: list[Link], factors: Mapping[str, Tensor]) -> Job:
+    """The job with its channels scaled; the job itself where no factor is other than 1."""
+    state = job.source.module.state_dict()
+    found = scaled(links, state, factors)
+    if not found:
+        return job
+    for names in job.graph.tied:
+        found |= {alias: found[names[0]] for alias in names if names[0] in found}
+    network = copied(job.source.module)
+    network.load_state_dict({**state, **found})
+    return replace(
+        job,
+        source=replace(job.source, module=network),
+        graph=trace_graph(network, job.graph.example_inputs),
+        memo={key: job.memo[key] for key in (EVALUATION, TRAINING_DATA) if key in job.memo},
+        equalization={weight: [int(e) for e in own] for weight, own in factors.items() if own.any()},
+    )
+
+
+def _apart(job: Job, other: Job) -> float:
+    """How far the outputs of two networks are apart on the examples they were traced with, of the largest output."""
+    with torch.no_grad():
+        pair = [tree_leaves(float_module(each.graph)(*job.graph.example_inputs)) for each in (job, other)]
+    most = 0.0
+    for a, b in zip(*pair, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            most = max(most, float((a - b).abs().max()) / (float(a.abs().max()) or 1.0))
+    return most
+
+
+def _loss(job: Job, dense_graph: Graph, activations: str, dense: Dense) -> float:
     """How far the network is from the dense one with every weight at a few bits, the nearest levels."""
     assert job.calibration is not None
     few = replace(job.calibration, data=job.calibration.data.first(EXAMPLES))
@@ -90,17 +134,14 @@ def _loss(job: Job, activations: str, dense: Dense) -> float:
     ranges = calibrated(job.graph, few, {"activations": activations, "activation_range": "mse"}, context)
     layers = job.graph.without(tuple(job.value("exclude") or ()))
     weights = (Quantize(layer.tensor, "weight", BITS, "symmetric", layer.axis, "mse") for layer in layers)
-    rounded = activation_decisions(job.graph, ranges, {layer.tensor for layer in layers}, activations)
-    plan = Plan("uniform", {}, 0, "", None, None, (*weights, *rounded), {})
+    decided = activation_decisions(job.graph, ranges, {layer.tensor for layer in layers}, activations)
+    plan = Plan("uniform", {}, 0, "", None, None, (*weights, *decided), {})
     network = assemble(job.graph, apply_plan(job.source.module, job.graph.tied, plan, {}))
-    return _moved(job.graph, network, few.data, are_logits=has_logits(job.task), device=context.device)
-
-
-def _moved(graph: Graph, network: fx.GraphModule, data: Data, *, are_logits: bool, device: torch.device) -> float:
-    dense, rounded = (on_device(module, device) for module in (float_module(graph), network))
+    reference, rounded = (on_device(module, context.device) for module in (float_module(dense_graph), network))
     moved = 0.0
     with torch.no_grad():
-        for batch in data.batches(BATCH):
-            inputs = [x.to(device) for x in batch.inputs]
-            moved += len(batch) * divergence(dense(*inputs), rounded(*inputs), are_logits=are_logits)
+        for batch in few.data.batches(BATCH):
+            inputs = [x.to(context.device) for x in batch.inputs]
+            outputs = reference(*inputs), rounded(*inputs)
+            moved += len(batch) * divergence(*outputs, are_logits=has_logits(job.task))
     return moved

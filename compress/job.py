@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Job:
     Attributes:
         memo: What a later step needs again: of a method, from one plan to the next; of a sweep, from point to point.
         is_swept: Whether plans for other goals follow.
-        is_equalized: Whether the network's channels were scaled (``equalizing``).
+        equalization: Exponents of two by which the network's channels were scaled, by weight (``equalizing``).
     """
 
     source: Source
@@ -47,7 +47,7 @@ class Job:
     started: float
     memo: dict[str, Any] = field(default_factory=dict)
     is_swept: bool = False
-    is_equalized: bool = False
+    equalization: Mapping[str, list[int]] = field(default_factory=dict)
 
     def value(self, name: str) -> Any:
         """A setting's value."""

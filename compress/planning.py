@@ -268,8 +268,8 @@ def _completed(job: Job, budget: Budget | None, plan: Plan, tensors: dict[str, T
     plan, tensors = corrected(job, plan, tensors, context)
     if job.value("activations") == DYNAMIC and "activations" in plan.options:
         plan = replace(plan, options={**plan.options, "activations": DYNAMIC})
-    if job.is_equalized:
-        plan = replace(plan, options={**plan.options, equalizing.OPTION: "on"})
+    if job.equalization:
+        plan = replace(plan, options={**plan.options, equalizing.OPTION: dict(job.equalization)})
     job.notes.extend(note for note in context.notes if note not in job.notes)
     seed, inputs = int(job.value("seed")), input_specs(job.graph.example_inputs)
     plan, sidecar = sealed(replace(plan, budget=budget or plan.budget, seed=seed, inputs=inputs), tensors)

@@ -22,19 +22,22 @@ from .trace import CONVOLUTIONS, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
 
 SWEEPS = 20  # at most; chains of layers settle in a few
 USUAL = 3.0  # standard deviations of a normalised channel
-# Operators that give the same for a positive factor of a channel, times it, and keep the channels where they are.
-HOMOGENEOUS = {
-    aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default,
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default,
-    aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.dropout.default,
+# Operators that commute with a positive factor, and keep every value where it is.
+ELEMENTWISE = {
+    aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default, aten.dropout.default,
     aten.feature_dropout.default, aten.contiguous.default, aten.clone.default,
 }  # fmt: skip
-# Those that may also move channels: allowed where the second dimension is the channels' before and after.
+# Those that do so for each channel, and the dimensions of what they take where the second one holds the channels.
+POOLS = {
+    aten.max_pool1d.default: 3, aten.max_pool2d.default: 4, aten.max_pool3d.default: 5, aten.avg_pool1d.default: 3,
+    aten.avg_pool2d.default: 4, aten.avg_pool3d.default: 5, aten.adaptive_avg_pool1d.default: 3,
+    aten.adaptive_avg_pool2d.default: 4, aten.adaptive_avg_pool3d.default: 5,
+}  # fmt: skip
+# Those that may move channels, and don't where each has a single value.
 RESHAPES = {
     aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.mean.dim,
 }  # fmt: skip
+COMMUTING = {*ELEMENTWISE, *POOLS, *RESHAPES, aten.pad.default, aten.mean.dim}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +58,21 @@ class Link:
     read_by: tuple[tuple[str, int], ...]
 
 
-def find_links(module: fx.GraphModule, exclude: Collection[str] = ()) -> list[Link]:
+def find_links(module: fx.GraphModule, keys: Collection[str], exclude: Collection[str] = ()) -> list[Link]:
     """The channels that may be scaled, in network order.
 
     Args:
         module: Of ``rewrite.unlift``.
+        keys: Of the state dict: other constants stay as they are.
         exclude: Keys of tensors that stay as they are.
     """
     uses: dict[str, int] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
             uses[str(node.target)] = uses.get(str(node.target), 0) + len(node.users)
-    found = []
-    for node in module.graph.nodes:
-        link = _link(node) if node.target in WEIGHT_OPS else None
-        keys = [] if link is None else [link.weight, *link.divided, *(key for key, _ in link.read_by)]
-        if link is not None and all(uses.get(key) == 1 and key not in exclude for key in keys):
-            found.append(link)
-    return found
+    free = {key for key, count in uses.items() if count == 1 and key in keys and key not in exclude}
+    links = [_link(node) for node in module.graph.nodes if node.target in WEIGHT_OPS]
+    return [link for link in links if link is not None and {link.weight, *link.divided, *dict(link.read_by)} <= free]
 
 
 def _link(layer: fx.Node) -> Link | None:
@@ -101,7 +101,8 @@ def _channels(layer: fx.Node) -> int:
 
 def _makes_channels_second(layer: fx.Node) -> bool:
     """Whether the channels of a layer's output are its second dimension."""
-    return layer.target in CONVOLUTIONS or (layer.target is aten.linear.default and layer.meta["val"].dim() == 2)
+    has_batch: bool = layer.meta["val"].dim() == operand(layer, WEIGHT_ARGUMENT).meta["val"].dim()
+    return has_batch and (layer.target in CONVOLUTIONS or layer.target is aten.linear.default)
 
 
 def _readers(value: fx.Node, count: int) -> list[tuple[fx.Node, int]] | None:
@@ -119,63 +120,78 @@ def _readers(value: fx.Node, count: int) -> list[tuple[fx.Node, int]] | None:
 
 
 def _reading_dim(user: fx.Node, value: fx.Node, count: int) -> int | None:
+    """The dimension of a layer's weight along which it reads a value's channels."""
     if user.target not in WEIGHT_OPS or operand(user, 0) is not value or operand(user, WEIGHT_ARGUMENT) is value:
         return None
+    shape, weight = value.meta["val"].shape, operand(user, WEIGHT_ARGUMENT).meta["val"].shape
+    if len(shape) != len(weight) or shape[1] != count:
+        return None
     if user.target is aten.linear.default:
-        return 1 if value.meta["val"].dim() == 2 and value.meta["val"].shape[1] == count else None
+        return 1
     if user.target not in CONVOLUTIONS:
         return None
-    groups = int(argument(user, "groups", 1))
-    shape = operand(user, WEIGHT_ARGUMENT).meta["val"].shape
-    if groups == 1:
+    if weight[1] == count:
         return 1
-    return 0 if groups == count == shape[0] else None  # depthwise
+    return 0 if weight[0] == argument(user, "groups", 1) == count else None  # depthwise
 
 
 def _commutes(user: fx.Node, value: fx.Node, count: int) -> bool:
-    if any(argument is not value for argument in user.all_input_nodes):
+    """Whether an operator reads a value alone, gives its channels, and each of them a factor where it had one."""
+    if user.target not in COMMUTING or any(argument is not value for argument in user.all_input_nodes):
         return False  # a slope of each channel, say, would have to be moved as well
+    before, after = value.meta["val"].shape, user.meta["val"].shape
+    if len(after) < 2 or before[1] != count or after[1] != count:
+        return False
+    if user.target in POOLS:
+        # With one dimension less there is no batch, and channels are pooled.
+        return bool(len(before) == POOLS[user.target])
     if user.target is aten.pad.default:
-        return argument(user, "mode", "constant") == "constant" and not argument(user, "value", None)
+        is_zero: bool = argument(user, "mode", "constant") == "constant" and not argument(user, "value", None)
+        return is_zero and len(operand(user, 1)) <= 2 * (len(before) - 2)
+    if user.target is aten.mean.dim:
+        dims = argument(user, "dim", None) or ()
+        return bool(dims) and all(dim % len(before) > 1 for dim in dims)
     if user.target in RESHAPES:
-        before, after = value.meta["val"].shape, user.meta["val"].shape
-        per_channel = user.target is aten.mean.dim or math.prod(before[2:]) == 1
-        return len(after) >= 2 and before[1] == after[1] == count and math.prod(after[2:]) == 1 and per_channel
-    return user.target in HOMOGENEOUS
+        return bool(math.prod(before[2:]) == math.prod(after[2:]) == 1)
+    return True
 
 
-def equalized(links: Sequence[Link], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """The tensors of ``state`` that change, and the largest factor between two channels of a link.
+def exponents(links: Sequence[Link], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole binary logarithms of the factors of each link's channels, float64 ``[c]``, by the link's weight.
 
     Each factor is the power of two nearest to ``sqrt(a / b)``, ``a`` the size of a channel and ``b`` the largest weight
     that reads it. Channels that are zero, or that nothing reads, stay.
     """
-    found: dict[str, Tensor] = {}
-    spread = 1.0
     total = {link.weight: torch.zeros(len(state[link.weight]), dtype=torch.float64) for link in links}
     for _ in range(SWEEPS):
-        moved = False
+        current, moved = {**state, **scaled(links, state, total)}, False
         for link in links:
-            current = {key: found.get(key, state[key]) for key in (*link.divided, *(key for key, _ in link.read_by))}
-            exponent = _exponents(link, current)
-            if not exponent.any():
-                continue
-            moved = True
-            total[link.weight] += exponent
-            factor = torch.exp2(exponent).float()
-            for key in link.divided:
-                found[key] = current[key] / _along(factor, 0, current[key])
-            for key, dim in link.read_by:
-                found[key] = current[key] * _along(factor, dim, current[key])
+            more = _exponents(link, current)
+            total[link.weight] += more
+            current |= scaled([link], current, {link.weight: more})
+            moved |= bool(more.any())
         if not moved:
             break
-    for exponent in total.values():
-        spread = max(spread, float(torch.exp2(exponent.max() - exponent.min())))
-    return found, spread
+    return total
+
+
+def scaled(links: Sequence[Link], state: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of ``state`` that change with the factors ``by``, of ``exponents``."""
+    found: dict[str, Tensor] = {}
+    for link in links:
+        if link.weight not in by or not by[link.weight].any():
+            continue
+        factor = torch.exp2(by[link.weight]).float()
+        for key in link.divided:
+            value = found.get(key, state[key])
+            found[key] = value / _along(factor, 0, value)
+        for key, dim in link.read_by:
+            value = found.get(key, state[key])
+            found[key] = value * _along(factor, dim, value)
+    return found
 
 
 def _exponents(link: Link, state: Mapping[str, Tensor]) -> Tensor:
-    """Whole binary logarithms of a link's factors, float64 ``[c]``."""
     made = [state[key].double() for key in link.divided]
     if link.norm:
         size = made[1] + USUAL * made[0].abs()

@@ -127,7 +127,7 @@ def kept_of_all(
     prices, amounts = [costs[name].flatten() for name in costs], [sizes[name].flatten() for name in costs]
     if each is not None:
         prices = [price / each[name] for name, price in zip(costs, prices, strict=True)]
-        amounts = [amount * each[name] for name, amount in zip(costs, amounts, strict=True)]
+        amounts = [amount.double() * each[name] for name, amount in zip(costs, amounts, strict=True)]
     kept = torch.ones(sum(map(len, prices)), dtype=torch.bool)
     kept[cheapest(torch.cat(prices), torch.cat(amounts), removed)] = False
     parts = torch.split(kept, [len(part) for part in prices])

@@ -407,9 +407,9 @@ def _round(
 def _num_gradients(surgery: _Surgery, keep: Tensor) -> tuple[int, int]:
     """One example in how many has gradients, and how many: more of them as fewer weights are left.
 
-    So they never take more memory than one an example and weight. What is cut late costs most, and early cuts need few.
-    Labels give one gradient, and k outputs no more than k that differ. With blocks, there are as many as a block has
-    weights at least, where that can be.
+    What is cut late costs most, and early cuts need few. Labels give one gradient, and k outputs no more than k that
+    differ. With blocks there are as many as a block has weights at least, where that can be; but for that, all of them
+    never take more memory than one an example and weight.
     """
     n, density = len(surgery.calibration.data), int(keep.sum()) / keep.numel()
     most = 1 if surgery.options["fisher"] == "labels" else min(MOST_DRAWS, surgery.dense[0].numel())

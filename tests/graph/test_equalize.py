@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from zoo import Network, named
 
-from compress.graph.equalize import Link, equalized, find_links
+from compress.graph.equalize import Link, exponents, find_links, scaled
 from compress.graph.rewrite import unlift
 from compress.graph.trace import trace_graph
 
 
 def links_of(module: nn.Module, *inputs: Tensor, exclude: tuple[str, ...] = ()) -> list[Link]:
     graph = trace_graph(module.eval(), inputs)
-    return find_links(unlift(graph.program, graph.tied), exclude)
+    return find_links(unlift(graph.program, graph.tied), module.state_dict().keys(), exclude)
+
+
+def equalized(links: list[Link], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """What changes, and the largest factor between two channels of a link."""
+    found = exponents(links, state)
+    spread = max((float(torch.exp2(e.max() - e.min())) for e in found.values()), default=1.0)
+    return scaled(links, state, found), spread
 
 
 def with_state(module: nn.Module, changed: dict[str, Tensor]) -> nn.Module:
@@ -142,6 +151,60 @@ def test_excluded_and_shared_weights_stay() -> None:
     shared = Between(nn.ReLU(), channels=3)
     shared.b = shared.a
     assert links_of(shared, x) == []
+
+
+class Blurred(nn.Module):
+    """A kernel that isn't in the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        self.register_buffer("blur", torch.rand(4, 1, 3, 3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blurred = F.conv2d(torch.relu(self.a(x)), self.get_buffer("blur"), groups=4)
+        found: Tensor = self.b(blurred)
+        return found
+
+
+def test_constants_beside_the_state_dict_stay() -> None:
+    assert links_of(Blurred(), torch.randn(2, 3, 12, 12)) == []
+
+
+class Applied(nn.Module):
+    """A layer, a function, another layer."""
+
+    def __init__(self, a: nn.Module, function: Callable[[Tensor], Tensor], b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.function = a, b, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.b(self.function(torch.relu(self.a(x))))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("a", "function", "b", "shape"),
+    [
+        (nn.Conv1d(3, 8, 1), lambda y: y.mean(1), nn.Linear(8, 2), (3, 8)),
+        (nn.Linear(5, 8), lambda y: F.max_pool1d(y, 3, 1, 1), nn.Linear(8, 2), (5,)),
+        (nn.Conv1d(3, 8, 1), lambda y: F.avg_pool2d(y, (3, 1), 1, (1, 0)), nn.Conv1d(8, 2, 1), (3, 6)),
+        (nn.Conv2d(3, 8, 1), lambda y: F.pad(y, (0, 0, 0, 0, 1, -1)), nn.Conv2d(8, 2, 1), (3, 6, 6)),
+        (nn.Conv2d(3, 8, 1), lambda y: F.pad(y, (0, 0, 0, 0, 4, 4)), nn.Conv2d(16, 2, 1), (3, 6, 6)),
+        (nn.Conv2d(3, 8, 1), lambda y: F.max_pool3d(y, (2, 1, 1)), nn.Conv2d(4, 2, 1), (3, 6, 6)),
+        (nn.Conv2d(3, 8, 1), lambda y: y.transpose(1, 2).contiguous(), nn.Conv2d(8, 2, 1), (3, 8, 8)),
+        (nn.Conv2d(3, 8, 1), lambda y: y.flatten(1).reshape(-1, 8, 6, 6), nn.Conv2d(8, 2, 1), (3, 6, 6)),
+    ],
+)
+def test_what_mixes_channels_is_no_link(
+    a: nn.Module, function: Callable[[Tensor], Tensor], b: nn.Module, shape: tuple[int, ...]
+) -> None:
+    assert links_of(Applied(a, function, b), torch.randn(2, *shape)) == []
+
+
+def test_a_mean_over_positions_links() -> None:
+    network = Applied(nn.Conv2d(3, 8, 1), lambda y: y.mean((2, 3)), nn.Linear(8, 2))
+    assert [link.read_by for link in links_of(network, torch.randn(2, 3, 6, 6))] == [(("b.weight", 1),)]
 
 
 def test_flat_features_of_several_places_are_no_channels() -> None:
