@@ -6,9 +6,8 @@ Cost: where some channels differ much, the network is traced again, and rounded 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -88,10 +87,9 @@ def chosen(job: Job, options: Mapping[str, Any], dense: Dense) -> Job:
     return other
 
 
-def _links(job: Job, exclude: Collection[str]) -> list[Link]:
+def _links(job: Job, exclude: Sequence[str]) -> list[Link]:
     """The channels that may be scaled, but for weights that globs exclude, and what is quantized already."""
-    weights = (layer.tensor for layer in job.graph.layers)
-    excluded = {name for name in weights if any(fnmatchcase(name, glob) for glob in exclude)}
+    excluded = {layer.tensor for layer in job.graph.layers} - {layer.tensor for layer in job.graph.without(exclude)}
     module = unlift(job.graph.program, job.graph.tied)
     return find_links(module, job.source.module.state_dict().keys(), excluded | job.source.stored.keys())
 

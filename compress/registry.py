@@ -46,6 +46,10 @@ class Method:
     trains: bool = False
 
 
+ROUNDING = (  # options of methods that give a whole weight one width
+    "activations", "activation_range", "equalization", "range", "group_size", "reconstruction", "bias_correction",
+    "exclude",
+)  # fmt: skip
 METHODS = (
     Method(
         name="layerwise",
@@ -156,18 +160,7 @@ METHODS = (
         module="compress.quantize.hawq",
         summary="a bit width for each weight, on the exact Pareto frontier of cost and expected loss",
         source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852)",
-        options=(
-            "activations",
-            "activation_range",
-            "equalization",
-            "range",
-            "group_size",
-            "reconstruction",
-            "bias_correction",
-            "exclude",
-            "keep",
-            "tie",
-        ),
+        options=(*ROUNDING, "keep", "tie"),
         budgets=("bits", "bytes", "bops", "latency"),
         measures=("hessian-trace",),
         mixed_measures=("activation-trace",),
@@ -179,16 +172,7 @@ METHODS = (
         module="compress.quantize.uniform",
         summary="the same bit width, 2 to 8, for every weight; activations at 8, 6 or 4, or float",
         source="Jacob et al. 2018 (arXiv:1712.05877); Nagel et al. 2021 (arXiv:2106.08295)",
-        options=(
-            "activations",
-            "activation_range",
-            "equalization",
-            "range",
-            "group_size",
-            "reconstruction",
-            "bias_correction",
-            "exclude",
-        ),
+        options=ROUNDING,
         budgets=("bits", "bytes"),
         measures=("weight-error",),
     ),

@@ -163,8 +163,9 @@ def exponents(links: Sequence[Link], state: Mapping[str, Tensor]) -> dict[str, T
     that reads it. Channels that are zero, or that nothing reads, stay.
     """
     total = {link.weight: torch.zeros(len(state[link.weight]), dtype=torch.float64) for link in links}
+    current = dict(state)
     for _ in range(SWEEPS):
-        current, moved = {**state, **scaled(links, state, total)}, False
+        moved = False
         for link in links:
             more = _exponents(link, current)
             total[link.weight] += more
