@@ -38,7 +38,8 @@ from .formats.onnx_graph import drop_unused, merge_equal, shorten
 from .formats.onnx_half import store_halves
 from .formats.onnx_packed import pack_weights
 from .formats.onnx_products import find_products
-from .formats.onnx_shortcuts import shortcuts_as_convolutions
+from .formats.onnx_rereads import rereads_as_sums
+from .formats.onnx_shortcuts import SHORTCUT_BITS, shortcuts_as_convolutions
 from .formats.onnx_sparse import sparse_bytes, sparsify
 from .formats.onnx_vectors import share_vectors
 from .formats.packed import QuantizedTensor, encode
@@ -258,11 +259,15 @@ def onnx_model(
     """
     runtime, dtype = find_runtime(form.runtime), DTYPES[form.float_storage]
     model = to_onnx(module, graph.example_inputs)
-    if is_cut and not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        model = shortcuts_as_convolutions(model)
+    shortcuts: list[str] = []
+    if (is_rounded := any(node.op_type == "QuantizeLinear" for node in model.graph.node)) or is_cut:
+        model, shortcuts = shortcuts_as_convolutions(model, floats=not is_rounded)
+    if is_rounded:
+        model = rereads_as_sums(model)
     # torch.onnx keeps one of several equal initializers: what is left of them fits either's width.
     stored = {tensor.name for tensor in model.graph.initializer}
     bits = {name: width for name, width in weight_bits(graph, compressed).items() if name in stored}
+    bits |= dict.fromkeys(shortcuts, SHORTCUT_BITS)
     sparse = _sparse_initializers(model, bits, dtype.itemsize) if runtime.packs else []
     is_packed = runtime.packs and bool(bits or sparse)
     has_groups = any(isinstance(value, QuantizedTensor) and value.group_size for value in compressed.tensors.values())

@@ -1,8 +1,9 @@
 """Strided shortcuts with padded channels, as CIFAR's ResNets have them, written as convolutions.
 
-ONNX Runtime keeps the activations of convolutions in blocks of 8 or 16 channels. A Slice or a Pad ends that: there and
-after every addition to what they return, activations are put in order and back in blocks, and additions are passes of
-their own. A 1x1 convolution whose weight is the identity's rows among rows of zeros does the same, in blocks.
+ONNX Runtime keeps the activations of convolutions in blocks of 8 or 16 channels, and integers with the channels last. A
+Slice or a Pad ends that: there and after every addition to what they return, activations are put in order and back, and
+additions are passes of their own. A 1x1 convolution whose weight is the identity's rows among rows of zeros does the
+same, in blocks; between integers it is an integer convolution, where a Slice and a Pad are passes over floats.
 Cost: the weight's bytes in the file, and ``out * in * height * width`` MACs a shortcut, of its own output's sizes.
 """
 
@@ -16,19 +17,23 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from ..widths import Width
 from .onnx_graph import drop_unused, reads
 
 SPATIAL = (2, 3)  # dimensions [n, c, h, w]
+SHORTCUT_BITS: Width = 2  # of integers: zeros and ones
 
 
-def shortcuts_as_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model of the same outputs, bit for bit where the activations are finite.
+def shortcuts_as_convolutions(model: onnx.ModelProto, *, floats: bool = True) -> tuple[onnx.ModelProto, list[str]]:
+    """A model of the same outputs, bit for bit where the activations are finite, and the new integer weights' names.
 
     Every second row and column, or every n-th, of float32 images ``[n, c, h, w]`` to which channels of zeros are added
-    become one Conv. Left as it is: what slices from another place than the first or a part, or is read by others too.
+    become one Conv. Between two rounded activations its weight is an int8 of zeros and ones. Left as it is: what slices
+    from another place than the first or a part, or is read by others too.
 
     Args:
         model: Left as it is.
+        floats: Whether shortcuts are changed that aren't between two rounded activations.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -37,7 +42,10 @@ def shortcuts_as_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
     readers = Counter(reads(graph))
-    for pad in list(graph.node):
+    rounded = {node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    integers, nodes = [], []
+    for pad in graph.node:
+        nodes.append(pad)
         added = _added_channels(pad, constants)
         if added is None:
             continue
@@ -47,17 +55,26 @@ def shortcuts_as_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
             strides[dim] *= stride
             source = made_by[source].input[0]
         channels = shapes.get(source)
-        if source == pad.input[0] or channels is None:
+        is_dequantized = source in made_by and made_by[source].op_type == "DequantizeLinear"
+        is_integer = is_dequantized and pad.output[0] in rounded and readers[pad.output[0]] == 1
+        if source == pad.input[0] or channels is None or not (is_integer or floats):
             continue
         before, after = added
-        weight = np.zeros((before + channels + after, channels, 1, 1), np.float32)
+        weight = np.zeros((before + channels + after, channels, 1, 1), np.int8 if is_integer else np.float32)
         weight[before + np.arange(channels), np.arange(channels)] = 1
-        name = f"{pad.output[0]}_weight"
-        graph.initializer.append(numpy_helper.from_array(weight, name))
+        name = stored = f"{pad.output[0]}_weight"
+        if is_integer:
+            stored = f"{name}_levels"
+            integers.append(stored)
+            graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), f"{name}_scale"))
+            nodes.insert(-1, helper.make_node("DequantizeLinear", [stored, f"{name}_scale"], [name]))
+        graph.initializer.append(numpy_helper.from_array(weight, stored))
         sizes: dict[str, Any] = {"kernel_shape": [1, 1], "strides": [strides[dim] for dim in SPATIAL]}
         pad.CopyFrom(helper.make_node("Conv", [source, name], [pad.output[0]], pad.name, **sizes))
+    del graph.node[:]
+    graph.node.extend(nodes)
     drop_unused(changed)
-    return changed
+    return changed, integers
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, int]:
