@@ -26,7 +26,7 @@ from .job import Job
 from .plan import Plan, Quantize
 from .quantize.calibrate import activation_decisions, calibrated
 from .recovery import TRAINING_DATA
-from .task import divergence, has_logits
+from .train.distill import divergences_from
 
 OPTION = "equalization"
 SPREAD = 16.0  # between the factors of two channels: where they are nearer, nothing is tried
@@ -136,10 +136,4 @@ def _loss(job: Job, dense_graph: Graph, activations: str, dense: Dense) -> float
     plan = Plan("uniform", {}, 0, "", None, None, (*weights, *decided), {})
     network = assemble(job.graph, apply_plan(job.source.module, job.graph.tied, plan, {}))
     reference, rounded = (on_device(module, context.device) for module in (float_module(dense_graph), network))
-    moved = 0.0
-    with torch.no_grad():
-        for batch in few.data.batches(BATCH):
-            inputs = [x.to(context.device) for x in batch.inputs]
-            outputs = reference(*inputs), rounded(*inputs)
-            moved += len(batch) * divergence(*outputs, are_logits=has_logits(job.task))
-    return moved
+    return divergences_from(reference, [rounded], few.data, job.task, context.device, batch_size=BATCH)[0]

@@ -41,7 +41,9 @@ from .plan import Plan
 from .saliencies import Saliencies
 from .sensitivity import Sensitivity
 from .settings import Settings
-from .task import Task, check_targets, divergence, divergence_words, has_logits, load_task
+from .task import Task, check_targets, divergence_words, has_logits, load_task
+from .train.batches import CPU
+from .train.distill import divergences_from, run
 from .verdict import Check, Gates, Verdict, limit_check, metric_checks
 from .verify import (
     Session,
@@ -258,23 +260,25 @@ def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
     """What the compressed network loses on the calibration data, and what the method expected."""
     if job.calibration is None:
         return None
-    data, are_logits = job.calibration.data, has_logits(job.task)
-    dense = float_module(job.graph)
-    total = 0.0
+    data, dense, what = job.calibration.data, float_module(job.graph), "loss on calibration data"
+    (measured,) = divergences_from(
+        dense,
+        [built.module],
+        data,
+        job.task,
+        CPU,
+        batch_size=LOSS_BATCH,
+        progress=lambda done: job.progress(what, done, len(data)),
+    )
     with torch.no_grad():
-        for done, batch in enumerate(data.batches(LOSS_BATCH)):
-            job.progress("loss on calibration data", done * LOSS_BATCH, len(data))
-            # Of each network its own inputs: a forward may write into them.
-            reference, outputs = (module(*(x.clone() for x in batch.inputs)) for module in (dense, built.module))
-            total += len(batch) * divergence(reference, outputs, are_logits=are_logits)
-    job.progress("loss on calibration data", len(data), len(data))
-    what, unit = divergence_words(reference, are_logits=are_logits)
+        outputs = run(dense, data.first(1), CPU)
+    words, unit = divergence_words(outputs, are_logits=has_logits(job.task))
     return {
         # Of another checkpoint, what was predicted says nothing about this one.
         "predicted": plan.predicted.get("loss") if plan.source_sha256 == job.source.sha256 else None,
-        "measured": total / len(data),
+        "measured": measured,
         "unit": unit,
-        "what": f"{what} the dense network, calibration data",
+        "what": f"{words} the dense network, calibration data",
         "num_examples": len(data),
     }
 

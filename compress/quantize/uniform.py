@@ -21,7 +21,8 @@ from ..graph.trace import Graph, Layer
 from ..model import Source
 from ..plan import Decision, Plan, Quantize, weight_scheme
 from ..sensitivity import Sensitivity
-from ..task import Calibration, divergence, has_logits
+from ..task import Calibration
+from ..train.distill import divergences_from
 from .calibrate import AUTO, BATCH, activation_decisions, calibrated
 from .correct import correct as correct
 from .points import group_sizes_of
@@ -127,20 +128,18 @@ def _measure_range(
     """The range search whose decisions keep the network nearest to the dense one on the calibration data."""
     if calibration is None:
         return "mse"
-    data, are_logits = calibration.data, has_logits(calibration.task)
-    with torch.no_grad():
-        dense = on_device(float_module(graph), context.device)
-        candidates = {}
-        for search, decisions in decided.items():
-            candidate = Plan("uniform", {}, 0, "", None, None, decisions, {})
-            rounded = apply_plan(source.module, graph.tied, candidate, {})
-            candidates[search] = on_device(assemble(graph, rounded), context.device)
-        moved = dict.fromkeys(decided, 0.0)
-        for done, batch in enumerate(data.batches(BATCH)):
-            context.progress("choose weight ranges", done * BATCH, len(data))
-            inputs = [x.to(context.device) for x in batch.inputs]
-            reference = dense(*inputs)
-            for search, module in candidates.items():
-                moved[search] += len(batch) * divergence(reference, module(*inputs), are_logits=are_logits)
-    context.progress("choose weight ranges", len(data), len(data))
-    return min(moved, key=lambda search: moved[search])
+    data = calibration.data
+    candidates = []
+    for decisions in decided.values():
+        rounded = apply_plan(source.module, graph.tied, Plan("uniform", {}, 0, "", None, None, decisions, {}), {})
+        candidates.append(on_device(assemble(graph, rounded), context.device))
+    moved = divergences_from(
+        on_device(float_module(graph), context.device),
+        candidates,
+        data,
+        calibration.task,
+        context.device,
+        batch_size=BATCH,
+        progress=lambda done: context.progress("choose weight ranges", done, len(data)),
+    )
+    return min(zip(moved, decided, strict=True))[1]

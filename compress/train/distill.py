@@ -5,7 +5,7 @@ Source: Hinton et al. 2015 (arXiv:1503.02531).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,14 +62,37 @@ def divergence_from(
     dense: Callable[..., Any], network: Callable[..., Any], data: Data, task: Task, device: torch.device
 ) -> float:
     """Mean divergence of a network's outputs from the dense one's, over all of ``data``."""
-    total = 0.0
+    return divergences_from(dense, [network], data, task, device)[0]
+
+
+def divergences_from(
+    dense: Callable[..., Any],
+    networks: Sequence[Callable[..., Any]],
+    data: Data,
+    task: Task,
+    device: torch.device,
+    *,
+    batch_size: int = BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """The same of several networks, with one pass of the dense one.
+
+    Args:
+        batch_size: Examples of a pass.
+        progress: Told how many examples are done.
+    """
+    totals = [0.0] * len(networks)
     with torch.no_grad():
-        for batch in data.batches(BATCH):
-            reference, outputs = (
-                [value.cpu() for value in floating(run(given, batch, device))] for given in (dense, network)
-            )
-            total += len(batch) * divergence(reference, outputs, are_logits=has_logits(task))
-    return total / len(data)
+        for number, batch in enumerate(data.batches(batch_size)):
+            if progress is not None:
+                progress(number * batch_size)
+            reference = [value.cpu() for value in floating(run(dense, batch, device))]
+            for place, network in enumerate(networks):
+                outputs = [value.cpu() for value in floating(run(network, batch, device))]
+                totals[place] += len(batch) * divergence(reference, outputs, are_logits=has_logits(task))
+    if progress is not None:
+        progress(len(data))
+    return [total / len(data) for total in totals]
 
 
 def run(network: Callable[..., Any], batch: Data, device: torch.device) -> Any:
