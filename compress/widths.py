@@ -50,6 +50,11 @@ def levels_of(width: Width) -> Levels:
     return WIDTHS[str(width)]
 
 
+def offset_of(width: Width) -> int:
+    """What is added to levels, so that none is negative; of 8 bits too, of whose numbers the lowest is no level."""
+    return 128 if str(width) == "8" else -levels_of(width).low
+
+
 def of_letter(letter: str) -> Width:
     """Of the channels that have this letter, taken together: an int for whole bits."""
     return int(letter) if letter.isdecimal() else letter

@@ -25,7 +25,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
+from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
 from . import planes
 from .onnx_build import Builder, digits, free_prefix, insert, look_up, runs, split, table
 
@@ -166,8 +166,8 @@ def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], n
         raise ValueError(f"{name}: widths for {len(letters)} channels, not for {levels.shape[axis]}")
     per_channel = [-1 if dim == axis else 1 for dim in range(levels.ndim)]
     offset, count = (
-        np.array(ends, np.int16).reshape(per_channel if is_mixed(bits) else 1)
-        for ends in zip(*(_stored_levels(letter) for letter in letters), strict=True)
+        np.array([find(letter) for letter in letters], np.int16).reshape(per_channel if is_mixed(bits) else 1)
+        for find in (offset_of, _count)
     )
     signs = _signs(levels, np.broadcast_shapes(along, offset.shape), offset)
     unsigned = levels.astype(np.int16) * signs + offset
@@ -176,10 +176,9 @@ def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], n
     return _Weight(name, bits, axis, unsigned.astype(np.uint8), signs, nodes, scales)
 
 
-def _stored_levels(letter: str) -> tuple[int, int]:
-    """What is added to a level of the width, and how many there are."""
-    levels = levels_of(letter)
-    return (128, 256) if letter == "8" else (-levels.low, levels.count())
+def _count(letter: str) -> int:
+    """Numbers that levels may be stored as."""
+    return 256 if letter == "8" else levels_of(letter).count()
 
 
 def _scale(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], num_dims: int) -> NDArray[np.float32]:
@@ -272,7 +271,7 @@ def _add_stream(build: Builder, segments: Sequence[_Segment]) -> None:
     total, shift = "", 0
     fields = planes.fields(width) if isinstance(width, int) else (8,)
     for bits, plane in zip(fields, planes.pack_planes(merged, width), strict=True):
-        offset = 0 if shift else _stored_levels(str(width))[0]
+        offset = 0 if shift else offset_of(width)
         rows = table(build, bits, shift, offset) if isinstance(width, int) else _digits(build, width, offset)
         if len(fields) == 1 and not is_flipped:
             rows = build.op("Cast", rows, to=onnx.TensorProto.INT8)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError, escape
-from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
+from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
 from . import planes
 
 INDEX_KEY = "hcompress.packed"
@@ -193,7 +193,7 @@ class _Packing:
             self.quantized_chunks.append(planes.pack((levels.reshape(-1) != 0).astype(np.uint8), 1))
             parts = [(width, part[part != 0]) for width, part in parts]
         for width, part in parts:
-            self.quantized_chunks.append(planes.pack((part + _offset(width)).astype(np.uint8), width))
+            self.quantized_chunks.append(planes.pack((part + offset_of(width)).astype(np.uint8), width))
         if tensor.group_size is None:
             self.scales.append(tensor.scale.cpu().reshape(-1))
         else:
@@ -272,7 +272,7 @@ def _quantized(
         chosen = np.ones(part.shape, dtype=bool) if alive is None else alive[places]
         count = int(chosen.sum())
         data = stream.take(planes.packed_size(count, width), name).numpy()
-        part[chosen] = planes.unpack(data, width, count).astype(np.int16) - _offset(width)
+        part[chosen] = planes.unpack(data, width, count).astype(np.int16) - offset_of(width)
         levels[places] = part
     if group_size is not None:
         counts = [shape[0], -(-shape[1] // group_size)]
@@ -302,11 +302,6 @@ def _places(bits: Width, axis: int | None) -> list[tuple[Width, tuple[Any, ...]]
         )
         for letter in used
     ]
-
-
-def _offset(width: Width) -> int:
-    """What is added to levels, so that none is negative."""
-    return 1 << (width - 1) if isinstance(width, int) else -levels_of(width).low
 
 
 def _sparse(name: str, entry: object, stream: _Cursor) -> Tensor:
