@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,21 @@ def option_text(option: str) -> str:
     return f"sparsity {option}" if option.replace(".", "", 1).isdecimal() else option
 
 
+def require_common(names: Sequence[str], layers: Sequence[Collection[str]]) -> list[str]:
+    """The layers that two measures have in common.
+
+    Raises:
+        UsageError: Fewer than 3.
+    """
+    common = [layer for layer in layers[0] if layer in layers[1]]
+    if len(common) < FEWEST:
+        raise UsageError(
+            f"{names[0]} and {names[1]} have {len(common)} layers in common, and {FEWEST} are the fewest to compare",
+            hint="compare measures of weights with each other; activation-trace is one of what layers read",
+        )
+    return common
+
+
 def compare_records(names: Sequence[str], records: Sequence[Sensitivity]) -> dict[str, Any]:
     """The record of a comparison, layers by the first one's value, the largest first.
 
@@ -46,13 +61,8 @@ def compare_records(names: Sequence[str], records: Sequence[Sensitivity]) -> dic
     Raises:
         UsageError: They have fewer than 3 layers in common.
     """
-    first, second = (_by_layer(record) for record in records)
-    layers = sorted((layer for layer in first if layer in second), key=lambda layer: -first[layer].value)
-    if len(layers) < FEWEST:
-        raise UsageError(
-            f"{names[0]} and {names[1]} have {len(layers)} layers in common, and {FEWEST} are the fewest to compare",
-            hint="compare measures of weights with each other; activation-trace is one of what layers read",
-        )
+    first, second = (by_layer(record) for record in records)
+    layers = sorted(require_common(names, [first, second]), key=lambda layer: -first[layer].value)
     columns = [[values[layer] for layer in layers] for values in (first, second)]
     rho, ranks = spearman(*([e.value for e in column] for column in columns)), [_ranks(column) for column in columns]
     return {
@@ -130,7 +140,8 @@ def comparison_svg(record: Mapping[str, Any]) -> str:
     return scatter_svg(comparison_text(record), (axes[0], axes[1]), spots)
 
 
-def _by_layer(record: Sensitivity) -> dict[str, Estimate]:
+def by_layer(record: Sensitivity) -> dict[str, Estimate]:
+    """What is compared of a record: each layer's value at ``shown_option``."""
     shown = shown_option(record)
     every = {layer: estimate for (layer, option), estimate in record.entries.items() if option == shown}
     every.pop(TOGETHER, None)

@@ -186,6 +186,8 @@ class Measure:
     Attributes:
         module: Where ``measure(source, graph, calibration, options, context)`` lives.
         options: Settings that it reads.
+        needs_data: Whether it asks for calibration data.
+        of_weights: Whether its layers are the network's weights; else they are activations.
     """
 
     name: str
@@ -194,6 +196,7 @@ class Measure:
     source: str
     options: tuple[str, ...] = ()
     needs_data: bool = True
+    of_weights: bool = True
 
 
 COMPARED = ("hessian-trace", "hessian-diagonal")  # what predictors of the loss are compared by
@@ -211,6 +214,7 @@ MEASURES = (
         summary="curvature trace of every activation that a layer reads, an example's on average",
         source="Dong et al. 2020, HAWQ-V2 (arXiv:1911.03852), section 3.3",
         options=("rtol", "passes"),
+        of_weights=False,
     ),
     Measure(
         name="fisher",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import canonical, measuring, store
 from .build import sidecar_bytes
-from .comparison import compare_records, comparison_svg
+from .comparison import by_layer, compare_records, comparison_svg, require_common
 from .context import Progress
 from .errors import InputError
 from .finish import write_manifest
@@ -110,6 +110,9 @@ def compare_measures(
     made = [name for name in names if name in known]
     with _staged(checkpoint, settings, force=force, dry_run=dry_run) as stage:
         job = open_job(checkpoint, settings, progress, needs_data=any(find_measure(name).needs_data for name in made))
+        layers = [_layers(job, name, kept.get(name)) for name in names]
+        if None not in layers or len({find_measure(name).of_weights for name in made}) > 1:
+            require_common(names, [found or () for found in layers])  # before a long measure, not after it
         expected = {name: _expected(job, name, announce, always=dry_run) for name in made}
         expected |= dict.fromkeys(kept)
         if dry_run:
@@ -132,6 +135,13 @@ def compare_measures(
             page = render_comparison(record, comparison_svg(record), checkpoint.absolute().name, command)
             _publish(stage, job, page, command)
     return record
+
+
+def _layers(job: Job, name: str, kept: Sensitivity | None) -> set[str] | None:
+    """The layers that a record has, or that a measure of weights will have; None of activations, not known before."""
+    if kept is not None:
+        return set(by_layer(kept))
+    return {layer.tensor for layer in job.graph.layers} if find_measure(name).of_weights else None
 
 
 def read_named(name: str) -> Sensitivity:

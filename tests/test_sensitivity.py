@@ -309,6 +309,12 @@ def test_a_measure_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
     assert refusal.message == "fischer is no measure, and no record of one" and "hessian-trace" in str(refusal.hint)
 
 
+def test_measures_without_common_layers_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.measuring.take", lambda *_: pytest.fail("a measure was made"))
+    message = "weight-error and activation-trace have 0 layers in common, and 3 are the fewest to compare"
+    assert refused(*DATA, "--compare", "weight-error", "activation-trace").message == message
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
