@@ -16,13 +16,9 @@ import torch
 
 from .curvature.network import PASS_BATCH
 from .job import Job
-from .measure.hessian_eigenvalues import check_count
 from .measuring import measure_context, options_of
-from .numerics.eigenvalues import FIRST as SHORT_SEARCH
-from .numerics.trace import FIRST as FEWEST_PRODUCTS
-from .quantize.output_change import EXAMPLES, USUAL
-from .quantize.points import WIDTHS
 from .registry import Measure, find_measure, load_module
+from .sensitivity import Repeats, repeats_once
 from .task import Calibration
 
 FEW = 2  # examples of the shortest trial
@@ -49,25 +45,6 @@ class Forecast:
         return {"least_s": self.least_s, "most_s": self.most_s, "memory_bytes": self.memory_bytes}
 
 
-@dataclass(frozen=True, slots=True)
-class _Repeats:
-    """What a measure does again and again, counted in passes, products or widths.
-
-    Attributes:
-        options: Of a short trial, and of one with more repeats.
-        counts: Repeats of the two.
-        least: Of the measure itself, if ``rtol`` is met at once.
-        most: Of the measure itself.
-        examples: That it looks at each time.
-    """
-
-    options: tuple[dict[str, Any], dict[str, Any]]
-    counts: tuple[int, int]
-    least: int
-    most: int
-    examples: int
-
-
 def forecast(job: Job, name: str, *, always: bool = False) -> Forecast | None:
     """Try a measure; None where there are no data, or so few that trials would take as long.
 
@@ -77,10 +54,8 @@ def forecast(job: Job, name: str, *, always: bool = False) -> Forecast | None:
     measure = find_measure(name)
     if not measure.needs_data or job.calibration is None:
         return None
-    if measure.name == "hessian-eigenvalues":
-        check_count(job.value("eigenvalues"), job.value("passes"))
     total, options = len(job.calibration.data), options_of(job, measure)
-    repeats = _repeats(measure, options, total)
+    repeats: Repeats = getattr(load_module(measure), "repeats", repeats_once)(options, total)
     once, more = repeats.counts
     if not always and total * repeats.most < WORTH * once:
         return None
@@ -102,25 +77,6 @@ def forecast(job: Job, name: str, *, always: bool = False) -> Forecast | None:
         return few[0] + repeated * by_repeat + further * (by_example + repeated * by_both)
 
     return Forecast(time_of(repeats.least), time_of(repeats.most), _peak_bytes(job) + _held_bytes(job, options))
-
-
-def _repeats(measure: Measure, options: dict[str, Any], total: int) -> _Repeats:
-    if measure.name == "output-change":
-        one, two = ({**options, "widths": tuple(range(USUAL, USUAL + count))} for count in (1, 2))
-        return _Repeats((one, two), (1, 2), len(WIDTHS), len(WIDTHS), min(total, EXAMPLES))
-    if "passes" not in options:
-        return _Repeats((options, options), (1, 1), 1, 1, total)
-    passes, first = int(options["passes"]), 2
-    is_exact = measure.name == "hessian-diagonal" or options.get("trace") == "hessian"
-    counts, least, most = (2, 4), min(passes, FEWEST_PRODUCTS if is_exact else first), passes
-    if "eigenvalues" in options:
-        # A product for the start and one for each residual, beside those of a search.
-        count = int(options["eigenvalues"])
-        first, around = count + 2, count + 1
-        counts, least = (first + around, 2 * first + around), SHORT_SEARCH + 2 * count + around
-        most = least + passes + around
-    one, two = ({**options, "passes": times * first} for times in (1, 2))
-    return _Repeats((one, two), counts, least, most, total)
 
 
 def _trial(job: Job, measure: Measure, num_examples: int, options: dict[str, Any]) -> float:

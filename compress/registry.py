@@ -184,7 +184,8 @@ class Measure:
     """A sensitivity that methods read and reports show.
 
     Attributes:
-        module: Where ``measure(source, graph, calibration, options, context)`` lives.
+        module: Where ``measure(source, graph, calibration, options, context)`` lives, and, where it makes more than one
+            pass over the data, ``repeats(options, total)`` (``sensitivity.Repeats``).
         options: Settings that it reads.
         needs_data: Whether it asks for calibration data.
         of_weights: Whether its layers are the network's weights; else they are activations.

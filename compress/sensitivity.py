@@ -17,6 +17,7 @@ from .errors import InputError
 SENSITIVITY_SCHEMA = "hcompress.sensitivity/1"
 COST_SCHEMA = "hcompress.cost/1"
 TOGETHER = "all layers"  # in place of a layer: of all of them
+FEW_PASSES = (2, 4)  # of trials
 Key = tuple[str, str]
 
 
@@ -26,6 +27,38 @@ class Estimate:
 
     value: float
     stderr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """What a measure does again and again, in passes, products or widths: ``repeats(options, total)`` of its file.
+
+    Attributes:
+        options: Of a short trial, and of one with more repeats.
+        counts: Repeats of the two.
+        least: Of the measure itself, if ``rtol`` is met at once.
+        most: Of the measure itself.
+        examples: That it looks at each time.
+    """
+
+    options: tuple[dict[str, Any], dict[str, Any]]
+    counts: tuple[int, int]
+    least: int
+    most: int
+    examples: int
+
+
+def repeats_once(options: Mapping[str, Any], total: int) -> Repeats:
+    """Of a measure that goes over its ``total`` examples once."""
+    same = dict(options)
+    return Repeats((same, same), (1, 1), 1, 1, total)
+
+
+def repeats_of_passes(options: Mapping[str, Any], total: int, *, fewest: int) -> Repeats:
+    """Of a measure that makes ``fewest`` passes and then more, until ``rtol`` is met or there were ``passes``."""
+    one, two = ({**options, "passes": count} for count in FEW_PASSES)
+    most = int(options["passes"])
+    return Repeats((one, two), FEW_PASSES, min(most, fewest), most, total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from compress.errors import UsageError
 from compress.forecast import forecast
 from compress.graph.trace import trace_graph
 from compress.job import Job
+from compress.registry import Measure, load_module
 from compress.settings import resolve
 from compress.task import Calibration, Classification
 
@@ -42,7 +43,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         clock.now += took(count, len(calibration.data))
 
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "load_module", lambda _: types.SimpleNamespace(measure=measure))
+
+    def loaded(which: Measure) -> Any:
+        """The measure's own count of what it repeats, and the time above."""
+        own = vars(load_module(which))
+        return types.SimpleNamespace(measure=measure, **{name: own[name] for name in ("repeats",) if name in own})
+
+    monkeypatch.setattr(module, "load_module", loaded)
     return clock
 
 

@@ -17,7 +17,7 @@ from ..curvature.activation_traces import activation_traces
 from ..graph.rewrite import activation_points, feeds_layer
 from ..graph.trace import Graph
 from ..model import Source
-from ..sensitivity import Estimate, Sensitivity
+from ..sensitivity import FEW_PASSES, Estimate, Repeats, Sensitivity, repeats_of_passes
 from ..task import Calibration
 
 
@@ -45,3 +45,8 @@ def measure(
     entries = {(name, ""): Estimate(e.mean, e.stderr) for name, e in traces.items()}
     unit = "loss per squared activation"
     return Sensitivity("activation-trace", unit, source.sha256, calibration.sha256(), entries, dict(options)), {}
+
+
+def repeats(options: Mapping[str, Any], total: int) -> Repeats:
+    """Passes of output-space probes."""
+    return repeats_of_passes(options, total, fewest=FEW_PASSES[0])

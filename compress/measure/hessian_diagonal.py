@@ -15,7 +15,8 @@ from ..curvature.diagonal import hessian_diagonal
 from ..curvature.network import open_network
 from ..graph.trace import Graph
 from ..model import Source
-from ..sensitivity import Estimate, Sensitivity
+from ..numerics.trace import FIRST as FEWEST_PRODUCTS
+from ..sensitivity import Estimate, Repeats, Sensitivity, repeats_of_passes
 from ..task import Calibration
 
 BLOCK_SIZE = 32  # inputs of a linear layer that share an average
@@ -51,3 +52,8 @@ def measure(
     recorded, unit = {**options, "passes": made}, "loss per squared weight"
     record = Sensitivity("hessian-diagonal", unit, source.sha256, calibration.sha256(), entries, recorded)
     return record, {name: d.entries.float() for name, d in found.items()}
+
+
+def repeats(options: Mapping[str, Any], total: int) -> Repeats:
+    """Products."""
+    return repeats_of_passes(options, total, fewest=FEWEST_PRODUCTS)

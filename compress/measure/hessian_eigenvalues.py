@@ -24,8 +24,9 @@ from ..curvature.traces import hessian_products
 from ..errors import UsageError
 from ..graph.trace import Graph
 from ..model import Source
+from ..numerics.eigenvalues import FIRST as SHORT_SEARCH
 from ..numerics.eigenvalues import top_eigenvalues
-from ..sensitivity import TOGETHER, Estimate, Sensitivity
+from ..sensitivity import TOGETHER, Estimate, Repeats, Sensitivity
 from ..task import Calibration
 
 ZERO = 1e-3  # of a block's largest eigenvalue: a smaller one need not be known to a share of itself
@@ -77,6 +78,20 @@ def _products(network: Network, calibration: Calibration, tensors: Sequence[str]
     vectors = {name: part.reshape(-1, *shape) for name, part, shape in zip(tensors, parts, shapes, strict=True)}
     found = hessian_products(network, calibration.task, calibration.data, vectors)
     return torch.cat([found[name].flatten(1) for name in tensors], 1)
+
+
+def repeats(options: Mapping[str, Any], total: int) -> Repeats:
+    """Products: one for the start and one for each residual, beside those of a search.
+
+    Raises:
+        UsageError: More eigenvalues than products.
+    """
+    count, limit = int(options["eigenvalues"]), int(options["passes"])
+    check_count(count, limit)
+    first, around = count + 2, count + 1
+    one, two = ({**options, "passes": times * first} for times in (1, 2))
+    least = SHORT_SEARCH + 2 * count + around
+    return Repeats((one, two), (first + around, 2 * first + around), least, least + limit + around, total)
 
 
 def check_count(count: int, limit: int) -> None:

@@ -19,7 +19,8 @@ from ..curvature.traces import AIDED, CONTROLLED, ggn_traces, hessian_traces
 from ..errors import UsageError
 from ..graph.trace import Graph
 from ..model import Source
-from ..sensitivity import Estimate, Sensitivity
+from ..numerics.trace import FIRST as FEWEST_PRODUCTS
+from ..sensitivity import FEW_PASSES, Estimate, Repeats, Sensitivity, repeats_of_passes
 from ..task import Calibration
 
 WITHOUT_CONTROL = "xtrace"
@@ -68,3 +69,9 @@ def measure(
         "hessian-trace", "loss per squared weight", source.sha256, calibration.sha256(), entries, recorded
     )
     return record, {}
+
+
+def repeats(options: Mapping[str, Any], total: int) -> Repeats:
+    """Passes of output-space probes, or products of each block."""
+    fewest = FEWEST_PRODUCTS if options["trace"] == "hessian" else FEW_PASSES[0]
+    return repeats_of_passes(options, total, fewest=fewest)

@@ -17,7 +17,7 @@ from ..curvature.moments import input_moments
 from ..curvature.network import open_network
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..sensitivity import Estimate, Sensitivity
+from ..sensitivity import Estimate, Repeats, Sensitivity
 from ..task import Calibration, has_logits
 from .changes import TEMPERATURE, loss_changes, telling_examples
 from .channel_widths import rounded_at
@@ -49,6 +49,12 @@ def measure(
     }
     unit = "nats" if has_logits(task) else "squared output"
     return Sensitivity(NAME, unit, source.sha256, calibration.sha256(), entries, dict(options)), {}
+
+
+def repeats(options: Mapping[str, Any], total: int) -> Repeats:
+    """Widths."""
+    one, two = ({**options, "widths": tuple(range(USUAL, USUAL + count))} for count in (1, 2))
+    return Repeats((one, two), (1, 2), len(WIDTHS), len(WIDTHS), min(total, EXAMPLES))
 
 
 def at_every_width(
