@@ -75,6 +75,7 @@ OBS7 = Case("obs, sparsity 0.7", "prune", {"method": "obs", "sparsity": "0.7"})
 MAGNITUDE7 = Case("magnitude, sparsity 0.7", "prune", {"method": "magnitude", "sparsity": "0.7"})
 OURS8 = Case("output-change, 8 bits on average, 8-bit activations", "quantize", {"budget": "8bit", "activations": "8"})
 OURS48 = Case("output-change, 4 bits on average, 8-bit activations", "quantize", {"budget": "4bit", "activations": "8"})
+OURS44 = Case("output-change, 4 bits on average, 4-bit activations", "quantize", {"budget": "4bit", "activations": "4"})
 OURS4 = Case(
     "output-change, 4 bits on average, float activations", "quantize", {"budget": "4bit", "activations": "float"}
 )
@@ -107,7 +108,7 @@ def networks(data: str | None) -> Iterator[tuple[Network, tuple[Case, ...]]]:
     )
     cut = (STRUCTURED, RECOVERED, HESSO)
     cases = (
-        (PRUNE, LAYERWISE, MAGNITUDE7, OBS7, LAYERWISE8, *cut, INT8, OURS8, OURS48, BITS4, OURS4, BITS3, OURS3),
+        (PRUNE, LAYERWISE, MAGNITUDE7, OBS7, LAYERWISE8, *cut, INT8, OURS8, OURS48, OURS44, BITS4, OURS4, BITS3, OURS3),
         (BITS8, OURS4),
     )
     for (name, file, factory, function, split), chosen in zip(parts, cases, strict=True):
