@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..plan import WIDEST
 from .trace import CONVOLUTIONS, TRANSPOSED, WEIGHT_ARGUMENT, WEIGHT_OPS, argument, aten
+from .writes import writes
 
 decomposed = torch.ops.quantized_decomposed
 BATCH_NORMS = (aten.batch_norm.default,)
@@ -508,7 +509,7 @@ def quantize_activations(module: fx.GraphModule, grids: Mapping[str, Grid]) -> N
 
 def writes_in_place(graph: fx.Graph) -> bool:
     """Whether an operator of the graph writes into its input, so that values that were kept would change."""
-    return any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in graph.nodes)
+    return any(writes(node) for node in graph.nodes)
 
 
 def rounded_to(value: Tensor, grid: Grid) -> Tensor:

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import InputError, UsageError
 from .regions import inline_regions
+from .writes import replace_writes
 
 aten = torch.ops.aten
 CONVOLUTIONS = {
@@ -180,6 +181,7 @@ def trace_module(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> Expor
             hint="check --data or --input-shape; branches on values must become torch.where or torch.cond",
         ) from error
     inline_regions(program)
+    replace_writes(program)
     require_dynamic_batch(program)
     return program
 
