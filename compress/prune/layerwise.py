@@ -45,6 +45,7 @@ from .removal import Removal, removal_for
 NAME = "layerwise"
 COSTS, SCORES = "layerwise costs", "layerwise scores"  # in the memo of a job
 SALIENCY = "how far a removal moves the network's outputs, in the order in which weights of a row go"
+FEW = 16  # examples, with fewer of which a note says what that means
 PASSES = 1
 
 
@@ -156,6 +157,12 @@ def _open(
 ) -> _Surgery:
     data = fitting_examples(graph, calibration.data)
     if NAME not in context.memo:
+        if len(data) < FEW:
+            shown = f"{len(data)} calibration example{'s' * (len(data) > 1)}"
+            context.notes.append(
+                f"what goes and what is fitted was chosen on {shown} alone, and may fit no others; pass a few hundred "
+                "with --data"
+            )
         context.memo[NAME] = output_gradients(
             open_network(graph, layers=tuple(layers), device=context.device),
             calibration.task,

@@ -252,6 +252,15 @@ def test_what_cannot_be_fitted_is_pruned_once_and_named(options: dict[str, Any])
     assert note.startswith("a.weight, up.weight: pruned, but not fitted: ")
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, ["1 calibration example alone"]), (15, ["15 calibration examples alone"]), (16, [])]
+)
+def test_few_examples_are_said(count: int, said: list[str]) -> None:
+    surroundings = context()
+    prune(network("conv2d"), examples("conv2d", count), 0.5, within=surroundings)
+    assert [note.split(",")[0].partition("chosen on ")[2] for note in surroundings.notes] == said
+
+
 def test_another_checkpoint_keeps_the_masks_and_gets_values_of_its_own() -> None:
     x = examples("residual")
     _, plan, sidecar, _ = prune(network("residual"), x, 0.6)
