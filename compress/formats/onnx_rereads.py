@@ -41,19 +41,21 @@ def rereads_as_sums(model: onnx.ModelProto) -> onnx.ModelProto:
             users[name].append(node)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        source = made_by.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if source is not None and source.op_type == "DequantizeLinear":
-            own, grid = _grid(source, constants), _grid(node, constants)
-            if own is not None and grid is not None:
-                levels = _range(made_by.get(source.input[0]), constants)
-                moved = _spare_clip(node, grid, _levels(levels, own, grid), users, constants)
-                if moved is not None:
-                    graph.initializer.append(moved)
-                name = node.output[0]
-                nodes.append(helper.make_node("DequantizeLinear", [ZERO, ONE, ZERO], [f"{name}_zero"]))
-                nodes.append(helper.make_node("Add", [node.input[0], f"{name}_zero"], [f"{name}_sum"]))
-                node.input[0] = f"{name}_sum"
         nodes.append(node)
+        source = made_by.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        own, grid = _grid(source, constants), _grid(node, constants)
+        if own is None or grid is None:
+            continue
+        levels = _ends(made_by.get(source.input[0]), constants) or (0, TOP)
+        moved = _spare_clip(node, grid, _levels(levels, own, grid), users, constants)
+        if moved is not None:
+            graph.initializer.append(moved)
+        name = node.output[0]
+        nodes.insert(-1, helper.make_node("DequantizeLinear", [ZERO, ONE, ZERO], [f"{name}_zero"]))
+        nodes.insert(-1, helper.make_node("Add", [node.input[0], f"{name}_zero"], [f"{name}_sum"]))
+        node.input[0] = f"{name}_sum"
     if len(nodes) > len(graph.node):
         graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), ZERO))
         graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), ONE))
@@ -77,11 +79,11 @@ def _spare_clip(
         users: The nodes that read each value.
     """
     name, (_, zero) = node.output[0], grid
-    clip = users[name][0]
-    if len(users[name]) != 1 or clip.op_type != "Clip":
+    clip = users[name][0] if len(users[name]) == 1 else None
+    ends = _ends(clip, constants)
+    if clip is None or ends is None:
         return None
-    readers = users[clip.output[0]]
-    low, top = _range(clip, constants)
+    readers, (low, top) = users[clip.output[0]], ends
     is_low, is_high = reached[0] < low - zero - MARGIN, reached[1] > top - zero + MARGIN
     if low or (is_low and is_high) or any(reader.op_type != "DequantizeLinear" for reader in readers):
         return None
@@ -106,9 +108,9 @@ def _grid(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) ->
     return float(scale.item()), int(zero.item())
 
 
-def _range(node: onnx.NodeProto | None, constants: Mapping[str, NDArray[np.generic]]) -> tuple[int, int]:
-    """The lowest and the highest level that a Clip leaves; of another node's output, those of uint8."""
-    if node is None or node.op_type != "Clip" or any(name not in constants for name in node.input[1:]):
-        return 0, TOP
-    low, high = (int(constants[name].item()) for name in node.input[1:])
-    return low, high
+def _ends(node: onnx.NodeProto | None, constants: Mapping[str, NDArray[np.generic]]) -> tuple[int, int] | None:
+    """The lowest and the highest level that a Clip leaves; None of another node, and where an end isn't known."""
+    if node is None or node.op_type != "Clip" or len(node.input) != 3:
+        return None
+    low, high = (constants.get(name) for name in node.input[1:])
+    return None if low is None or high is None else (int(low.item()), int(high.item()))

@@ -75,6 +75,19 @@ def test_the_clip_stays_where_values_are_beyond_both_ends() -> None:
     assert [count(model, "Clip") for model in (nonnegative, negative, both, inside)] == [1, 1, 2, 1]
 
 
+def test_a_clip_of_one_end_stays_and_what_nothing_reads_is_no_error() -> None:
+    plain = reread((0.1, 0), (0.5, 0), 4)
+    next(node for node in plain.graph.node if node.output[0] == "d").input[1] = ""
+    changed = rereads_as_sums(plain)
+    assert [count(changed, op) for op in ("Clip", "Add")] == [2, 1]
+    x = np.arange(0, 30, 0.1, dtype=np.float32)
+    want, got = (outputs(model, x, is_optimized=False) for model in (plain, changed))
+    assert np.array_equal(got[1], want[1])
+    unread = reread((0.1, 0), (0.5, 0), 4)
+    del unread.graph.node[4:], unread.graph.output[1:]
+    assert count(rereads_as_sums(unread), "Add") == 0  # dropped, as what it makes is
+
+
 def test_what_is_rounded_once_stays() -> None:
     plain = reread((0.1, 0), (0.5, 0), 4)
     del plain.graph.node[3:], plain.graph.output[1:]
