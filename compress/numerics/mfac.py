@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
+from . import blas
 from .gradient_file import CPU, ChunkedGradients, file_gradients, held_gradients
 
 DTYPES = (torch.float32, torch.float64)
@@ -539,10 +540,10 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
         part = _gather(gradients, columns[:, strip])
         if not is_dual:
             part = part.to(torch.float64).mT
-        for rows, others in rectangles:
-            if len(part) == 1:
-                sums[0, rows, others].addmm_(part[0, rows], part[0, others].mT)  # in place, which baddbmm_ isn't
-            else:
+        if len(part) == 1 and blas.applies(part):
+            blas.add_gram(sums[0], part[0])
+        else:
+            for rows, others in rectangles:
                 sums[:, rows, others] += part[:, rows] @ part[:, others].mT
         if is_dual and (number % SUMMED == 0 or number == len(strips)):
             gram += sums
@@ -688,8 +689,10 @@ def _diagonal(system: _System, factor: Tensor) -> Tensor:
     if size <= m:
         return factor.diagonal(dim1=1, dim2=2)
     root = factor.to(gradients.dtype)
-    norms = [_squared_norms(root, _gather(gradients, columns[:, strip])) for strip in _strips(columns, m)]
-    gap = 1 - torch.cat(norms, 1).to(torch.float64)
+    # Made before the copies of strips: what stays and is made between them keeps malloc from using their place again.
+    gap = torch.empty(columns.shape, dtype=torch.float64, device=gradients.device)
+    for strip in _strips(columns, m):
+        gap[:, strip] = 1 - _squared_norms(root, _gather(gradients, columns[:, strip])).to(torch.float64)
     result = gap.clamp(max=1) / system.u
     for block in torch.nonzero((gap < SMALL_GAP).any(1))[:, 0].tolist():
         one = _inverse_system(gradients, columns[block, None], factor[block, None], float(system.u))
@@ -737,6 +740,8 @@ def _unit_blocks(system: _System, factor: Tensor, block: Tensor, at: Tensor) -> 
 
 def _squared_norms(root: Tensor, part: Tensor) -> Tensor:
     """Squared column norms of ``root @ part``, ``[n, B]``; ``root`` is lower triangular."""
+    if len(part) == 1 and blas.applies(part):
+        return blas.triangular_product(root[0], part[0]).square_().sum(0)[None]
     result = torch.zeros_like(part[:, 0])
     for start in range(0, part.shape[1], ROWS):
         stop = start + ROWS
@@ -788,10 +793,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """``G^T y`` of each block, ``[n, B, k]``, as a sum of two."""
     product = product or _plain_product
-    strips = _strips(columns, len(gradients))
-    # Converted before it is transposed: to change the order of memory at the same time takes thrice as long.
-    pairs = [product(_gather(gradients, columns[:, strip]).to(y.dtype).mT, y) for strip in strips]
-    high, low = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+    high = y.new_empty(*columns.shape, y.shape[2])  # made first, as the diagonal is
+    low = torch.empty_like(high)
+    for strip in _strips(columns, len(gradients)):
+        # Converted before it is transposed: to change the order of memory at the same time takes thrice as long.
+        high[:, strip], low[:, strip] = product(_gather(gradients, columns[:, strip]).to(y.dtype).mT, y)
     return high, low
 
 

@@ -510,3 +510,13 @@ def test_many_dampings_at_once_are_as_one_by_one(blocks: Blocks) -> None:
     update, dampings = joint_update(gradients, weights, keep, blocks=blocks), [1e-6, 1e-3, 1.0]
     for found, damping in zip(update.solve_each(dampings), dampings, strict=True):
         torch.testing.assert_close(found, update.solve(damping), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(90, 400), (90, 70)])
+def test_with_several_threads_it_is_the_same_but_for_rounding(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = normal(3, *shape)
+    inverse = inverse_fisher(gradients, 1e-3)
+    monkeypatch.setattr(mfac.blas, "applies", lambda part: False)
+    torch.testing.assert_close(inverse_fisher(gradients, 1e-3).diagonal(), inverse.diagonal(), rtol=1e-11, atol=0)
