@@ -58,7 +58,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: str | float | ctypes.c_void
         elif isinstance(argument, str):
             pointers.append(ctypes.c_char_p(argument.encode()))
         else:
-            pointers.append(ctypes.byref((ctypes.c_int if isinstance(argument, int) else scalar)(argument)))
+            pointers.append(ctypes.byref(ctypes.c_int(argument) if isinstance(argument, int) else scalar(argument)))
     function = _function(prefix + name)
     with _libraries().limit(limits=1):
         function(*pointers)
