@@ -208,6 +208,9 @@ def _taken(values: Tensor, index: Tensor, dim: int) -> Tensor:
 def fit_survivors(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     """The rows ``v``, zero where they aren't ``kept``, with the least ``(w - v) H (w - v)^T``, ``[r, k]``.
 
+    Of rows that keep more than half, what is taken away is solved for: ``v = w - x H^-1``, where ``x`` is zero where a
+    row is kept, and such that ``v`` is zero elsewhere.
+
     Args:
         weight: ``w``, ``[r, k]``.
         moment: ``H``, ``[k, k]``, positive definite; ``[g, k, k]`` where each ``r / g`` rows have one of their own.
@@ -215,21 +218,41 @@ def fit_survivors(weight: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
     """
     r, k = weight.shape
     moments = moment if moment.dim() == 3 else moment[None]
-    slopes = (weight.reshape(len(moments), -1, k) @ moments).reshape(r, k)
     owners = torch.arange(r, device=weight.device) * len(moments) // max(1, r)
-    fitted = torch.zeros_like(weight)
-    for rows in _chunks(r, max(1, int(kept.sum(1).max())) ** 2):
-        mask = kept[rows]
-        # As many columns as the fullest row keeps; what pads the others reads nothing, and gets zero.
+    many = 2 * kept.sum(1) > k
+    fitted = torch.where(kept, weight, 0)
+    if not bool(many.all()):
+        slopes = _multiplied(weight, moments)
+        fitted[~many] = _solved(slopes[~many], moments, owners[~many], kept[~many])
+    if bool((many & ~kept.all(1)).any()):
+        inverses = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+        taken = torch.zeros_like(weight)
+        taken[many] = _solved(weight[many], inverses, owners[many], ~kept[many])
+        changed = (weight - _multiplied(taken, inverses)).masked_fill_(~kept, 0)
+        fitted[many] = changed[many]
+    return fitted
+
+
+def _multiplied(rows: Tensor, moments: Tensor) -> Tensor:
+    """Rows ``[r, k]`` by the matrix of each, ``[g, k, k]``."""
+    return (rows.reshape(len(moments), -1, rows.shape[1]) @ moments).reshape(rows.shape)
+
+
+def _solved(right: Tensor, moments: Tensor, owners: Tensor, chosen: Tensor) -> Tensor:
+    """Rows ``x``, zero where they aren't ``chosen``, whose product with their matrix is ``right`` where they are."""
+    found = torch.zeros_like(right)
+    for rows in _chunks(len(right), int(chosen.sum(1).max()) ** 2):
+        mask = chosen[rows]
+        # As many columns as the fullest row has; what pads the others reads nothing, and gets zero.
         index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
         is_real = mask.gather(1, index)
         own = moments[owners[rows, None, None], index[:, :, None], index[:, None]]
         own.mul_(is_real[:, :, None] & is_real[:, None])
         own.diagonal(dim1=1, dim2=2).add_((~is_real).to(own.dtype))
-        wanted = slopes[rows].gather(1, index) * is_real
+        wanted = right[rows].gather(1, index) * is_real
         solved = torch.cholesky_solve(wanted[..., None], torch.linalg.cholesky(own))[..., 0]
-        fitted[rows] = torch.zeros_like(fitted[rows]).scatter_(1, index, solved)
-    return fitted
+        found[rows] = torch.zeros_like(found[rows]).scatter_(1, index, solved)
+    return found
 
 
 def _between(moment: Tensor, index: Tensor) -> Tensor:

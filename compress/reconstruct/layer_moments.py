@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..curvature.moments import MAX_POSITIONS, channel_dim, read_positions, sampling_step
+from ..errors import NumericsError
 from ..graph.rewrite import bias_keys, operand, tensor_at
 from ..graph.trace import WEIGHT_ARGUMENT, Graph, Layer, argument, aten
 from .side_by_side import SideBySide, norm_after, wanted_output
@@ -21,6 +22,7 @@ from .side_by_side import SideBySide, norm_after, wanted_output
 FIT_DAMPING = 0.02  # of the mean squared input: what pulls the fit to the weights as they are
 SMALLEST_RIDGE = torch.finfo(torch.float32).tiny
 ROUNDING = 1e-5  # of the mean squared input: what float32 products leave of a variance that is none
+RIDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input
 CHUNK = 2**16  # positions at a time
 
 
@@ -54,6 +56,27 @@ class Moments:
         pull = (ridge + ROUNDING * self.power) * start.transpose(1, 2)  # inputs that never change leave the weights
         rows: Tensor = torch.linalg.solve(damped, self.cross + pull).transpose(1, 2)
         return rows, damped
+
+    def positive(self, damped: Tensor, tensor: str) -> Tensor:
+        """What ``fitted`` gives, with the least ridge at which it is positive definite in floats.
+
+        Of inputs that are all but constant, the differences of float32 sums are left, of any sign.
+
+        Args:
+            tensor: The layer's, for what is said of it.
+
+        Raises:
+            NumericsError: Inputs aren't finite, or there is no such ridge.
+        """
+        if not bool(torch.isfinite(damped).all()):
+            raise NumericsError(f"the inputs of {tensor} aren't finite", hint="check the calibration data")
+        eye = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+        for share in RIDGES:
+            raised = damped + share * (self.power + SMALLEST_RIDGE) * eye
+            unit = raised.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+            if not bool(torch.linalg.cholesky_ex((raised / unit).float()).info.any()) and bool((unit > 0).all()):
+                return raised
+        raise NumericsError(f"the inputs of {tensor} leave nothing to solve", hint="pass --exclude for it")
 
     def offset(self, rows: Tensor) -> Tensor:
         """What is missing of the outputs' means with rows ``[g, c, k]``, ``[g c]``."""

@@ -20,6 +20,7 @@ from ..context import Progress
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, on_device, rounded_to, split_reads, unlift
 from ..graph.trace import Graph
+from ..numerics.elimination import fit_survivors
 from ..numerics.output_rounding import round_rows
 from ..numerics.rounding import spread_scale
 from ..widths import Width
@@ -109,11 +110,12 @@ def _rounded(pair: SideBySide, place: Place, grid: Storage) -> tuple[QuantizedTe
     if moments is None:
         return None, nothing
     start = weight.reshape(*moments.mean_y.shape, -1).double()
+    fitted, damped = moments.fitted(start)
     zeros = start == 0
-    if bool(zeros.any()):  # a pruned weight stays pruned, and isn't fitted: every weight would take part
-        fitted, masked = start, zeros
-    else:
-        fitted, masked = moments.fitted(start)[0], None
+    masked = zeros if bool(zeros.any()) else None
+    if masked is not None:  # a pruned weight stays pruned
+        moment, kept = moments.positive(damped, place.layer.tensor), ~masked.flatten(0, 1)
+        fitted = fit_survivors(fitted.flatten(0, 1), moment, kept).reshape(fitted.shape)
     size, is_shared = grid.group_size, axis is None
     levels, scales = round_rows(fitted, moments.gram, grid.levels, is_shared=is_shared, zeros=masked, group_size=size)
     flat = scales.flatten(0, 1)

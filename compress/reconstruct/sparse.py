@@ -21,16 +21,14 @@ from torch import Tensor, fx
 from ..context import Progress
 from ..curvature.moments import LARGEST_MOMENT
 from ..curvature.row_traces import OutputGradients
-from ..errors import NumericsError
 from ..graph.rewrite import on_device, tensor_at, unlift
 from ..graph.trace import Graph, Layer
 from ..numerics.elimination import Elimination, eliminate, fit_survivors
 from ..numerics.units import Units, cheapest
 from ..pattern import Pattern
-from .layer_moments import SMALLEST_RIDGE, Moments, Place, add_offset, layer_places, moments_of
+from .layer_moments import Moments, Place, add_offset, layer_places, moments_of
 from .side_by_side import SideBySide, walk
 
-RIDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input
 EVEN = 0.05  # of the mean position: what each counts at least
 
 
@@ -214,7 +212,7 @@ def _rows_of(pair: SideBySide, place: Place, reactions: OutputGradients, units: 
     weight = pair.after[place.weight]
     (groups, c), k = moments.mean_y.shape, moments.mean_x.shape[1]
     fitted, damped = moments.fitted(weight.reshape(groups, c, k).double())
-    moment = _positive(damped, moments.power, place)
+    moment = moments.positive(damped, place.layer.tensor)
     rows, zeros = (values.reshape(groups * c, k) for values in (fitted, weight == 0))
     if bool(zeros.any()):
         rows = fit_survivors(rows, moment, ~zeros)
@@ -230,19 +228,3 @@ def _counts(pair: SideBySide, place: Place, reactions: OutputGradients) -> Tenso
         return None
     counts = found / mean + EVEN
     return counts.to(pair.after[place.weight])
-
-
-def _positive(moment: Tensor, power: Tensor, place: Place) -> Tensor:
-    """Moments ``[g, k, k]`` with the least ridge at which they are positive definite in floats.
-
-    Of inputs that are all but constant, the differences of float32 sums are left, of any sign.
-    """
-    if not bool(torch.isfinite(moment).all()):
-        raise NumericsError(f"the inputs of {place.layer.tensor} aren't finite", hint="check the calibration data")
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    for share in RIDGES:
-        raised = moment + share * (power + SMALLEST_RIDGE) * eye
-        unit = raised.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        if not bool(torch.linalg.cholesky_ex((raised / unit).float()).info.any()) and bool((unit > 0).all()):
-            return raised
-    raise NumericsError(f"the inputs of {place.layer.tensor} leave nothing to solve", hint="pass --exclude for it")
