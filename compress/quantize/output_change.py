@@ -45,8 +45,8 @@ from .points import at_point as at_point
 from .reads import Ranges, find_reads, grids_of, read_ranges, read_records
 
 NAME = "output-change"
-TARGETS = (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 7)
-MEASURED = (2, 4)  # whole widths at which each weight's loss is measured
+TARGETS = (*(eighths / 8 for eighths in range(10, 37)), 5, 5.5, 6, 7)  # bits of mixtures
+MEASURED = (2, 3, 4)  # whole widths at which each weight's loss is measured
 USUAL = 3  # bits at which examples are told apart by how far their outputs move
 EXAMPLES = 128
 PASSES = 2
