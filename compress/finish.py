@@ -60,6 +60,9 @@ LATENCY_REPEATS = 150
 LATENCY_TIME_S = 4.0
 LATENCY_TRIES = 3
 LOSS_BATCH = 32
+LEAST_UNSEEN = (
+    64  # examples of the evaluation data that losses are measured on, where there are fewer to calibrate with
+)
 LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 
 
@@ -217,7 +220,7 @@ def _measure(job: Job, built: Built, plan: Plan | None, dense: Dense, target: Ta
         "activations": figures.activation_records(built.graph, plan, target.frontier, target.sensitivities),
         "groups": [] if plan is None else figures.group_records(plan),
         "frontier": None if target.frontier is None else figures.frontier_figures(target.frontier),
-        "loss": None if plan is None else _loss(job, built, plan),
+        "loss": None if plan is None else _loss(job, built, plan, data),
         "saliencies": canonical.plain(target.saliencies),
         "predictors": None if target.predictors is None else dict(target.predictors),
         "notes": job.notes,
@@ -256,30 +259,37 @@ def timed(
     return best
 
 
-def _loss(job: Job, built: Built, plan: Plan) -> dict[str, Any] | None:
-    """What the compressed network loses on the calibration data, and what the method expected."""
+def _loss(job: Job, built: Built, plan: Plan, evaluation: Data | None) -> dict[str, Any] | None:
+    """What the compressed network loses on the calibration data, what the method expected, and what others show.
+
+    On the calibration data, which layers were fitted to, it can be far less than on examples that nothing has seen: so
+    many of the evaluation data's, at even steps, are measured as well.
+    """
     if job.calibration is None:
         return None
-    data, dense, what = job.calibration.data, float_module(job.graph), "loss on calibration data"
-    (measured,) = divergences_from(
-        dense,
-        [built.module],
-        data,
-        job.task,
-        CPU,
-        batch_size=LOSS_BATCH,
-        progress=lambda done: job.progress(what, done, len(data)),
-    )
+    data, dense = job.calibration.data, float_module(job.graph)
+
+    def measured(some: Data, what: str) -> float:
+        def progress(done: int) -> None:
+            job.progress(f"loss on {what} data", done, len(some))
+
+        return divergences_from(dense, [built.module], some, job.task, CPU, batch_size=LOSS_BATCH, progress=progress)[0]
+
+    found, unseen = measured(data, "calibration"), None
+    if evaluation is not None:
+        some = evaluation.every(-(-len(evaluation) // max(len(data), LEAST_UNSEEN)))
+        unseen = {"measured": measured(some, "evaluation"), "num_examples": len(some)}
     with torch.no_grad():
         outputs = run(dense, data.first(1), CPU)
     words, unit = divergence_words(outputs, are_logits=has_logits(job.task))
     return {
         # Of another checkpoint, what was predicted says nothing about this one.
         "predicted": plan.predicted.get("loss") if plan.source_sha256 == job.source.sha256 else None,
-        "measured": measured,
+        "measured": found,
         "unit": unit,
         "what": f"{words} the dense network, calibration data",
         "num_examples": len(data),
+        "evaluation": unseen,
     }
 
 

@@ -122,6 +122,11 @@ def loss_text(loss: dict[str, Any]) -> str:
     """Predicted against measured loss in a line, with what was measured and on how many examples."""
     unit, predicted, measured = loss["unit"], loss["predicted"], loss["measured"]
     about = f"({escape(loss['what'])}; {loss['num_examples']:,} examples)"
+    unseen = loss.get("evaluation")
+    if unseen is not None:
+        about += (
+            f"; {loss_amount(unseen['measured'], unit)} on {unseen['num_examples']:,} examples of the evaluation data"
+        )
     if predicted is None:
         return f"measured {loss_amount(measured, unit)} {about}"
     times = times_text(measured, predicted)

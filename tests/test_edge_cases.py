@@ -79,6 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"plain": (x, y), "one": (x[:1], y[:1]), "label7": (x, np.where(np.arange(64) == 9, 7, y))}
     huge = x.copy()
     huge[41] = 3e38
+    data |= {"wide_range": (10 * x, y)}
     data |= {"one_class": (x, 0 * y), "same": (np.ones_like(x), y)}
     data |= {"huge": (huge, y), "binary": (x, y % 2), "wide": (x, generator.standard_normal((64, 3), dtype=np.float32))}
     for name, (inputs, targets) in data.items():
@@ -152,6 +153,15 @@ def test_odd_layers_are_compressed_as_the_budget_says(run: Run, job: str, method
 def test_one_calibration_image_is_enough(run: Run, folder: Path, job: str, method: str) -> None:
     report = run(job, method, "plain", data=str(folder / "one.npz"))
     assert report["loss"]["num_examples"] == 1
+    assert report["loss"]["evaluation"]["num_examples"] == 64
+
+
+def test_the_loss_is_measured_on_evaluation_data_too(run: Run, folder: Path) -> None:
+    same = run("quantize", "uniform", "plain")["loss"]
+    assert same["evaluation"] == {"measured": same["measured"], "num_examples": same["num_examples"]}
+    other = run("quantize", "uniform", "plain", eval=str(folder / "wide_range.npz"), out=str(folder / "other"))["loss"]
+    assert other["measured"] == same["measured"]
+    assert other["evaluation"]["measured"] > 2 * same["measured"]
 
 
 @pytest.mark.parametrize(("job", "method"), CASES)

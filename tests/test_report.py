@@ -498,8 +498,10 @@ def test_predicted_stands_against_measured_loss() -> None:
         == "predicted 0.0021 nats, measured 0.003 nats, 1.43 times as much (KL divergence; 512 examples)"
     )
     assert loss_text(LOSS | {"predicted": None}) == "measured 0.003 nats (KL divergence; 512 examples)"
+    unseen = LOSS | {"evaluation": {"measured": 0.015, "num_examples": 500}}
+    assert loss_text(unseen) == f"{loss_text(LOSS)}; 0.015 nats on 500 examples of the evaluation data"
     for render in (render_html, render_markdown):
-        assert loss_text(LOSS) in render(make_report(loss=dict(LOSS)))
+        assert loss_text(unseen) in render(make_report(loss=dict(unseen)))
 
 
 @pytest.mark.parametrize(
