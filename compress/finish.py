@@ -60,9 +60,7 @@ LATENCY_REPEATS = 150
 LATENCY_TIME_S = 4.0
 LATENCY_TRIES = 3
 LOSS_BATCH = 32
-LEAST_UNSEEN = (
-    64  # examples of the evaluation data that losses are measured on, where there are fewer to calibrate with
-)
+LEAST_UNSEEN = 64  # of the evaluation data's examples, where fewer calibrate
 LATENCY_THREADS = 1  # a second session's idle threads spin, and would slow the first on a machine with few cores
 
 

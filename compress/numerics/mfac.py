@@ -534,17 +534,12 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
     r = m if is_dual else size
     gram = torch.zeros(len(columns), r, r, dtype=torch.float64, device=gradients.device)
     sums = torch.zeros_like(gram, dtype=gradients.dtype) if is_dual else gram
-    rectangles = _triangle(0, r, ROWS if gram.device.type == "cpu" else DEVICE_ROWS)
     strips = list(_strips(columns, m))
     for number, strip in enumerate(strips, start=1):
         part = _gather(gradients, columns[:, strip])
         if not is_dual:
             part = part.to(torch.float64).mT
-        if len(part) == 1 and blas.applies(part):
-            blas.add_gram(sums[0], part[0])
-        else:
-            for rows, others in rectangles:
-                sums[:, rows, others] += part[:, rows] @ part[:, others].mT
+        _add_gram(sums, part)
         if is_dual and (number % SUMMED == 0 or number == len(strips)):
             gram += sums
             sums.zero_()
@@ -556,6 +551,19 @@ def _gram(gradients: Gradients, columns: Tensor, *, is_dual: bool) -> Tensor:
             hint="the loss is far from normal; check the checkpoint and the scale of the loss",
         )
     return gram
+
+
+def _add_gram(sums: Tensor, part: Tensor) -> None:
+    """Add the lower triangle of ``part part^T`` of each block ``[n, r, k]`` to ``sums`` ``[n, r, r]``."""
+    is_alone = len(part) == 1
+    if is_alone and blas.applies(part):
+        blas.add_gram(sums[0], part[0])
+        return
+    for rows, others in _triangle(0, part.shape[1], ROWS if part.device.type == "cpu" else DEVICE_ROWS):
+        if is_alone:
+            sums[0, rows, others].addmm_(part[0, rows], part[0, others].mT)  # in place, which baddbmm_ isn't
+        else:
+            sums[:, rows, others] += part[:, rows] @ part[:, others].mT
 
 
 def _triangle(start: int, stop: int, most: int) -> list[tuple[slice, slice]]:
