@@ -61,8 +61,8 @@ def pack_weights(
     segments += [segment for group in groups for segment in group.segments()]
     for stream in runs(sorted(segments, key=_Segment.kind), _Segment.size, _Segment.kind):
         _add_stream(build, stream)
-    for group in groups:
-        _add_rows(build, group)
+    for group, signs in zip(groups, _row_signs(build, groups), strict=True):
+        _add_rows(build, group, signs)
     replaced = {weight.name for weight in narrow}
     if dequantize == "fold":
         replaced |= _fold(build, packed.graph, weights)
@@ -227,8 +227,26 @@ def _groups(weights: Iterable[_Weight]) -> Iterator[_Group]:
         yield _Group(tuple(run))
 
 
-def _add_rows(build: Builder, group: _Group) -> None:
-    """The initializers of a group, from the segments that its widths have taken."""
+def _row_signs(build: Builder, groups: Sequence[_Group]) -> list[str]:
+    """int32 ``[c, 1]``: the signs of each group's rows, from one bit a row; no name where none is flipped."""
+    flipped = [group for group in groups if group.is_flipped()]
+    if not flipped:
+        return [""] * len(groups)
+    every = np.concatenate([weight.signs.reshape(-1) for group in flipped for weight in group.weights])
+    bits = _padded([(every > 0).astype(np.uint8)])
+    flat = look_up(build, table(build, 1, 1, 1), build.int32(planes.pack(bits, 1)))
+    column = build.op("Reshape", flat, build.constant(np.array([-1, 1])))
+    rows, padding = [len(group.letters()) for group in flipped], bits.size - every.size
+    parts = iter(split(build, column, rows, padding=padding) if len(rows) > 1 or padding else [column])
+    return [next(parts) if group.is_flipped() else "" for group in groups]
+
+
+def _add_rows(build: Builder, group: _Group, signs: str) -> None:
+    """The initializers of a group, from the segments that its widths have taken.
+
+    Args:
+        signs: Of its rows; empty where none is flipped.
+    """
     letters = np.array(list(group.letters()))
     rows = [weight.levels.shape[weight.axis] for weight in group.weights]
     length = group.weights[0].levels.size // rows[0]
@@ -239,7 +257,7 @@ def _add_rows(build: Builder, group: _Group) -> None:
             continue
         places.append(found)
         if letter == "0":
-            zero = build.constant(np.array(0, np.int32 if group.is_flipped() else np.int8))
+            zero = build.constant(np.array(0, np.int32 if signs else np.int8))
             parts.append(build.op("Expand", zero, build.constant(np.array([len(found) * length]))))
         else:
             parts.append(group.taken[letter])
@@ -247,9 +265,8 @@ def _add_rows(build: Builder, group: _Group) -> None:
     matrix = build.op("Reshape", flat, build.constant(np.array([-1, length])))
     order = np.argsort(np.concatenate(places)).astype(np.min_scalar_type(len(letters)))
     matrix = build.op("Gather", matrix, build.int32(order))
-    if group.is_flipped():
-        signs = np.concatenate([weight.signs.reshape(-1) for weight in group.weights])
-        matrix = build.op("Mul", matrix, _signs_of(build, signs[:, None]))
+    if signs:
+        matrix = build.op("Mul", matrix, signs)
         matrix = build.op("Cast", matrix, to=onnx.TensorProto.INT8)
     names = split(build, matrix, rows, padding=0) if len(rows) > 1 else [matrix]
     for weight, name in zip(group.weights, names, strict=True):
