@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BY_CHANNEL = "channels:"
-CHANNEL_BYTES = 2  # of a channel with a width of its own: its place and sign in model.onnx, its letter in the index
+CHANNEL_BYTES = 1  # of a channel with a width of its own: its place in model.onnx, its letter in the index
 MOST_EMPTY = 64  # at most so many channels for each that has levels: zeros must not swell a file without end
 Width = int | str
 

@@ -91,6 +91,13 @@ def look_up(build: Builder, table: str, every_byte: str) -> str:
     return build.op("Reshape", build.op("Gather", table, every_byte), build.constant(np.array([-1])))
 
 
+def largest_first(build: Builder, values: str, count: int) -> str:
+    """int32: the places of the ``count`` largest values; those of equal values ascend."""
+    outputs = [f"{build.prefix}{len(build.nodes)}_{part}" for part in ("values", "indices")]
+    build.emit("TopK", [values, build.constant(np.array([count]))], outputs)
+    return build.op("Cast", outputs[1], to=onnx.TensorProto.INT32)
+
+
 def split(
     build: Builder, value: str, sizes: Sequence[int], *, padding: int, names: Sequence[str] | None = None
 ) -> list[str]:

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from . import planes
-from .onnx_build import Builder, look_up, table
+from .onnx_build import Builder, largest_first, look_up, table
 
 MOST_LOW_BITS = 16
 GROUP = 8  # Numbers come in so many, that all fields unpack to one length.
@@ -116,10 +116,7 @@ def _add_ones(build: Builder, unary: Integers) -> str:
     bits = np.zeros(-(-int(ends[-1] + 1) // 8) * 8, np.uint8)
     bits[ends] = 1
     every_bit = look_up(build, table(build, 1, 0, 0), build.int32(planes.pack(bits, 1)))
-    outputs = [f"{build.prefix}{len(build.nodes)}_{part}" for part in ("values", "indices")]
-    # Equal values are in the order of their places.
-    build.emit("TopK", [every_bit, build.constant(np.array([unary.size]))], outputs)
-    return build.op("Cast", outputs[1], to=onnx.TensorProto.INT32)
+    return largest_first(build, every_bit, unary.size)
 
 
 def _zeros(build: Builder, count: int) -> str:

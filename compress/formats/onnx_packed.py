@@ -4,9 +4,9 @@ An int8 initializer becomes fields of 1, 2 or 4 bits (``planes.py``), and one st
 initializers of one width. Nodes take them apart again: Cast, Gather in a table of 256 rows, Reshape, Add where there
 are several fields, Split, Reshape. The tables are made in the graph by Div and Mod, with the field's shift and the
 levels' offset in them. Weights whose channels have widths of their own share the streams: the rows of one length, of
-all such weights, are put together by Concat, brought into their order by Gather, and split again. Only ops that ONNX
-Runtime and OpenVINO fold are used, so with their default optimisations the running network is that of the plain file,
-bit for bit; without them it unpacks in every run.
+all such weights, are put together by Concat, brought into their order by Gather, and split again; the order of many
+rows is that of their widths, sorted by TopK. Only ops that ONNX Runtime and OpenVINO fold are used, so with their
+default optimisations the running network is that of the plain file, bit for bit; without them it unpacks in every run.
 
 Cost: packing, one pass over the weights. ONNX Runtime keeps what it folds until it has folded the whole graph: loading
 takes 2 to 5 bytes of memory a weight more than the plain file at 2 and 4 bits, and 24 to 53 at the other widths, which
@@ -27,9 +27,11 @@ from onnx import helper, numpy_helper
 
 from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
 from . import planes
-from .onnx_build import Builder, digits, free_prefix, insert, look_up, runs, split, table
+from .onnx_build import Builder, digits, free_prefix, insert, largest_first, look_up, runs, split, table
+from .onnx_codes import GROUP, add_fields
 
 Dequantize = Literal["linear", "fold"]
+MOST_PLACES = 256  # rows that are put into their order by a byte each
 
 
 def pack_weights(
@@ -61,8 +63,8 @@ def pack_weights(
     segments += [segment for group in groups for segment in group.segments()]
     for stream in runs(sorted(segments, key=_Segment.kind), _Segment.size, _Segment.kind):
         _add_stream(build, stream)
-    for group, signs in zip(groups, _row_signs(build, groups), strict=True):
-        _add_rows(build, group, signs)
+    for group, signs, order in zip(groups, _row_signs(build, groups), _row_orders(build, groups), strict=True):
+        _add_rows(build, group, signs, order)
     replaced = {weight.name for weight in narrow}
     if dequantize == "fold":
         replaced |= _fold(build, packed.graph, weights)
@@ -241,21 +243,48 @@ def _row_signs(build: Builder, groups: Sequence[_Group]) -> list[str]:
     return [next(parts) if group.is_flipped() else "" for group in groups]
 
 
-def _add_rows(build: Builder, group: _Group, signs: str) -> None:
+def _row_orders(build: Builder, groups: Sequence[_Group]) -> list[str]:
+    """int32 ``[c]``: where each of a group's rows is once they are put in the order of their widths.
+
+    Of so many that a place isn't a byte, the places are found from the widths, which take four bits at most.
+    """
+    coded = [group.letters() for group in groups if len(group.letters()) > MOST_PLACES]
+    kinds = [letter for letter in reversed(WIDTHS) if any(letter in letters for letters in coded)]
+    values = np.array([kinds.index(letter) for letters in coded for letter in letters], np.int64)
+    parts: Iterator[str] = iter(())
+    if coded:
+        padding = -values.size % GROUP
+        flat = add_fields(build, np.pad(values, (0, padding)), max(1, (len(kinds) - 1).bit_length()))
+        rows = [len(letters) for letters in coded]
+        parts = iter(split(build, flat, rows, padding=padding) if len(rows) > 1 or padding else [flat])
+    orders = []
+    for group in groups:
+        count = len(group.letters())
+        if count > MOST_PLACES:
+            places = largest_first(build, next(parts), count)
+            orders.append(largest_first(build, build.op("Sub", build.number(0), places), count))
+        else:
+            letters = np.array(list(group.letters()))
+            places_of = np.concatenate([np.flatnonzero(letters == letter) for letter in WIDTHS])
+            orders.append(build.int32(np.argsort(places_of).astype(np.uint8)))
+    return orders
+
+
+def _add_rows(build: Builder, group: _Group, signs: str, order: str) -> None:
     """The initializers of a group, from the segments that its widths have taken.
 
     Args:
         signs: Of its rows; empty where none is flipped.
+        order: Where each of its rows is, in the order of their widths.
     """
     letters = np.array(list(group.letters()))
     rows = [weight.levels.shape[weight.axis] for weight in group.weights]
     length = group.weights[0].levels.size // rows[0]
-    places, parts = [], []
+    parts = []
     for letter in WIDTHS:
         found = np.flatnonzero(letters == letter)
         if not len(found):
             continue
-        places.append(found)
         if letter == "0":
             zero = build.constant(np.array(0, np.int32 if signs else np.int8))
             parts.append(build.op("Expand", zero, build.constant(np.array([len(found) * length]))))
@@ -263,8 +292,7 @@ def _add_rows(build: Builder, group: _Group, signs: str) -> None:
             parts.append(group.taken[letter])
     flat = build.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
     matrix = build.op("Reshape", flat, build.constant(np.array([-1, length])))
-    order = np.argsort(np.concatenate(places)).astype(np.min_scalar_type(len(letters)))
-    matrix = build.op("Gather", matrix, build.int32(order))
+    matrix = build.op("Gather", matrix, order)
     if signs:
         matrix = build.op("Mul", matrix, signs)
         matrix = build.op("Cast", matrix, to=onnx.TensorProto.INT8)

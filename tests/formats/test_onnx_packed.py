@@ -86,8 +86,12 @@ BY_CHANNEL = [
 ]
 
 
+@pytest.mark.parametrize("most_places", [256, 3], ids=["a byte a place", "places from widths"])
 @pytest.mark.parametrize(("letters", "flipped"), BY_CHANNEL)
-def test_channels_have_widths_of_their_own(letters: str, flipped: tuple[str, ...], tmp_path: Path) -> None:
+def test_channels_have_widths_of_their_own(
+    letters: str, flipped: tuple[str, ...], most_places: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_packed, "MOST_PLACES", most_places)
     bits: dict[str, Width] = {name: channels_of(name, letters) for name in SHAPES}
     levels = random_levels(bits, 0, flipped=flipped)
     plain = network(levels, "integer")
@@ -97,13 +101,15 @@ def test_channels_have_widths_of_their_own(letters: str, flipped: tuple[str, ...
     assert "DequantizeLinear" not in assert_same_network(folded, network(levels, "float"), tmp_path)
 
 
-def test_widths_by_channel_cost_their_bits_and_two_bytes_a_channel() -> None:
-    letters = "0" * 64 + "t" * 64 + "3" * 64 + "s" * 64
-    bits = "channels:" + letters
-    levels = np.random.default_rng(0).integers(-1, 2, (256, 1200)).astype(np.int8)
-    levels[:64] = 0
-    packed = pack_weights(of_levels({"w": levels}, {"w": np.ones(256, np.float32)}), {"w": bits})
-    assert packed.ByteSize() < 64 * 1200 * (1.6 + 3 + 8 / 3) / 8 + 256 * (4 + 2) + 3_000
+@pytest.mark.parametrize(("count", "own_bytes"), [(64, 1 + 1 / 8), (1024, 2 / 8 + 1 / 8)])
+def test_widths_by_channel_cost_their_bits_and_little_more(count: int, own_bytes: float) -> None:
+    """A sign, and a place of few channels, or the width of one of many, of which there are four."""
+    bits = "channels:" + "".join(letter * count for letter in "0t3s")
+    levels = np.random.default_rng(0).integers(-1, 2, (4 * count, 1200)).astype(np.int8)
+    levels[:count] = 0
+    levels[2 * count : 3 * count, 0] = 4  # flipped
+    packed = pack_weights(of_levels({"w": levels}, {"w": np.ones(4 * count, np.float32)}), {"w": bits})
+    assert packed.ByteSize() < count * 1200 * (1.6 + 3 + 8 / 3) / 8 + 4 * count * (4 + own_bytes) + 2_300
 
 
 def test_widths_of_other_channels_are_refused() -> None:
