@@ -28,7 +28,7 @@ from onnx import helper, numpy_helper
 from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
 from . import planes
 from .onnx_build import Builder, digits, free_prefix, insert, largest_first, look_up, runs, split, table
-from .onnx_codes import GROUP, add_fields
+from .onnx_codes import add_fields
 
 Dequantize = Literal["linear", "fold"]
 MOST_PLACES = 256  # rows that are put into their order by a byte each
@@ -238,9 +238,13 @@ def _row_signs(build: Builder, groups: Sequence[_Group]) -> list[str]:
     bits = _padded([(every > 0).astype(np.uint8)])
     flat = look_up(build, table(build, 1, 1, 1), build.int32(planes.pack(bits, 1)))
     column = build.op("Reshape", flat, build.constant(np.array([-1, 1])))
-    rows, padding = [len(group.letters()) for group in flipped], bits.size - every.size
-    parts = iter(split(build, column, rows, padding=padding) if len(rows) > 1 or padding else [column])
+    parts = iter(_parted(build, column, [len(group.letters()) for group in flipped], bits.size - every.size))
     return [next(parts) if group.is_flipped() else "" for group in groups]
+
+
+def _parted(build: Builder, value: str, sizes: Sequence[int], padding: int) -> list[str]:
+    """``value`` in parts of ``sizes``; without a node where it is the only one."""
+    return split(build, value, sizes, padding=padding) if len(sizes) > 1 or padding else [value]
 
 
 def _row_orders(build: Builder, groups: Sequence[_Group]) -> list[str]:
@@ -250,13 +254,12 @@ def _row_orders(build: Builder, groups: Sequence[_Group]) -> list[str]:
     """
     coded = [group.letters() for group in groups if len(group.letters()) > MOST_PLACES]
     kinds = [letter for letter in reversed(WIDTHS) if any(letter in letters for letters in coded)]
-    values = np.array([kinds.index(letter) for letters in coded for letter in letters], np.int64)
     parts: Iterator[str] = iter(())
     if coded:
-        padding = -values.size % GROUP
-        flat = add_fields(build, np.pad(values, (0, padding)), max(1, (len(kinds) - 1).bit_length()))
         rows = [len(letters) for letters in coded]
-        parts = iter(split(build, flat, rows, padding=padding) if len(rows) > 1 or padding else [flat])
+        values = _padded([np.array([kinds.index(letter) for letters in coded for letter in letters], np.uint8)])
+        flat = add_fields(build, values.astype(np.int64), max(1, (len(kinds) - 1).bit_length()))
+        parts = iter(_parted(build, flat, rows, values.size - sum(rows)))
     orders = []
     for group in groups:
         count = len(group.letters())
@@ -296,7 +299,7 @@ def _add_rows(build: Builder, group: _Group, signs: str, order: str) -> None:
     if signs:
         matrix = build.op("Mul", matrix, signs)
         matrix = build.op("Cast", matrix, to=onnx.TensorProto.INT8)
-    names = split(build, matrix, rows, padding=0) if len(rows) > 1 else [matrix]
+    names = _parted(build, matrix, rows, 0)
     for weight, name in zip(group.weights, names, strict=True):
         moved = np.moveaxis(weight.levels, weight.axis, 0).shape
         shape = build.constant(np.array(moved, np.int64))
