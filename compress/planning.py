@@ -63,6 +63,7 @@ from .verify import Session, evaluate, open_session, runtime_forward
 
 DEFAULT_DROP = 1.0  # percentage points, where nothing else says what may be lost
 RESOLUTION = 0.01  # of the dense file's bytes: a search ends when the next step is smaller
+ROOM = 0.002  # of a budget of bytes: what may be left of it
 LATENCY_REPEATS = 60
 LATENCY_TRIES = 8
 FIRST_SHARE = 0.6  # of the MACs: the first network that a latency is measured of
@@ -175,6 +176,8 @@ def make_plan(job: Job, goal: Goal) -> tuple[Decided, Built, dict[str, Sensitivi
         if recovers and quantity != "bytes":  # no file has to be looked at first
             decided, recovers = recovered(job, decided, goal.journal, resume=goal.resume), False
         published = publish(job, decided, goal.stage)
+        if quantity == "bytes" and not recovers:
+            published = _filled(job, goal, *published)
         decided, built = _within_bytes(job, goal, *published, sensitivities, training)
     if recovers:
         decided, built = publish(job, recovered(job, decided, goal.journal, resume=goal.resume), goal.stage)
@@ -320,6 +323,18 @@ def _settled(decided: Decided, amount: float) -> Decided:
     assert frontier is not None
     excess = amount - frontier.amount(frontier.costs[frontier.index])
     return replace(decided, frontier=replace(frontier, fixed=frontier.fixed + round(excess / frontier.scale)))
+
+
+def _filled(job: Job, goal: Goal, decided: Decided, built: Built) -> tuple[Decided, Built]:
+    """A larger point of the frontier where the written file leaves room: codes by stages take less than their bits."""
+    limit = absolute_budget(goal.budget, goal.dense)
+    assert limit is not None
+    if decided.frontier is None or built.sizes[delivered_name(job.settings)] > (1 - ROOM) * limit.limit:
+        return decided, built
+    index = decided.frontier.within(limit.limit)
+    if index is None or index <= decided.frontier.index:
+        return decided, built
+    return publish(job, _moved(job, goal, decided, index), goal.stage)
 
 
 def _within_bytes(

@@ -4,6 +4,14 @@ One width for a whole weight is an int, 2 to 8 bits. Where each output channel h
 ``channels:`` and a letter of ``WIDTHS`` for each, as in ``channels:33t4``. Beside whole bits there are the widths that
 fill a byte better: five weights of three levels, or three of six. A channel of width ``0`` has no levels: its weights
 are zeros, and take nothing.
+
+Widths ``a`` to ``k`` are those of a code by stages, in which the levels that are seldom take more bits. Levels are
+numbered from zero outwards, 0, 1, -1, 2, -2 and so on. The first stage has so many bits for each weight: the smallest
+numbers, and one that says that there is more in the next stage, where the same is done with what is left. Such a
+width's bits are those that a channel takes at most on average: its scale is chosen for that.
+Source: Golomb 1966 (Run-length encodings) and Rice 1979 (JPL 79-22), whose unary part counts here in digits of more
+than a bit; that entropy-coded uniform levels beat equally long ones is Gish and Pierce 1968 (Asymptotically efficient
+quantizing).
 """
 
 from __future__ import annotations
@@ -23,16 +31,24 @@ class Levels:
 
     Attributes:
         per_byte: How many of them are the digits of one byte; 0 where whole bits are stored (``formats.planes``).
+        stages: Bits of the stages of a code by stages; none where all levels take as many.
     """
 
     low: int
     high: int
     bits: float
     per_byte: int = 0
+    stages: tuple[int, ...] = ()
 
     def count(self) -> int:
         """How many levels there are."""
         return self.high - self.low + 1
+
+
+def _by_stages(bits: float, *stages: int) -> Levels:
+    """As many on both sides as the stages can tell: all that each has, less one that leads to the next."""
+    high = sum(2**own - 1 for own in stages) // 2
+    return Levels(-high, high, bits, stages=stages)
 
 
 WIDTHS = {
@@ -42,6 +58,17 @@ WIDTHS = {
     "s": Levels(-3, 2, 8 / 3, per_byte=3),
     **{str(bits): Levels(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, float(bits)) for bits in range(3, 8)},
     "8": Levels(-127, 127, 8.0),
+    "a": _by_stages(1.5625, 1, 1),
+    "b": _by_stages(2.125, 2, 2, 2),
+    "c": _by_stages(2.375, 2, 2, 2),
+    "d": _by_stages(2.625, 2, 2, 2),
+    "e": _by_stages(2.875, 2, 2, 2),
+    "f": _by_stages(3.25, 3, 3, 2),
+    "g": _by_stages(3.625, 3, 3, 2),
+    "h": _by_stages(4.25, 4, 4, 2),
+    "i": _by_stages(4.625, 4, 4, 2),
+    "j": _by_stages(5.25, 5, 5),
+    "k": _by_stages(5.75, 5, 5),
 }
 
 
@@ -50,8 +77,17 @@ def levels_of(width: Width) -> Levels:
     return WIDTHS[str(width)]
 
 
+def kind_of(letter: str) -> str:
+    """The first letter whose levels are stored in the same way: of a code by stages, the letters of one code."""
+    stages = WIDTHS[letter].stages
+    return next(own for own in WIDTHS if WIDTHS[own].stages == stages) if stages else letter
+
+
 def offset_of(width: Width) -> int:
-    """What is added to levels, so that none is negative; of 8 bits too, of whose numbers the lowest is no level."""
+    """What is added to levels that take equally many bits, so that none is negative.
+
+    Of 8 bits too, of whose numbers the lowest is no level.
+    """
     return 128 if str(width) == "8" else -levels_of(width).low
 
 
@@ -104,5 +140,7 @@ def counts(width: Width) -> str:
     letters = letters_of(width)
     names = {"0": "without levels", **{letter: f"of {WIDTHS[letter].count()} levels" for letter in "ts"}}
     return ", ".join(
-        f"{letters.count(letter)} {names.get(letter, f'of {letter} bits')}" for letter in WIDTHS if letter in letters
+        f"{letters.count(letter)} {names.get(letter, f'of {WIDTHS[letter].bits:g} bits')}"
+        for letter in WIDTHS
+        if letter in letters
     )

@@ -18,9 +18,19 @@ from onnx import helper, numpy_helper
 from .onnx_graph import reads
 
 STREAM_WEIGHTS = 4_000_000
+FEW_BYTES = 2**17  # of a plane: the bytes of nodes count, and those of memory don't
 
 Array = NDArray[np.generic]
 T = TypeVar("T")
+
+
+@dataclass
+class _Together:
+    """Planes of one width that are read together: the nodes that read all of them, and that give each its own."""
+
+    cast: onnx.NodeProto
+    parts: onnx.NodeProto
+    planes: list[Array] = field(default_factory=list)
 
 
 @dataclass
@@ -31,6 +41,7 @@ class Builder:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[object, onnx.TensorProto] = field(default_factory=dict)
     known: dict[object, str] = field(default_factory=dict)
+    together: dict[int, _Together] = field(default_factory=dict)
 
     def constant(self, array: Array) -> str:
         """The name of an initializer that holds ``array``."""
@@ -52,7 +63,55 @@ class Builder:
 
     def int32(self, array: Array) -> str:
         """``array``, of a small integer type, as int32."""
+        if array.ndim == 1 and array.dtype == np.uint8:
+            return self.fields_of(array, 8)
         return self.op("Cast", self.constant(array), to=onnx.TensorProto.INT32)
+
+    def fields_of(self, plane: Array, width: int, shift: int = 0, offset: int = 0) -> str:
+        """int32, one dimension: the fields of a plane's bytes, times ``2**shift``, minus ``offset``.
+
+        Few bytes are looked up together with those of all other planes of this width.
+        """
+        if plane.size > FEW_BYTES:
+            every_byte = self.op("Cast", self.constant(plane), to=onnx.TensorProto.INT32)
+            if width < 8:
+                return look_up(self, table(self, width, shift, offset), every_byte)
+            fields = every_byte
+        else:
+            key = (plane.tobytes(), width)
+            if key not in self.known:
+                self.known[key] = self._part(plane, width)
+            fields = self.known[key]
+        if shift:
+            fields = self.op("Mul", fields, self.number(1 << shift))
+        return self.op("Sub", fields, self.number(offset)) if offset else fields
+
+    def _part(self, plane: Array, width: int) -> str:
+        if width not in self.together:
+            cast, parts = (onnx.NodeProto(op_type=kind) for kind in ("Cast", "Split"))
+            cast.attribute.append(helper.make_attribute("to", onnx.TensorProto.INT32))
+            cast.output.append(f"{self.prefix}bytes{width}")
+            self.nodes.append(cast)
+            fields = cast.output[0]
+            if width < 8:
+                fields = look_up(self, table(self, width, 0, 0), fields)
+            parts.input.append(fields)
+            self.nodes.append(parts)
+            self.together[width] = _Together(cast, parts)
+        together = self.together[width]
+        together.planes.append(plane)
+        together.parts.output.append(f"{self.prefix}fields{width}_{len(together.planes)}")
+        return str(together.parts.output[-1])
+
+    def finish(self) -> None:
+        """Fill in what was put together."""
+        for width, together in self.together.items():
+            together.cast.input.append(self.constant(np.concatenate(together.planes)))
+            if len(together.planes) == 1:
+                together.parts.op_type = "Identity"
+                continue
+            sizes = [plane.size * (8 // width) for plane in together.planes]
+            together.parts.input.append(self.constant(np.array(sizes)))
 
     def number(self, value: int) -> str:
         """An int32 of no dimension."""
@@ -93,9 +152,14 @@ def look_up(build: Builder, table: str, every_byte: str) -> str:
 
 def largest_first(build: Builder, values: str, count: int) -> str:
     """int32: the places of the ``count`` largest values; those of equal values ascend."""
+    return build.op("Cast", places_of_largest(build, values, count), to=onnx.TensorProto.INT32)
+
+
+def places_of_largest(build: Builder, values: str, count: int) -> str:
+    """The same in int64."""
     outputs = [f"{build.prefix}{len(build.nodes)}_{part}" for part in ("values", "indices")]
     build.emit("TopK", [values, build.constant(np.array([count]))], outputs)
-    return build.op("Cast", outputs[1], to=onnx.TensorProto.INT32)
+    return outputs[1]
 
 
 def split(
@@ -112,6 +176,7 @@ def split(
 
 def insert(build: Builder, graph: onnx.GraphProto, replaced: Container[str]) -> None:
     """The builder's nodes before the graph's own, without the ``replaced`` initializers that no node needs any more."""
+    build.finish()
     nodes = [*build.nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

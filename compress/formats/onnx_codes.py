@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from . import planes
-from .onnx_build import Builder, largest_first, look_up, table
+from .onnx_build import Builder, largest_first
 
 MOST_LOW_BITS = 16
 GROUP = 8  # Numbers come in so many, that all fields unpack to one length.
@@ -89,12 +89,7 @@ def add_fields(build: Builder, values: Integers, bits: int, *, offset: int = 0) 
     total, shift = "", 0
     for width in _fields(bits):
         plane = planes.pack((values >> shift & ((1 << width) - 1)).astype(np.uint8), width)
-        every_byte = build.int32(plane)
-        if width < 8:
-            part = look_up(build, table(build, width, shift, offset), every_byte)
-        else:
-            part = build.op("Mul", every_byte, build.number(1 << shift)) if shift else every_byte
-            part = build.op("Sub", part, build.number(offset)) if offset else part
+        part = build.fields_of(plane, width, shift, offset)
         total = build.op("Add", total, part) if total else part
         shift, offset = shift + width, 0
     return total
@@ -115,8 +110,7 @@ def _add_ones(build: Builder, unary: Integers) -> str:
     ends = np.cumsum(unary + 1) - 1
     bits = np.zeros(-(-int(ends[-1] + 1) // 8) * 8, np.uint8)
     bits[ends] = 1
-    every_bit = look_up(build, table(build, 1, 0, 0), build.int32(planes.pack(bits, 1)))
-    return largest_first(build, every_bit, unary.size)
+    return largest_first(build, build.fields_of(planes.pack(bits, 1), 1), unary.size)
 
 
 def _zeros(build: Builder, count: int) -> str:

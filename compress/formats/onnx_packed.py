@@ -25,9 +25,19 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
+from ..widths import WIDTHS, Width, is_mixed, is_width, kind_of, letters_of, levels_of, of_letter, offset_of
 from . import planes
-from .onnx_build import Builder, digits, free_prefix, insert, largest_first, look_up, runs, split, table
+from .onnx_build import (
+    Builder,
+    digits,
+    free_prefix,
+    insert,
+    largest_first,
+    look_up,
+    places_of_largest,
+    runs,
+    split,
+)
 from .onnx_codes import add_fields
 
 Dequantize = Literal["linear", "fold"]
@@ -134,7 +144,8 @@ class _Group:
     taken: dict[str, str] = field(default_factory=dict)
 
     def letters(self) -> str:
-        return "".join(letters_of(weight.bits) for weight in self.weights)
+        """One for each row; of widths that are stored in the same way, the first one's."""
+        return "".join(kind_of(letter) for weight in self.weights for letter in letters_of(weight.bits))
 
     def is_flipped(self) -> bool:
         return any(weight.is_flipped() for weight in self.weights)
@@ -167,20 +178,26 @@ def _weight(graph: onnx.GraphProto, constants: Mapping[str, onnx.TensorProto], n
     if is_mixed(bits) and len(letters) != levels.shape[axis]:
         raise ValueError(f"{name}: widths for {len(letters)} channels, not for {levels.shape[axis]}")
     per_channel = [-1 if dim == axis else 1 for dim in range(levels.ndim)]
-    offset, count = (
-        np.array([find(letter) for letter in letters], np.int16).reshape(per_channel if is_mixed(bits) else 1)
-        for find in (offset_of, _count)
+    low, high = (
+        np.array(ends, np.int16).reshape(per_channel if is_mixed(bits) else 1)
+        for ends in zip(*map(_ends, letters), strict=True)
     )
-    signs = _signs(levels, np.broadcast_shapes(along, offset.shape), offset)
-    unsigned = levels.astype(np.int16) * signs + offset
-    if not ((unsigned >= 0) & (unsigned < count)).all():
+    signs = _signs(levels, np.broadcast_shapes(along, low.shape), low, high)
+    stored = levels.astype(np.int16) * signs
+    if not ((stored >= low) & (stored <= high)).all():
         raise ValueError(f"{name}: levels {levels.min()} to {levels.max()} don't fit {bits} bits")
-    return _Weight(name, bits, axis, unsigned.astype(np.uint8), signs, nodes, scales)
+    rows = np.moveaxis(stored, axis, 0).reshape(levels.shape[axis] if is_mixed(bits) else 1, -1)
+    numbers = np.empty(rows.shape, np.uint8)
+    for letter in set(letters):
+        chosen = [own == letter for own in letters]
+        numbers[chosen] = planes.numbers_of(rows[chosen], letter)
+    moved = np.moveaxis(stored, axis, 0).shape
+    return _Weight(name, bits, axis, np.moveaxis(numbers.reshape(moved), 0, axis), signs, nodes, scales)
 
 
-def _count(letter: str) -> int:
-    """Numbers that levels may be stored as."""
-    return 256 if letter == "8" else levels_of(letter).count()
+def _ends(letter: str) -> tuple[int, int]:
+    """Lowest and highest level that can be stored."""
+    return (-128, 127) if letter == "8" else (levels_of(letter).low, levels_of(letter).high)
 
 
 def _scale(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], num_dims: int) -> NDArray[np.float32]:
@@ -198,12 +215,15 @@ def _scale(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], num_
     return scale.reshape(along)
 
 
-def _signs(levels: NDArray[np.int8], shape: tuple[int, ...], offset: NDArray[np.int16]) -> NDArray[np.int8]:
-    """-1 for each channel whose largest level only fits its width when flipped; of ``shape``."""
+def _signs(
+    levels: NDArray[np.int8], shape: tuple[int, ...], low: NDArray[np.int16], high: NDArray[np.int16]
+) -> NDArray[np.int8]:
+    """-1 for each channel that only fits its width when flipped; of ``shape``."""
     others = tuple(dim for dim, size in enumerate(shape) if size == 1)
     largest = levels.max(axis=others, keepdims=True, initial=-128).astype(np.int16)
-    # Three levels, and none, are as many on both sides.
-    return np.where((largest == offset) & (offset > 1), np.int8(-1), np.int8(1)).astype(np.int8)
+    smallest = levels.min(axis=others, keepdims=True, initial=127).astype(np.int16)
+    fits = (smallest >= low) & (largest <= high)
+    return np.where(~fits & (-largest >= low) & (-smallest <= high), np.int8(-1), np.int8(1)).astype(np.int8)
 
 
 def _whole(weight: _Weight) -> _Segment:
@@ -236,7 +256,7 @@ def _row_signs(build: Builder, groups: Sequence[_Group]) -> list[str]:
         return [""] * len(groups)
     every = np.concatenate([weight.signs.reshape(-1) for group in flipped for weight in group.weights])
     bits = _padded([(every > 0).astype(np.uint8)])
-    flat = look_up(build, table(build, 1, 1, 1), build.int32(planes.pack(bits, 1)))
+    flat = build.fields_of(planes.pack(bits, 1), 1, 1, 1)
     column = build.op("Reshape", flat, build.constant(np.array([-1, 1])))
     parts = iter(_parted(build, column, [len(group.letters()) for group in flipped], bits.size - every.size))
     return [next(parts) if group.is_flipped() else "" for group in groups]
@@ -313,25 +333,61 @@ def _add_rows(build: Builder, group: _Group, signs: str, order: str) -> None:
 def _add_stream(build: Builder, segments: Sequence[_Segment]) -> None:
     """The stream of ``segments``, all of one width, and the nodes that make their levels."""
     width, is_flipped = segments[0].width, segments[0].is_flipped
-    merged = _padded(
-        [segment.levels for segment in segments], 8 if isinstance(width, int) else levels_of(width).per_byte
-    )
-    total, shift = "", 0
-    fields = planes.fields(width) if isinstance(width, int) else (8,)
-    for bits, plane in zip(fields, planes.pack_planes(merged, width), strict=True):
-        offset = 0 if shift else offset_of(width)
-        rows = table(build, bits, shift, offset) if isinstance(width, int) else _digits(build, width, offset)
-        if len(fields) == 1 and not is_flipped:
-            rows = build.op("Cast", rows, to=onnx.TensorProto.INT8)
-        flat = look_up(build, rows, build.int32(plane))
-        total = build.op("Add", total, flat) if total else flat
-        shift += bits
-    if len(fields) > 1 and not is_flipped:
-        total = build.op("Cast", total, to=onnx.TensorProto.INT8)
+    if planes.stages_of(width):
+        merged = _padded_stages([segment.levels for segment in segments], width)
+        total = _add_stages(build, merged, width)
+        if is_flipped:
+            total = build.op("Cast", total, to=onnx.TensorProto.INT32)
+    else:
+        merged = _padded(
+            [segment.levels for segment in segments], 8 if isinstance(width, int) else levels_of(width).per_byte
+        )
+        total = _add_whole_bits(build, merged, width, is_flipped=is_flipped)
     sizes = [segment.size() for segment in segments]
     parts = split(build, total, sizes, padding=merged.size - sum(sizes))
     for segment, part in zip(segments, parts, strict=True):
         segment.finish(build, part)
+
+
+def _add_stages(build: Builder, numbers: planes.Bytes, width: Width) -> str:
+    """int8 ``[n]``: levels of a code by stages, whose values each fill whole bytes."""
+    parts, stages = planes.in_stages(numbers, width), planes.stages_of(width)
+    total = ""
+    for values, bits in reversed([*zip(parts, stages, strict=True)]):
+        if not values.size:
+            continue
+        found = add_fields(build, values.astype(np.int64), bits)
+        if total:
+            most = build.number(2**bits - 1)
+            places = places_of_largest(build, build.op("Div", found, most), int((values == 2**bits - 1).sum()))
+            total = build.op("ScatterElements", found, places, build.op("Add", total, most))
+        else:
+            total = found
+    every = planes.levels_from(np.arange(levels_of(width).count(), dtype=np.uint8), width)
+    return build.op("Gather", build.constant(every.astype(np.int8)), total)
+
+
+def _padded_stages(parts: Sequence[planes.Bytes], width: Width) -> planes.Bytes:
+    """The parts, and values that fill up the bytes of every stage."""
+    stages = planes.stages_of(width)
+    firsts = [sum(2**own - 1 for own in stages[:place]) for place in range(len(stages))]
+    merged = np.concatenate(parts)
+    for first in reversed(firsts):
+        missing = -int((merged >= first).sum()) % 8
+        merged = np.concatenate([merged, np.full(missing, first, np.uint8)])
+    return merged
+
+
+def _add_whole_bits(build: Builder, merged: planes.Bytes, width: Width, *, is_flipped: bool) -> str:
+    """int8 ``[n]``, or int32 where signs will be applied: levels that take equally many bits."""
+    if isinstance(width, int):
+        total = add_fields(build, merged.astype(np.int64), width, offset=offset_of(width))
+    else:
+        (plane,) = planes.pack_planes(merged, width)
+        total = look_up(build, _digits(build, width, offset_of(width)), build.int32(plane))
+    if not is_flipped:
+        total = build.op("Cast", total, to=onnx.TensorProto.INT8)
+    return total
 
 
 def _padded(parts: Sequence[planes.Bytes], multiple: int = 8) -> planes.Bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 PARTS = ("weights", "scales", "floats", "constants", "nodes", "rest")
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -35,16 +35,34 @@ def onnx_sizes(data: bytes) -> dict[str, int]:
         for place, name in enumerate(node.input):
             readers.setdefault(name, []).append((node, place))
     sizes = dict.fromkeys(PARTS, 0)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for tensor in graph.initializer:
-        sizes[_part(tensor, list(_past_casts(tensor.name, readers)), made)] += _value_bytes(tensor)
+        for part, size in _parts(tensor, constants, readers, made):
+            sizes[part] += size
     sizes["nodes"] = sum(_field_bytes(node.ByteSize()) for node in graph.node)
     sizes["rest"] = len(data) - sum(sizes.values())
     return sizes
 
 
+def _parts(
+    tensor: TensorProto,
+    constants: Mapping[str, TensorProto],
+    readers: Mapping[str, list[Reader]],
+    made: Mapping[str, onnx.NodeProto],
+) -> Iterator[tuple[str, int]]:
+    """What an initializer is, and its bytes; of one of bytes that are split, what each part is."""
+    read = list(_past_casts(tensor.name, readers))
+    if tensor.data_type == TensorProto.UINT8 and [(node.op_type, place) for node, place in read] == [("Split", 0)]:
+        node = read[0][0]
+        for name, size in zip(node.output, numpy_helper.to_array(constants[node.input[1]]).tolist(), strict=True):
+            yield _part(tensor, list(_past_casts(name, readers)), made), size
+    else:
+        yield _part(tensor, read, made), _value_bytes(tensor)
+
+
 def _past_casts(name: str, readers: Mapping[str, list[Reader]]) -> Iterator[Reader]:
     for node, place in readers.get(name, []):
-        if node.op_type == "Cast":
+        if node.op_type in ("Cast", "Identity"):
             yield from _past_casts(node.output[0], readers)
         else:
             yield node, place

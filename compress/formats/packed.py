@@ -8,9 +8,10 @@ order, ``c`` for an axis and one for ``null``. An entry with a fifth number, a g
 so many elements of a row instead, the last one of a row for what is left: they are in the bfloat16 tensor
 ``hcompress.group_scales``, row by row. A quantized tensor is its levels plus ``2**(bits - 1)`` in the planes of
 ``planes.py``; a sparse one its elements, little endian. Bits by channel are a text (``widths.py``): the levels of all
-channels of one width, less their lowest, follow each other, the widths in the order of ``widths.WIDTHS``; a channel of
-width ``0`` has none. Where ``survivors`` is not ``null``, a bit mask of one plane comes first, and only the elements
-under its ones, so many, follow. A tensor outside of the index is an ordinary entry.
+channels of one width, less their lowest or as ``planes.numbers_of`` numbers them, follow each other, the widths in the
+order of ``widths.WIDTHS``; a channel of width ``0`` has none. Where ``survivors`` is not ``null``, a bit mask of one
+plane comes first, and only the elements under its ones, so many, follow. A tensor outside of the index is an ordinary
+entry.
 
 Cost: one pass over each tensor; decoding takes at most 64 times the file's bytes (a mask over all-zero int64).
 """
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InputError, escape
-from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter, offset_of
+from ..widths import WIDTHS, Width, is_mixed, is_width, letters_of, levels_of, of_letter
 from . import planes
 
 INDEX_KEY = "hcompress.packed"
@@ -187,13 +188,11 @@ class _Packing:
         levels: NDArray[np.int16] = tensor.levels.cpu().numpy().astype(np.int16)
         parts = [(width, levels[places].reshape(-1)) for width, places in _places(tensor.bits, tensor.axis)]
         survivors = int(np.count_nonzero(levels))
-        masked = sum(planes.packed_size(int(np.count_nonzero(part)), width) for width, part in parts)
-        is_masked = planes.packed_size(levels.size, 1) + masked < sum(planes.packed_size(p.size, w) for w, p in parts)
-        if is_masked:
-            self.quantized_chunks.append(planes.pack((levels.reshape(-1) != 0).astype(np.uint8), 1))
-            parts = [(width, part[part != 0]) for width, part in parts]
-        for width, part in parts:
-            self.quantized_chunks.append(planes.pack((part + offset_of(width)).astype(np.uint8), width))
+        chunks = [planes.pack(planes.numbers_of(part, width), width) for width, part in parts]
+        masked = [planes.pack(planes.numbers_of(part[part != 0], width), width) for width, part in parts]
+        mask = planes.pack((levels.reshape(-1) != 0).astype(np.uint8), 1)
+        is_masked = sum(chunk.size for chunk in [mask, *masked]) < sum(chunk.size for chunk in chunks)
+        self.quantized_chunks += [mask, *masked] if is_masked else chunks
         if tensor.group_size is None:
             self.scales.append(tensor.scale.cpu().reshape(-1))
         else:
@@ -263,7 +262,7 @@ def _quantized(
         raise _broken(f"{escape(name)} has groups of {_shown(group_size)} in the shape {_shown(shape)}")
     if survivors is None:
         alive = None
-        stream.require(planes.packed_size(num_elements, bits), name)
+        stream.require(planes.least_size(num_elements, bits), name)
     else:
         alive = _mask(name, num_elements, survivors, stream).reshape(shape)
     levels = np.zeros(shape, dtype=np.int16)
@@ -271,8 +270,8 @@ def _quantized(
         part = levels[places]
         chosen = np.ones(part.shape, dtype=bool) if alive is None else alive[places]
         count = int(chosen.sum())
-        data = stream.take(planes.packed_size(count, width), name).numpy()
-        part[chosen] = planes.unpack(data, width, count).astype(np.int16) - offset_of(width)
+        numbers = planes.read(lambda size: stream.take(size, name).numpy(), width, count)
+        part[chosen] = planes.levels_from(numbers, width)
         levels[places] = part
     if group_size is not None:
         counts = [shape[0], -(-shape[1] // group_size)]

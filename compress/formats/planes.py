@@ -11,17 +11,28 @@ value sits in the lowest bits; each plane is padded with zero bits to whole byte
 Values of three levels (width ``t``) are the digits of a byte in base 3, five of them, the first one the lowest; those
 of six levels (``s``) three digits in base 6. The last byte's missing digits are zeros.
 
+Values of a code by stages (``widths.Levels.stages``) are stored stage by stage, each in the planes of its bits. A stage
+of ``b`` bits that isn't the last has the smaller one of what is left of a value and ``2**b - 1``; where it is the
+latter, the next stage goes on with the rest, in the same order. How many values a stage has follows from the one
+before.
+
+    stages of 2, 2, 2 bits, values 0, 7, 2, 3    first 0, 3, 2, 3; second 3, 0; third 1
+
 Cost: one pass over the values for each plane; one byte of memory a value.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ..widths import Width, is_mixed, letters_of, levels_of, of_letter
+from ..widths import Width, is_mixed, letters_of, levels_of, of_letter, offset_of
 
 Bytes = NDArray[np.uint8]
+Taker = Callable[[int], Bytes]
 
 FIELDS: dict[int, tuple[int, ...]] = {
     1: (1,),
@@ -38,10 +49,50 @@ FIELDS: dict[int, tuple[int, ...]] = {
 def pack(levels: Bytes, bits: Width) -> Bytes:
     """The planes of ``levels``, shape ``[n]``, one after the other: ``packed_size(n, bits)`` bytes.
 
+    Of a code by stages, as many as the levels need.
+
     Raises:
-        ValueError: ``bits`` is not 1 to 8, ``t`` or ``s``, or a level needs more than ``bits`` bits.
+        ValueError: ``bits`` is not 1 to 8 or a letter of ``widths.WIDTHS``, or a level needs more than ``bits`` bits.
     """
+    if stages := stages_of(bits):
+        return np.concatenate([pack(part, own) for part, own in zip(in_stages(levels, bits), stages, strict=True)])
     return np.concatenate(pack_planes(levels, bits))
+
+
+def numbers_of(levels: NDArray[np.int16], bits: Width) -> Bytes:
+    """What levels are stored as: numbered from zero outwards in a code by stages, counted from the lowest elsewhere."""
+    numbers = 2 * np.abs(levels) - (levels > 0) if stages_of(bits) else levels + offset_of(bits)
+    return numbers.astype(np.uint8)
+
+
+def levels_from(numbers: Bytes, bits: Width) -> NDArray[np.int16]:
+    """The levels that ``numbers_of`` was given."""
+    wide = numbers.astype(np.int16)
+    if stages_of(bits):
+        return np.where(wide % 2 == 1, wide + 1, -wide) // 2
+    return wide - np.int16(offset_of(bits))
+
+
+def stages_of(bits: Width) -> tuple[int, ...]:
+    """Bits of the stages; none where all values take as many."""
+    return levels_of(bits).stages if isinstance(bits, str) and not is_mixed(bits) else ()
+
+
+def in_stages(values: Bytes, bits: Width) -> tuple[Bytes, ...]:
+    """The values of each stage.
+
+    Raises:
+        ValueError: A value is none of the code's.
+    """
+    if values.size and int(values.max()) >= levels_of(bits).count():
+        raise ValueError(f"level {int(values.max())} is none of {levels_of(bits).count()} levels")
+    *before, _ = stages_of(bits)
+    parts = []
+    for own in before:
+        most = np.uint8(2**own - 1)
+        parts.append(np.minimum(values, most))
+        values = values[values >= most] - most
+    return (*parts, values)
 
 
 def unpack(data: Bytes | bytes, bits: Width, num_levels: int) -> Bytes:
@@ -51,6 +102,18 @@ def unpack(data: Bytes | bytes, bits: Width, num_levels: int) -> Bytes:
         ValueError: ``data`` is not ``packed_size(num_levels, bits)`` bytes.
     """
     stream = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+    if stages_of(bits):
+        start = 0
+
+        def take(size: int) -> Bytes:
+            nonlocal start
+            start += size
+            return stream[start - size : start]
+
+        values = read(take, bits, num_levels)
+        if start != stream.size:
+            raise ValueError(f"{num_levels} levels of width {bits} are {start} B, not {stream.size}")
+        return values
     if stream.size != packed_size(num_levels, bits):
         raise ValueError(f"{num_levels} levels of {bits} bits are {packed_size(num_levels, bits)} B, not {stream.size}")
     if isinstance(bits, str):
@@ -66,18 +129,44 @@ def unpack(data: Bytes | bytes, bits: Width, num_levels: int) -> Bytes:
     return levels
 
 
+def read(take: Taker, bits: Width, num_levels: int) -> Bytes:
+    """The same from the front of a stream, of which ``take`` gives the next so many bytes."""
+    stages = stages_of(bits)
+    if not stages:
+        return unpack(take(packed_size(num_levels, bits)), bits, num_levels)
+    values, places = np.zeros(num_levels, np.uint8), np.arange(num_levels)
+    for own in stages:
+        found = read(take, own, len(places))
+        values[places] += found
+        places = places[found == 2**own - 1]
+    return values
+
+
 def packed_size(num_levels: int, bits: Width) -> int:
     """Bytes of ``num_levels`` values of ``bits`` bits, every plane padded to whole bytes.
 
-    Where channels have widths of their own, the values of one width are packed together.
+    Where channels have widths of their own, the values of one width are packed together. Of a code by stages, the bytes
+    that its width is meant to take; ``least_size`` is what it takes in any case.
     """
     if is_mixed(bits):
         letters = letters_of(bits)
         each, used = num_levels // len(letters), set(letters) - {"0"}
         return sum(packed_size(letters.count(letter) * each, of_letter(letter)) for letter in used)
+    if stages_of(bits):
+        return math.ceil(num_levels * levels_of(bits).bits / 8)
     if isinstance(bits, str):
         return -(-num_levels // len(_powers(bits)))
     return sum(plane_size(num_levels, width) for width in fields(bits))
+
+
+def least_size(num_levels: int, bits: Width) -> int:
+    """Bytes that ``num_levels`` values take at least."""
+    if is_mixed(bits):
+        letters = letters_of(bits)
+        each, used = num_levels // len(letters), set(letters) - {"0"}
+        return sum(least_size(letters.count(letter) * each, of_letter(letter)) for letter in used)
+    stages = stages_of(bits)
+    return packed_size(num_levels, stages[0] if stages else bits)
 
 
 def plane_size(num_levels: int, width: int) -> int:

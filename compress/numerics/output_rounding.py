@@ -7,7 +7,9 @@ single levels are moved as long as the error falls, and the scale is set to its 
 for several scales of each row at once, and the best one is taken.
 
 Where each group of a row's inputs has a scale of its own, what is tried are shares of the scales whose nearest levels
-fit their groups best, and after each sweep one scale after another is set to its best.
+fit their groups best, and after each sweep one scale after another is set to its best. In a code by stages
+(``widths``) what the levels take depends on the scale: of those that are tried, the best one that keeps to the width's
+bits is taken.
 Source: Frantar et al. 2022, GPTQ (arXiv:2210.17323), for the columns; Behdin et al. 2023, QuantEase
 (arXiv:2309.01885), for the moves of single levels. Cost: ``(2 + 3 SWEEPS) r c k^2`` products for ``r`` scales of ``c``
 rows of ``k`` weights, one more a sweep with groups, and ``k^3``.
@@ -17,14 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from ..widths import Width, is_mixed
-from .rounding import SMALLEST_PEAK, in_16_bits, in_groups, level_range, rows_by_width
+from ..widths import Width, is_mixed, levels_of
+from .rounding import SMALLEST_PEAK, in_16_bits, in_groups, level_range, rows_by_width, staged_scale, stored_bits
 
 BLOCK = 64  # columns whose error is carried to the rest at once
 SWEEPS = 3  # over the levels; after each the scales are set anew
@@ -38,6 +40,8 @@ SHARES = (
     0.85,
     0.7,
 )  # of the scales that fit their groups best; fewer of them, the first ones
+QUICK_RATIOS = RATIOS[1:14:3]  # one in three, and none that clips more than half
+STAGED = (1.05, 1.0, 1.025, 1.075, 1.15, 0.97, 1.1, 1.2, 1.5, 2.0)  # of the scale whose nearest levels take their bits
 DAMPING = 0.01  # of the mean of the diagonal
 MOST_WEIGHTS = 2**25  # of all scales together; beyond, fewer of them are tried
 
@@ -81,7 +85,7 @@ def round_to_outputs(
     damping: float = DAMPING,
     is_shared: bool = False,
     zeros: Tensor | None = None,
-    ratios: Sequence[float] = RATIOS,
+    is_quick: bool = False,
     sweeps: int = SWEEPS,
     group_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -94,9 +98,9 @@ def round_to_outputs(
         damping: Added to the moments' diagonals, in units of their mean.
         is_shared: One scale for all rows of all groups.
         zeros: bool, of the weight's shape: whose level is 0 in any case.
-        ratios: Scales that are tried, of the one that reaches the largest weight.
+        is_quick: Fewer scales are tried.
         sweeps: Over the levels.
-        group_size: So many inputs of a row share a scale, of which ``ratios`` are tried, rather than the whole row.
+        group_size: So many inputs of a row share a scale, rather than the whole row.
 
     Returns:
         Levels (int8, ``[g, c, k]``), and float32 scales ``[g, c]``; ``[g, c, m]`` where rows have ``m`` groups, in 16
@@ -120,11 +124,15 @@ def round_to_outputs(
         unit = 2.0 ** math.frexp(unit)[1]  # leaves scales of 16 bits what they are
     flat = (weight / unit).float()
     w = flat.gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
-    if group_size is None:
-        start = _scales(w, bits, ratios, is_shared=is_shared)[:, :, None]
+    stages = levels_of(bits).stages
+    if stages:
+        start = _staged_scales(flat, bits, STAGED[::4] if is_quick else STAGED)
+        parts = torch.zeros_like(order)
+    elif group_size is None:
+        start = _scales(w, bits, QUICK_RATIOS if is_quick else RATIOS, is_shared=is_shared)[:, :, None]
         parts = torch.zeros_like(order)
     else:
-        start = _group_scales(flat, power, bits, ratios, group_size)
+        start = _group_scales(flat, power, bits, QUICK_RATIOS if is_quick else RATIOS, group_size)
         parts = order // group_size
     columns, scales = w.repeat(1, 1, len(start)), start.permute(1, 2, 0, 3).flatten(2)
     grid = _Grid(*level_range(bits), _kept(zeros, order, len(start)))
@@ -135,7 +143,14 @@ def round_to_outputs(
             scales = _fitted_in_turn(columns, levels, scales, h, parts)
         elif not is_shared:
             scales = _fitted(columns, levels, scales[:, 0], h)[:, None]
+    if stages:  # one that takes no more than its bits in any case
+        scales[:, 0, -count:] = start[-1, :, 0]
+        kept = None if grid.kept is None else grid.kept[..., -count:]
+        levels[..., -count:] = replace(grid, kept=kept).nearest(w, start[-1], slice(None))
     error = _errors(columns, levels, _steps(scales, parts), h).reshape(groups, len(start), count)
+    if stages:
+        fits = stored_bits(levels, bits, 1).reshape(error.shape) <= levels_of(bits).bits * k
+        error = torch.where(fits, error, math.inf)
     total = error.sum((0, 2), keepdim=True).expand_as(error) if is_shared else error
     place = (total.argmin(1) * count + torch.arange(count, device=w.device))[:, None]
     chosen = levels.gather(2, place.expand(-1, k, -1)).transpose(1, 2)
@@ -180,6 +195,18 @@ def _scales(columns: Tensor, bits: Width, ratios: Sequence[float], *, is_shared:
     return torch.stack([(sign * ratio * peak / -low)[:, 0].expand(len(columns), columns.shape[2]) for ratio in ratios])
 
 
+def _staged_scales(weight: Tensor, bits: Width, ratios: Sequence[float]) -> Tensor:
+    """Those that are tried in a code by stages, ``[r, g, 1, c]``; the nearest levels of the last keep to its bits.
+
+    Args:
+        weight: ``[g, c, k]``.
+    """
+    groups, count, k = weight.shape
+    own = staged_scale(weight.reshape(-1, k), bits).reshape(groups, 1, count)
+    ratios = ratios[:: max(1, min(len(ratios), len(ratios) * weight.numel() // MOST_WEIGHTS))]
+    return torch.stack([*(ratio * own for ratio in ratios), own])
+
+
 def _group_scales(weight: Tensor, power: Tensor, bits: Width, ratios: Sequence[float], group_size: int) -> Tensor:
     """Those that are tried, ``[r, g, m, c]``: shares of what rounds a group to its nearest levels with the least error.
 
@@ -214,8 +241,8 @@ class _Grid:
     high: int
     kept: Tensor | None
 
-    def nearest(self, values: Tensor, step: Tensor, k: int) -> Tensor:
-        """Of column ``k``."""
+    def nearest(self, values: Tensor, step: Tensor, k: int | slice) -> Tensor:
+        """Of a column, or of several."""
         levels = (values / step).round_().clamp_(self.low, self.high)
         return levels if self.kept is None else levels.mul_(self.kept[:, k])
 

@@ -14,6 +14,7 @@ Such scales are rounded to bfloat16 before their levels are found, so that they 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ from ..widths import BY_CHANNEL, WIDTHS, Width, is_mixed, letters_of, levels_of
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
 SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
+STAGED_STEPS = 14  # of the search for the scale of a code by stages
 BLOCK = 2**17  # weights that a range is searched over at a time, so that they stay in the cache
 LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges are chosen
 COLUMNS = 256  # of a moment, multiplied at a time
@@ -45,6 +47,39 @@ def level_ranges(width: Width, axis: int | None, dims: int) -> tuple[Tensor | in
         return level_range(width)
     low, high = (torch.tensor(ends) for ends in zip(*map(level_range, letters_of(width)), strict=True))
     return broadcast_scale(low.float(), axis, dims), broadcast_scale(high.float(), axis, dims)
+
+
+def level_bounds(values: Tensor, width: Width, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Lowest and highest level of each of some values, in units of their scales, so that a row keeps to its bits.
+
+    In a code by stages those are the first stage's for the smallest values that would need another one, if there are
+    too many.
+    """
+    low, high = (torch.as_tensor(end).to(values) for end in level_ranges(width, axis, values.dim()))
+    if not any(levels_of(letter).stages for letter in letters_of(width)):
+        return low, high
+    moved = values.movedim(axis or 0, 0)
+    flat = moved.reshape(len(moved), -1)
+    bounds = rows(high.expand(values.shape), axis or 0).clone()
+    for letter, places in rows_by_width(width, len(flat)):
+        if levels_of(letter).stages:
+            bounds[places] = _staged_bounds(flat[places], letter)
+    bound = bounds.reshape(moved.shape).movedim(0, axis or 0)
+    return torch.maximum(-bound, low), bound
+
+
+def _staged_bounds(values: Tensor, width: Width) -> Tensor:
+    stages, (low, high) = levels_of(width).stages, level_range(width)
+    levels = values.round().clamp(low, high)
+    first = float(2 ** (stages[0] - 1) - 1)  # the largest level of the first stage
+    saved = (stored_bits(levels, width, 1) - levels_of(width).bits * values.shape[1]).clamp_min(0)
+    is_later = levels.abs() > first
+    # Each saves at least the bits of the second stage.
+    count = (saved / stages[1]).ceil().long().minimum(is_later.sum(1))
+    magnitude = torch.where(is_later, values.abs(), math.inf)
+    last = magnitude.sort(1).values.gather(1, (count - 1).clamp_min(0)[:, None])
+    clamped = (count[:, None] > 0) & (magnitude <= last) & torch.isfinite(magnitude)
+    return torch.where(clamped, first, float(high))
 
 
 def rows(weight: Tensor, axis: int | None) -> Tensor:
@@ -223,7 +258,33 @@ def _to_levels(flat: Tensor, scale: Tensor, bits: Width) -> Tensor:
     return (flat / scale[:, None]).round_().clamp_(*level_range(bits))
 
 
+def stored_bits(levels: Tensor, width: Width, dim: int) -> Tensor:
+    """Bits that levels take, summed along a dimension, in a code by stages."""
+    stages = levels_of(width).stages
+    numbers = 2 * levels.abs() - (levels > 0).to(levels)
+    total, first = torch.full_like(levels, stages[0]).sum(dim), 0
+    for before, bits in itertools.pairwise(stages):
+        first += 2**before - 1
+        total += bits * (numbers >= first).sum(dim)
+    return total
+
+
+def staged_scale(flat: Tensor, width: Width) -> Tensor:
+    """``[c]``: nearly the least scale whose nearest levels take no more than the width's bits, in a code by stages."""
+    _, high = level_range(width)
+    limit = levels_of(width).bits * flat.shape[1]
+    peak = _peak(flat, high)
+    least, most = peak / high / 16, 4 * peak
+    for _ in range(STAGED_STEPS):
+        middle = (least * most).sqrt()
+        fits = stored_bits(_to_levels(flat, middle, width), width, 1) <= limit
+        least, most = torch.where(fits, least, middle), torch.where(fits, middle, most)
+    return most
+
+
 def _scale(flat: Tensor, bits: Width, name: str) -> Tensor:
+    if levels_of(bits).stages:  # what the levels take follows from the scale, so that there is nothing to choose
+        return staged_scale(flat, bits)
     # No block of a single row, nor of rows that aren't contiguous: torch may sum those in another order, and the mse
     # search of a plan that was written before must find the same scale to the last bit.
     blocks = min(flat.numel() // BLOCK, len(flat) // 2) if flat.is_contiguous() else 1

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ..graph.trace import Layer
-from ..numerics.output_rounding import RATIOS, round_to_outputs
+from ..numerics.output_rounding import round_to_outputs
 from ..numerics.rounding import round_weight, spread_scale
 from ..plan import grid_bits, weight_scheme
 from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
 
-FEW_RATIOS = RATIOS[1:14:3]  # scales that are tried: one in three, and none that clips more than half
+MIXED = "0abcdefghijk"  # widths that channels share a number of bits by
 STEPS = 60  # of the search for the price of a bit
 
 
@@ -86,7 +86,7 @@ def rounded_rows(
         group_size: Inputs of a row that share a scale; the weight then has one width.
     """
     mixes = layer.axis == 0 and moment is not None and len(weight) > 1 and group_size is None
-    letters = "".join(WIDTHS) if mixes else "2345678"
+    letters = MIXED + "2345678" if mixes else "2345678"
     if with_integers and mixes:
         letters = letters.replace("8", "")  # has the levels of 7 bits
     rounded = {
@@ -136,7 +136,7 @@ def rounded_at(
         grid,
         is_shared=layer.axis is None,
         zeros=pruned.reshape(shape) if bool(pruned.any()) else None,
-        ratios=FEW_RATIOS,
+        is_quick=True,
         sweeps=1,
         group_size=group_size,
     )
@@ -149,15 +149,17 @@ def mixtures(rows: Rows, targets: Sequence[float]) -> dict[float, Width]:
 
     Targets that give the widths of a smaller one, or nearly no levels at all, are left out.
     """
-    bits = torch.tensor([WIDTHS[letter].bits for letter in rows.letters], dtype=torch.float64)
+    letters = [letter for letter in rows.letters if letter in MIXED]
+    costs = rows.costs[:, [rows.letters.index(letter) for letter in letters]]
+    bits = torch.tensor([WIDTHS[letter].bits for letter in letters], dtype=torch.float64)
     found: dict[float, Width] = {}
     last = None
     for target in sorted(targets):
-        chosen = _filled(rows.costs, bits, _priced(rows.costs, bits, target), target)
+        chosen = _filled(costs, bits, _priced(costs, bits, target), target)
         if chosen is None or (last is not None and bool((chosen == last).all())):
             continue
         last = chosen
-        width = by_channel([rows.letters[place] for place in chosen.tolist()])
+        width = by_channel([letters[place] for place in chosen.tolist()])
         if is_width(width):
             found[target] = width
     return found

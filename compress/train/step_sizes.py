@@ -4,6 +4,8 @@ In the forward pass a weight is ``s round(clamp(w / s))``; in the backward pass 
 gathers what moves its level in the end, and the scale ``s`` of each row learns with it. Its gradient is divided by
 ``sqrt(n q)`` for ``n`` weights and ``q`` levels, which makes its steps as large as those of the weights. Activations
 keep the grids of the plan.
+The levels of a code by stages are held to its bits: of a row that has too many in the later stages, the smallest of
+them are clamped to the first.
 Source: Esser et al. 2020, LSQ (arXiv:1902.08153), equations 1 to 5. Cost: of a step, ten passes over the weights.
 """
 
@@ -17,7 +19,7 @@ from torch import Tensor, fx
 
 from ..formats.packed import QuantizedTensor
 from ..graph.rewrite import Grid, after_norms, join_reads, put_parameter, reaches_output, split_reads, tensor_at
-from ..numerics.rounding import in_16_bits, level_ranges, spread_scale
+from ..numerics.rounding import in_16_bits, level_bounds, level_ranges, spread_scale
 from ..widths import Width
 
 LEAST_SCALE = 1e-3  # of what it was: a scale that crossed zero would turn its row around
@@ -53,10 +55,10 @@ class StepSizes:
         found = {}
         for name, value in self.stored.items():
             weight, scale = (tensor_at(self.module, key).detach().cpu().float() for key in (name, scale_name(name)))
-            low, high = level_ranges(self.levels[name], value.axis, weight.dim())
             scale = scale if value.group_size is None else in_16_bits(scale)
-            levels = torch.round(weight / spread_scale(scale, value.axis, weight.shape, value.group_size))
-            levels = torch.clamp(levels, torch.as_tensor(low), torch.as_tensor(high))
+            levels = weight / spread_scale(scale, value.axis, weight.shape, value.group_size)
+            low, high = level_bounds(levels, self.levels[name], value.axis)
+            levels = torch.clamp(torch.round(levels), low, high)
             found[name] = QuantizedTensor(
                 levels.to(torch.int8), value.bits, scale.clone(), value.axis, value.group_size
             )
@@ -124,12 +126,13 @@ def round_to_steps(
         scale: ``[c]`` along ``axis``, or ``[]``; ``[c, m]`` of groups.
         width: Of the levels: bits, or a letter of ``widths.WIDTHS`` for each scale.
     """
-    low, high = (torch.as_tensor(ends).to(weight) for ends in level_ranges(width, axis, weight.dim()))
     count = max(1, weight.numel() // max(1, scale.numel()))
     step = spread_scale(scale, axis, weight.shape, group_size)
-    factor = 1 / torch.sqrt(count * high.clamp_min(1))
+    most = torch.as_tensor(level_ranges(width, axis, weight.dim())[1]).to(weight)
+    factor = 1 / torch.sqrt(count * most.clamp_min(1))
     step = step * factor + (step * (1 - factor)).detach()
-    inside = torch.clamp(weight / step, low, high)
+    ratio = weight / step
+    inside = torch.clamp(ratio, *level_bounds(ratio.detach(), width, axis))
     levels: Tensor = inside + (inside.round() - inside).detach()
     return levels * step
 

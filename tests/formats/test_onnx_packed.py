@@ -79,9 +79,10 @@ def test_integer_kernels_and_outputs_are_those_of_the_plain_file(
 
 
 BY_CHANNEL = [
-    pytest.param("0t2s345678", (), id="every width"),
-    pytest.param("0t2s34567", tuple(SHAPES), id="every width, flipped"),
+    pytest.param("0t2s345678abcdefghijk", (), id="every width"),
+    pytest.param("0t2s34567abcdefghijk", tuple(SHAPES), id="every width, flipped"),
     pytest.param("t", (), id="three levels"),
+    pytest.param("bcde", (), id="one code by stages"),
     pytest.param("s", ("conv2",), id="six levels, one flipped"),
 ]
 
@@ -194,7 +195,7 @@ def test_a_stream_beyond_the_cap_is_cut_between_layers(monkeypatch: pytest.Monke
     bits = dict.fromkeys(SHAPES, 3)
     plain = network(random_levels(bits, 5), "integer")
     packed = pack_weights(plain, bits)
-    assert Counter(node.op_type for node in packed.graph.node)["Split"] == 3
+    assert Counter(node.op_type for node in packed.graph.node)["Split"] == 3 + 2  # and of the planes of either width
     assert_same_network(packed, plain, tmp_path)
 
 

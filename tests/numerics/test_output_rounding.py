@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import NumericsError
+from compress.formats.planes import numbers_of, pack
 from compress.numerics.output_rounding import damped, round_to_outputs
-from compress.numerics.rounding import choose_ranges, level_range, spread_scale
+from compress.numerics.rounding import choose_ranges, level_range, spread_scale, stored_bits
+from compress.widths import levels_of
 
 
 def drawn(groups: int, rows: int, k: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -61,6 +65,42 @@ def test_levels_are_the_grids_and_the_outputs_nearer_than_by_the_nearest(
     assert float(errors(weight, levels, scales, h).sum()) <= float(errors(weight, nearest, scales, h).sum()) * (
         1 + 1e-4
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    k=st.integers(1, 70),
+    width=st.sampled_from("abcdefghijk"),
+    tail=st.sampled_from([1.0, 3.0]),
+    pruned=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_in_a_code_by_stages_keep_to_their_bits(
+    rows: int, k: int, width: str, tail: float, pruned: bool, seed: int
+) -> None:
+    weight, moment = drawn(1, rows, k, seed=seed)
+    weight = weight.sign() * weight.abs() ** tail
+    zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5 if pruned else None
+    weight = weight if zeros is None else weight.masked_fill(zeros, 0)
+    for is_quick in (False, True):
+        levels, scales = round_to_outputs(weight, moment, width, zeros=zeros, is_quick=is_quick)
+        sizes = [len(pack(numbers_of(row.numpy().astype(np.int16), width), width)) for row in levels[0]]
+        assert max(sizes) <= math.ceil(levels_of(width).bits * k / 8) + 2 * len(levels_of(width).stages)
+        assert bool((stored_bits(levels[0], width, 1) <= levels_of(width).bits * k).all())
+        assert level_range(width)[0] <= int(levels.min()) <= int(levels.max()) <= level_range(width)[1]
+        assert bool((scales > 0).all())
+        assert zeros is None or not levels[zeros].any()
+
+
+@pytest.mark.parametrize(("width", "other"), [("d", "s"), ("e", 3), ("g", 4), ("i", 5)])
+def test_a_code_by_stages_moves_outputs_less_for_its_bits(width: str, other: str | int) -> None:
+    weight, moment = drawn(1, 32, 288)
+    by_stages, of_equal_length = (
+        float(errors(weight, *round_to_outputs(weight, moment, bits), moment).sum()) * 4 ** levels_of(bits).bits
+        for bits in (width, other)
+    )
+    assert by_stages < 0.9 * of_equal_length
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -14,10 +14,11 @@ from zoo import named
 from compress.formats.packed import QuantizedTensor
 from compress.graph.rewrite import Grid, tensor_at
 from compress.graph.trace import trace_graph
-from compress.numerics.rounding import level_range, round_weight
+from compress.numerics.rounding import level_range, round_weight, stored_bits
 from compress.pruned import trainable_copy
 from compress.train.mode import training_mode
 from compress.train.step_sizes import learn_step_sizes, round_to_steps, scale_name
+from compress.widths import levels_of
 
 
 def lsq_gradients(weight: Tensor, scale: Tensor, upstream: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -50,6 +51,33 @@ def test_gradients_are_those_of_the_paper(seed: int, bits: int) -> None:
     expected = lsq_gradients(weight.detach(), scale.detach(), upstream, low, high)
     torch.testing.assert_close(weight.grad, expected[0])
     torch.testing.assert_close(scale.grad, expected[1])
+
+
+def test_rows_in_a_code_by_stages_keep_to_their_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = "channels:0abcdefghijk3"
+    weight = (3 * torch.randn(13, 8, 3, 3, generator=generator)).requires_grad_()
+    scale = torch.linspace(0.2, 2, 13).requires_grad_()
+    rounded = round_to_steps(weight, scale, 0, width)
+    levels = (rounded.detach() / scale.detach().reshape(-1, 1, 1, 1)).round()
+    assert not levels[0].any()
+    clamped = 0
+    for letter, row, values in zip(
+        "abcdefghijk", levels[1:12], weight.detach()[1:12] / scale.detach()[1:12, None, None, None], strict=True
+    ):
+        assert int(stored_bits(row.reshape(1, -1), letter, 1)) <= levels_of(letter).bits * 72
+        low, high = level_range(letter)
+        free = values.round().clamp(low, high)
+        moved = free != row
+        first = 2 ** (levels_of(letter).stages[0] - 1) - 1
+        assert bool((row[moved].abs() == first).all())
+        clamped += int(moved.any())
+        left = values[~moved & (free.abs() > first)].abs()
+        assert not moved.any() or not len(left) or float(values[moved].abs().max()) <= float(left.min())
+    assert clamped > 3
+    rounded.sum().backward()
+    off = levels != (weight.detach() / scale.detach().reshape(-1, 1, 1, 1)).round()
+    assert weight.grad is not None and not weight.grad[off].any()
 
 
 @pytest.mark.parametrize(
