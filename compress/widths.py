@@ -5,7 +5,7 @@ One width for a whole weight is an int, 2 to 8 bits. Where each output channel h
 fill a byte better: five weights of three levels, or three of six. A channel of width ``0`` has no levels: its weights
 are zeros, and take nothing.
 
-Widths ``a`` to ``k`` are those of a code by stages, in which the levels that are seldom take more bits. Levels are
+Widths ``a`` to ``m`` are those of a code by stages, in which the levels that are seldom take more bits. Levels are
 numbered from zero outwards, 0, 1, -1, 2, -2 and so on. The first stage has so many bits for each weight: the smallest
 numbers, and one that says that there is more in the next stage, where the same is done with what is left. Such a
 width's bits are those that a channel takes at most on average: its scale is chosen for that.
@@ -69,6 +69,8 @@ WIDTHS = {
     "i": _by_stages(4.625, 4, 4, 2),
     "j": _by_stages(5.25, 5, 5),
     "k": _by_stages(5.75, 5, 5),
+    "l": _by_stages(6.25, 6, 6),
+    "m": _by_stages(6.75, 6, 6),
 }
 
 

@@ -244,7 +244,7 @@ def packed_examples() -> dict[str, torch.Tensor | QuantizedTensor]:
         tensors[f"dense{bits}"] = QuantizedTensor(levels, bits, torch.rand(3, generator=generator), 1)
         few = levels * (torch.rand(levels.shape, generator=generator) < 0.2)
         tensors[f"few{bits}"] = QuantizedTensor(few, bits, torch.tensor(-0.25), None)
-    for axis, width in ((0, "channels:0t2s3"), (1, "channels:8t4"), (0, "channels:abdfi"), (1, "channels:kbe")):
+    for axis, width in ((0, "channels:0t2s3"), (1, "channels:8t4"), (0, "channels:abdfi"), (1, "channels:kmb")):
         low, high = level_ranges(width, axis, 3)
         levels = (low + torch.rand(5, 3, 3, generator=generator) * (high - low + 1)).floor().to(torch.int8)
         scale = torch.rand(levels.shape[axis], generator=generator)

@@ -72,7 +72,7 @@ class Builder:
 
         Few bytes are looked up together with those of all other planes of this width.
         """
-        if plane.size > FEW_BYTES:
+        if not is_few(plane):
             every_byte = self.op("Cast", self.constant(plane), to=onnx.TensorProto.INT32)
             if width < 8:
                 return look_up(self, table(self, width, shift, offset), every_byte)
@@ -143,6 +143,11 @@ def digits(build: Builder, powers: Array, base: int) -> str:
     every_byte = build.op("Range", build.number(0), build.number(256), build.number(1))
     every_byte = build.op("Reshape", every_byte, build.constant(np.array([-1, 1])))
     return build.op("Mod", build.op("Div", every_byte, build.constant(powers)), build.number(base))
+
+
+def is_few(plane: Array) -> bool:
+    """Whether a plane is read together with others."""
+    return plane.size <= FEW_BYTES
 
 
 def look_up(build: Builder, table: str, every_byte: str) -> str:

@@ -32,11 +32,13 @@ from .onnx_build import (
     digits,
     free_prefix,
     insert,
+    is_few,
     largest_first,
     look_up,
     places_of_largest,
     runs,
     split,
+    table,
 )
 from .onnx_codes import add_fields
 
@@ -89,7 +91,7 @@ class _Weight:
     Attributes:
         shape: The weight's.
         axis: Of the channels.
-        levels: Flipped where ``signs`` say so, less the lowest of their width; ``shape``.
+        levels: Flipped where ``signs`` say so, as ``planes.numbers_of`` numbers them; ``shape``.
         signs: -1 for each channel that is stored flipped, else 1; int8, broadcasts to ``shape``.
         scales: For each node, its float32 scale, broadcasts to ``shape``.
     """
@@ -380,11 +382,14 @@ def _padded_stages(parts: Sequence[planes.Bytes], width: Width) -> planes.Bytes:
 
 def _add_whole_bits(build: Builder, merged: planes.Bytes, width: Width, *, is_flipped: bool) -> str:
     """int8 ``[n]``, or int32 where signs will be applied: levels that take equally many bits."""
-    if isinstance(width, int):
+    first, *others = planes.pack_planes(merged, width)
+    if isinstance(width, str):
+        total = look_up(build, _digits(build, width, offset_of(width)), build.int32(first))
+    elif others or is_flipped or is_few(first):
         total = add_fields(build, merged.astype(np.int64), width, offset=offset_of(width))
-    else:
-        (plane,) = planes.pack_planes(merged, width)
-        total = look_up(build, _digits(build, width, offset_of(width)), build.int32(plane))
+    else:  # no int32 of every weight
+        rows = build.op("Cast", table(build, width, 0, offset_of(width)), to=onnx.TensorProto.INT8)
+        return look_up(build, rows, build.int32(first))
     if not is_flipped:
         total = build.op("Cast", total, to=onnx.TensorProto.INT8)
     return total

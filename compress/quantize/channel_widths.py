@@ -22,7 +22,7 @@ from ..numerics.rounding import round_weight, spread_scale
 from ..plan import grid_bits, weight_scheme
 from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
 
-MIXED = "0abcdefghijk"  # widths that channels share a number of bits by
+MIXED = "0abcdefghijklm"  # widths that channels share a number of bits by
 STEPS = 60  # of the search for the price of a bit
 
 

@@ -68,10 +68,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("few_bytes", [2**17, 0], ids=["planes together", "planes alone"])
 @pytest.mark.parametrize(("bits", "flipped"), CASES)
 def test_integer_kernels_and_outputs_are_those_of_the_plain_file(
-    bits: dict[str, int], flipped: tuple[str, ...], tmp_path: Path
+    bits: dict[str, int], flipped: tuple[str, ...], few_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(onnx_build, "FEW_BYTES", few_bytes)
     plain = network(random_levels(bits, 0, flipped=flipped), "integer")
     found = assert_same_network(pack_weights(plain, bits), plain, tmp_path)
     assert found["QLinearConv"] == 3
@@ -79,20 +81,30 @@ def test_integer_kernels_and_outputs_are_those_of_the_plain_file(
 
 
 BY_CHANNEL = [
-    pytest.param("0t2s345678abcdefghijk", (), id="every width"),
-    pytest.param("0t2s34567abcdefghijk", tuple(SHAPES), id="every width, flipped"),
+    pytest.param("0t2s345678abcdefghijklm", (), id="every width"),
+    pytest.param("0t2s34567abcdefghijklm", tuple(SHAPES), id="every width, flipped"),
     pytest.param("t", (), id="three levels"),
     pytest.param("bcde", (), id="one code by stages"),
     pytest.param("s", ("conv2",), id="six levels, one flipped"),
 ]
 
 
-@pytest.mark.parametrize("most_places", [256, 3], ids=["a byte a place", "places from widths"])
+@pytest.mark.parametrize(
+    ("most_places", "few_bytes"),
+    [(256, 2**17), (3, 2**17), (256, 0)],
+    ids=["a byte a place", "places from widths", "planes alone"],
+)
 @pytest.mark.parametrize(("letters", "flipped"), BY_CHANNEL)
 def test_channels_have_widths_of_their_own(
-    letters: str, flipped: tuple[str, ...], most_places: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    letters: str,
+    flipped: tuple[str, ...],
+    most_places: int,
+    few_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(onnx_packed, "MOST_PLACES", most_places)
+    monkeypatch.setattr(onnx_build, "FEW_BYTES", few_bytes)
     bits: dict[str, Width] = {name: channels_of(name, letters) for name in SHAPES}
     levels = random_levels(bits, 0, flipped=flipped)
     plain = network(levels, "integer")

@@ -13,7 +13,7 @@ from compress.widths import levels_of
 
 @settings(deadline=None)
 @given(
-    bits=st.one_of(st.integers(1, 8), st.sampled_from("tsabfi")),
+    bits=st.one_of(st.integers(1, 8), st.sampled_from("tsabfim")),
     size=st.integers(0, 200),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -41,7 +41,7 @@ def test_stages_are_laid_out_as_documented() -> None:
     assert numbers_of(np.array([0, 1, -1], dtype=np.int16), "t").tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize("bits", [2, 8, "t", "a", "b", "g", "h", "k"])
+@pytest.mark.parametrize("bits", [2, 8, "t", "a", "b", "g", "h", "k", "m"])
 def test_numbers_are_those_of_every_level(bits: int | str) -> None:
     levels = np.arange(levels_of(bits).low, levels_of(bits).high + 1, dtype=np.int16)
     numbers = numbers_of(levels, bits)

@@ -71,7 +71,7 @@ def test_levels_are_the_grids_and_the_outputs_nearer_than_by_the_nearest(
 @given(
     rows=st.integers(1, 6),
     k=st.integers(1, 70),
-    width=st.sampled_from("abcdefghijk"),
+    width=st.sampled_from("abcdefghijklm"),
     tail=st.sampled_from([1.0, 3.0]),
     pruned=st.booleans(),
     seed=st.integers(0, 99),

@@ -71,8 +71,8 @@ def test_more_levels_cost_less_and_none_costs_the_whole_row(by_outputs: bool) ->
     weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
     rows = layer_rows(weight, by_outputs=by_outputs)
-    assert rows.letters == "0abcdefghijk2345678" and rows.may_mix()
-    for letters in ("02345678", "0aegik"):
+    assert rows.letters == "0abcdefghijklm2345678" and rows.may_mix()
+    for letters in ("02345678", "0aegikm"):
         costs = rows.costs[:, [rows.letters.index(letter) for letter in letters]]
         assert bool((costs[[0, 1, 3, 4, 5]].diff(dim=1) < 0).all()) and bool((costs[2] == 0).all())
     assert torch.equal(rows.at("channels:000000"), torch.zeros_like(weight))
@@ -87,7 +87,7 @@ def test_more_levels_cost_less_and_none_costs_the_whole_row(by_outputs: bool) ->
 
 
 def test_with_integers_eight_bits_are_seven_and_channels_do_not_have_them() -> None:
-    assert layer_rows(torch.randn(4, 8), with_integers=True).letters == "0abcdefghijk234567"
+    assert layer_rows(torch.randn(4, 8), with_integers=True).letters == "0abcdefghijklm234567"
     assert layer_rows(torch.randn(1, 8)).letters == "2345678"
 
 

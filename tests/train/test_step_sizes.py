@@ -55,15 +55,15 @@ def test_gradients_are_those_of_the_paper(seed: int, bits: int) -> None:
 
 def test_rows_in_a_code_by_stages_keep_to_their_bits() -> None:
     generator = torch.Generator().manual_seed(0)
-    width = "channels:0abcdefghijk3"
-    weight = (3 * torch.randn(13, 8, 3, 3, generator=generator)).requires_grad_()
-    scale = torch.linspace(0.2, 2, 13).requires_grad_()
+    width = "channels:0abcdefghijklm3"
+    weight = (3 * torch.randn(15, 8, 3, 3, generator=generator)).requires_grad_()
+    scale = torch.linspace(0.2, 2, 15).requires_grad_()
     rounded = round_to_steps(weight, scale, 0, width)
     levels = (rounded.detach() / scale.detach().reshape(-1, 1, 1, 1)).round()
     assert not levels[0].any()
     clamped = 0
     for letter, row, values in zip(
-        "abcdefghijk", levels[1:12], weight.detach()[1:12] / scale.detach()[1:12, None, None, None], strict=True
+        "abcdefghijklm", levels[1:14], weight.detach()[1:14] / scale.detach()[1:14, None, None, None], strict=True
     ):
         assert int(stored_bits(row.reshape(1, -1), letter, 1)) <= levels_of(letter).bits * 72
         low, high = level_range(letter)
