@@ -20,6 +20,7 @@ from .formats.packed import QuantizedTensor
 from .frontier import FLOAT_BITS, UNITS, FrontierRecord
 from .graph.rewrite import is_read, layer_reads, operand
 from .graph.trace import WEIGHT_ARGUMENT, Graph
+from .numerics.rounding import mean_stored_bits
 from .pattern import parse_pattern
 from .plan import BY_CHANNEL, Plan, Replace
 from .sensitivity import Sensitivity
@@ -27,7 +28,7 @@ from .settings import DYNAMIC
 from .task import Task
 from .verdict import Check, limit_check
 from .verify import FLOAT_TOLERANCE, INTEGER_TOLERANCE, MEAN_TOLERANCE, Parity
-from .widths import counts, is_mixed, letters_of, levels_of, mean_bits, shown
+from .widths import counts, is_mixed, letters_of, levels_of, shown
 
 REPORT_SCHEMA = "hcompress.report/1"
 SPARSITY_SLACK = 1e-4  # rounding to whole weights
@@ -247,7 +248,11 @@ def layer_records(
         norm = float(original.norm())
         error = float((value.double() - original).norm()) / norm if norm else 0.0
         sparsity = 1 - int(torch.count_nonzero(value)) / layer.elements
-        bits = mean_bits(stored.bits) if isinstance(stored, QuantizedTensor) else 8 * value.element_size()
+        bits = (
+            mean_stored_bits(stored.levels, stored.bits, stored.axis)
+            if isinstance(stored, QuantizedTensor)
+            else 8 * value.element_size()
+        )
         left = _left(layer.shape, shapes.get(layer.tensor, layer.shape))
         decision = "quantize" if layer.tensor in quantized else "mask" if layer.tensor in masks else "keep"
         why = _why(plan, layer.tensor, decision, sparsity, bits, error)

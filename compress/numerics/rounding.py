@@ -24,12 +24,13 @@ from torch.nn import functional
 
 from ..errors import NumericsError
 from ..plan import CLIPS, RANGES
-from ..widths import BY_CHANNEL, WIDTHS, Width, is_mixed, letters_of, levels_of
+from ..widths import BY_CHANNEL, WIDTHS, Width, is_mixed, letters_of, levels_of, mean_bits
 
 NUM_CANDIDATES = 40  # clipping ratios tried by the mse search
 SMALLEST_RATIO = 0.3
 SMALLEST_PEAK = 1e-30  # what is smaller counts as zeros: its scale would be no normal float32
 STAGED_STEPS = 14  # of the search for the scale of a code by stages
+LEAST_REACH = 1 / 16  # of what covers the largest magnitude: no such scale is smaller
 BLOCK = 2**17  # weights that a range is searched over at a time, so that they stay in the cache
 LARGEST_CHANGE = 2**22  # weights whose change is held at a time while ranges are chosen
 COLUMNS = 256  # of a moment, multiplied at a time
@@ -269,17 +270,29 @@ def stored_bits(levels: Tensor, width: Width, dim: int) -> Tensor:
     return total
 
 
+def mean_stored_bits(levels: Tensor, width: Width, axis: int | None) -> float:
+    """Bits of a weight in a file, on average: of a code by stages, those that its levels take."""
+    if not is_mixed(width):
+        return mean_bits(width)
+    flat, total = rows(levels, axis).int(), 0.0
+    for letter, places in rows_by_width(width, len(flat)):
+        of_one = levels_of(letter)
+        part = flat[places]
+        total += float(stored_bits(part, letter, 1).sum()) if of_one.stages else of_one.bits * part.numel()
+    return total / max(1, flat.numel())
+
+
 def staged_scale(flat: Tensor, width: Width) -> Tensor:
     """``[c]``: nearly the least scale whose nearest levels take no more than the width's bits, in a code by stages."""
-    _, high = level_range(width)
+    high = level_range(width)[1]
     limit = levels_of(width).bits * flat.shape[1]
-    peak = _peak(flat, high)
-    least, most = peak / high / 16, 4 * peak
+    reach = _peak(flat, high) / high
+    least, most = torch.full_like(reach, LEAST_REACH), torch.full_like(reach, 4 * high)
     for _ in range(STAGED_STEPS):
         middle = (least * most).sqrt()
-        fits = stored_bits(_to_levels(flat, middle, width), width, 1) <= limit
+        fits = stored_bits(_to_levels(flat, middle * reach, width), width, 1) <= limit
         least, most = torch.where(fits, least, middle), torch.where(fits, middle, most)
-    return most
+    return most * reach
 
 
 def _scale(flat: Tensor, bits: Width, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,19 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.errors import NumericsError
+from compress.formats.planes import numbers_of, pack
 from compress.numerics import rounding
 from compress.numerics.rounding import (
+    LEAST_REACH,
     NUM_CANDIDATES,
     activation_grid,
     broadcast_scale,
     choose_ranges,
     level_range,
+    mean_stored_bits,
     range_candidates,
     round_weight,
     rows,
     spread_scale,
+    staged_scale,
+    stored_bits,
 )
 from compress.plan import BY_CHANNEL, RANGES
+from compress.widths import levels_of, of_letter
 
 BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 10_000)
@@ -324,3 +331,35 @@ def test_an_activations_grid_holds_zero_and_covers_its_range(low: float, width: 
     slack = scale * 0.5 * (1 + 1e-6) + 1e-30
     assert -zero_point * scale <= min(low, 0) + slack
     assert (top - zero_point) * scale >= max(high, 0) - slack
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(0, 1))
+def test_the_bits_of_a_weight_are_those_of_its_packed_levels(seed: int, k: int, axis: int) -> None:
+    letters = "0abcdefghijklm2t"
+    levels = torch.zeros(len(letters), 8 * k, dtype=torch.int8)
+    generator, size = torch.Generator().manual_seed(seed), 0
+    for row, letter in zip(levels, letters, strict=True):
+        low, high = level_range(letter)
+        row.copy_((torch.randn(8 * k, generator=generator) * high / 3).round().clamp(low, high))
+        size += 0 if letter == "0" else pack(numbers_of(row.numpy().astype(np.int16), letter), of_letter(letter)).size
+    found = (
+        mean_stored_bits(levels if axis == 0 else levels.T.contiguous(), BY_CHANNEL + letters, axis) * levels.numel()
+    )
+    assert found <= 8 * size <= found + 8 * 3 * len(letters)
+    assert mean_stored_bits(levels, 4, 0) == 4
+
+
+@given(SEEDS, st.sampled_from("abcdefghijklm"), st.sampled_from([1.0, 4.0]))
+def test_the_scale_of_a_code_by_stages_is_the_least_that_keeps_to_its_bits(seed: int, width: str, tail: float) -> None:
+    flat = weight_of(seed, (4, 60))
+    flat = flat.sign() * flat.abs() ** tail
+    scale = staged_scale(flat, width)
+    low, high = level_range(width)
+    limit = levels_of(width).bits * 60
+    levels = (flat / scale[:, None]).round().clamp(low, high)
+    assert bool((stored_bits(levels, width, 1) <= limit).all())
+    finer = (flat / (scale[:, None] * 0.98)).round().clamp(low, high)
+    reaches = scale > 1.03 * LEAST_REACH * flat.abs().amax(1) / high
+    assert bool(((stored_bits(finer, width, 1) > limit) | ~reaches).all())
+    levels, found = round_weight(flat, BY_CHANNEL + width * 4, axis=0, search="minmax")
+    assert torch.equal(found, scale)
