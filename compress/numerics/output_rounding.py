@@ -41,7 +41,11 @@ SHARES = (
     0.7,
 )  # of the scales that fit their groups best; fewer of them, the first ones
 QUICK_RATIOS = RATIOS[1:14:3]  # one in three, and none that clips more than half
-STAGED = (1.05, 1.0, 1.025, 1.075, 1.15, 0.97, 1.1, 1.2, 1.5, 2.0)  # of the scale whose nearest levels take their bits
+APART = (1.0, 1.15, 1.35, 1.6, 2.0, 2.6, 3.5)  # scales by stages, of those whose nearest levels take their bits
+QUICK_APART = (1.0, 1.3, 1.8, 2.8)
+NEAR = (0.88, 0.91, 0.94, 0.96, 0.98, 1.0, 1.03, 1.08)  # of the best one of those
+QUICK_NEAR = (0.85, 0.93, 1.0, 1.12)
+AHEAD = math.log(4) / 24  # of a scale, for each bit of the next stage: how far a level has to go before it is in it
 DAMPING = 0.01  # of the mean of the diagonal
 MOST_WEIGHTS = 2**25  # of all scales together; beyond, fewer of them are tried
 
@@ -125,8 +129,9 @@ def round_to_outputs(
     flat = (weight / unit).float()
     w = flat.gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
     stages = levels_of(bits).stages
+    kept = _kept(zeros, order)
     if stages:
-        start = _staged_scales(flat, bits, STAGED[::4] if is_quick else STAGED)
+        start = _staged_scales(w, flat, bits, h, factor, kept, is_quick=is_quick)
         parts = torch.zeros_like(order)
     elif group_size is None:
         start = _scales(w, bits, QUICK_RATIOS if is_quick else RATIOS, is_shared=is_shared)[:, :, None]
@@ -135,7 +140,7 @@ def round_to_outputs(
         start = _group_scales(flat, power, bits, QUICK_RATIOS if is_quick else RATIOS, group_size)
         parts = order // group_size
     columns, scales = w.repeat(1, 1, len(start)), start.permute(1, 2, 0, 3).flatten(2)
-    grid = _Grid(*level_range(bits), _kept(zeros, order, len(start)))
+    grid = _grid(bits, kept, len(start))
     levels = _by_columns(columns, _steps(scales, parts), factor, grid)
     for _ in range(sweeps):
         levels = _swept(columns, levels, _steps(scales, parts), h, grid)
@@ -144,13 +149,11 @@ def round_to_outputs(
         elif not is_shared:
             scales = _fitted(columns, levels, scales[:, 0], h)[:, None]
     if stages:  # one that takes no more than its bits in any case
-        scales[:, 0, -count:] = start[-1, :, 0]
-        kept = None if grid.kept is None else grid.kept[..., -count:]
-        levels[..., -count:] = replace(grid, kept=kept).nearest(w, start[-1], slice(None))
+        scales[..., -count:] = start[-1]
+        levels[..., -count:] = replace(_grid(bits, kept, 1), ahead=0.0).nearest(w, start[-1], slice(None))
     error = _errors(columns, levels, _steps(scales, parts), h).reshape(groups, len(start), count)
     if stages:
-        fits = stored_bits(levels, bits, 1).reshape(error.shape) <= levels_of(bits).bits * k
-        error = torch.where(fits, error, math.inf)
+        error = torch.where(_keeps(levels, bits).reshape(error.shape), error, math.inf)
     total = error.sum((0, 2), keepdim=True).expand_as(error) if is_shared else error
     place = (total.argmin(1) * count + torch.arange(count, device=w.device))[:, None]
     chosen = levels.gather(2, place.expand(-1, k, -1)).transpose(1, 2)
@@ -195,16 +198,38 @@ def _scales(columns: Tensor, bits: Width, ratios: Sequence[float], *, is_shared:
     return torch.stack([(sign * ratio * peak / -low)[:, 0].expand(len(columns), columns.shape[2]) for ratio in ratios])
 
 
-def _staged_scales(weight: Tensor, bits: Width, ratios: Sequence[float]) -> Tensor:
+def _keeps(levels: Tensor, bits: Width) -> Tensor:
+    """``[g, r c]``: whether a row's levels take no more than the bits of their code by stages."""
+    return stored_bits(levels, bits, 1) <= levels_of(bits).bits * levels.shape[1]
+
+
+def _staged_scales(
+    columns: Tensor, weight: Tensor, bits: Width, h: Tensor, factor: Tensor, kept: Tensor | None, *, is_quick: bool
+) -> Tensor:
     """Those that are tried in a code by stages, ``[r, g, 1, c]``; the nearest levels of the last keep to its bits.
 
+    They lie about the best one of some, far apart, whose levels keep to the bits once errors are made up for.
+
     Args:
+        columns: Of ``weight``, in their order.
         weight: ``[g, c, k]``.
     """
     groups, count, k = weight.shape
     own = staged_scale(weight.reshape(-1, k), bits).reshape(groups, 1, count)
-    ratios = ratios[:: max(1, min(len(ratios), len(ratios) * weight.numel() // MOST_WEIGHTS))]
-    return torch.stack([*(ratio * own for ratio in ratios), own])
+    apart, near = (QUICK_APART, QUICK_NEAR) if is_quick else (APART, NEAR)
+    found = own
+    if columns.numel() * len(apart) <= MOST_WEIGHTS:
+        scales = torch.cat([ratio * own for ratio in apart], 2)
+        grid = _grid(bits, kept, len(apart))
+        every, steps = columns.repeat(1, 1, len(apart)), scales.expand(-1, k, -1)
+        levels = _by_columns(every, steps, factor, grid)
+        error = torch.where(_keeps(levels, bits), _errors(every, levels, steps, h), math.inf)
+        error[..., -count:].clamp_(max=torch.finfo(error.dtype).max)  # of none that keeps to them, the last one
+        place = error.reshape(groups, len(apart), count).argmin(1, keepdim=True)
+        found = scales.reshape(groups, len(apart), count).gather(1, place)
+    else:
+        near = [ratio for ratio in near if ratio >= 1]
+    return torch.stack([*(ratio * found for ratio in near), own])
 
 
 def _group_scales(weight: Tensor, power: Tensor, bits: Width, ratios: Sequence[float], group_size: int) -> Tensor:
@@ -235,22 +260,41 @@ def _group_scales(weight: Tensor, power: Tensor, bits: Width, ratios: Sequence[f
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """Levels, and where they may be others than 0: floats ``[g, k, r c]``, or None for everywhere."""
+    """Levels, and where they may be others than 0: floats ``[g, k, r c]``, or None for everywhere.
+
+    Attributes:
+        first: The largest level of the first stage, in a code by stages.
+        ahead: How far beyond the middle, in scales, a value has to be for the next level, whose stage takes more bits:
+            what the square of the error grows by is then worth them, at the rate at which errors fall by 4 for a bit.
+    """
 
     low: int
     high: int
     kept: Tensor | None
+    first: int = 0
+    ahead: float = 0.0
 
     def nearest(self, values: Tensor, step: Tensor, k: int | slice) -> Tensor:
         """Of a column, or of several."""
-        levels = (values / step).round_().clamp_(self.low, self.high)
+        ratio = values / step
+        levels = ratio.round().clamp_(self.low, self.high)
+        if self.ahead:
+            stays = (levels.abs() == self.first + 1) & (ratio.abs() < self.first + 0.5 + self.ahead)
+            levels -= torch.where(stays, levels.sign(), 0)
         return levels if self.kept is None else levels.mul_(self.kept[:, k])
 
 
-def _kept(zeros: Tensor | None, order: Tensor, count: int) -> Tensor | None:
-    if zeros is None:
-        return None
-    return (~zeros).float().gather(2, order[:, None].expand_as(zeros)).transpose(1, 2).repeat(1, 1, count)
+def _grid(bits: Width, kept: Tensor | None, count: int) -> _Grid:
+    """For so many scales of each row; ``kept`` is that of one."""
+    everywhere = None if kept is None else kept.repeat(1, 1, count)
+    stages = levels_of(bits).stages
+    if not stages:
+        return _Grid(*level_range(bits), everywhere)
+    return _Grid(*level_range(bits), everywhere, 2 ** (stages[0] - 1) - 1, AHEAD * stages[1])
+
+
+def _kept(zeros: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if zeros is None else (~zeros).float().gather(2, order[:, None].expand_as(zeros)).transpose(1, 2)
 
 
 def _by_columns(columns: Tensor, steps: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
