@@ -44,6 +44,7 @@ QUICK_RATIOS = RATIOS[1:14:3]  # one in three, and none that clips more than hal
 APART = (1.0, 1.15, 1.35, 1.6, 2.0, 2.6, 3.5)  # scales by stages, of those whose nearest levels take their bits
 QUICK_APART = (1.0, 1.3, 1.8, 2.8)
 NEAR = (0.88, 0.91, 0.94, 0.96, 0.98, 1.0, 1.03, 1.08)  # of the best one of those
+FEW_NEAR = (1.05, 1.15, 1.0)  # of large weights, whose nearest levels' scales are all that is known
 QUICK_NEAR = (0.85, 0.93, 1.0, 1.12)
 AHEAD = math.log(4) / 24  # of a scale, for each bit of the next stage: how far a level has to go before it is in it
 DAMPING = 0.01  # of the mean of the diagonal
@@ -217,6 +218,7 @@ def _staged_scales(
     groups, count, k = weight.shape
     own = staged_scale(weight.reshape(-1, k), bits).reshape(groups, 1, count)
     apart, near = (QUICK_APART, QUICK_NEAR) if is_quick else (APART, NEAR)
+    ratios: Sequence[float] = near
     found = own
     if columns.numel() * len(apart) <= MOST_WEIGHTS:
         scales = torch.cat([ratio * own for ratio in apart], 2)
@@ -228,8 +230,8 @@ def _staged_scales(
         place = error.reshape(groups, len(apart), count).argmin(1, keepdim=True)
         found = scales.reshape(groups, len(apart), count).gather(1, place)
     else:
-        near = [ratio for ratio in near if ratio >= 1]
-    return torch.stack([*(ratio * found for ratio in near), own])
+        ratios = FEW_NEAR[: max(1, MOST_WEIGHTS // columns.numel())]
+    return torch.stack([*(ratio * found for ratio in ratios), own])
 
 
 def _group_scales(weight: Tensor, power: Tensor, bits: Width, ratios: Sequence[float], group_size: int) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from compress.errors import NumericsError
 from compress.formats.planes import numbers_of, pack
+from compress.numerics import output_rounding
 from compress.numerics.output_rounding import damped, round_to_outputs
-from compress.numerics.rounding import choose_ranges, level_range, spread_scale, stored_bits
+from compress.numerics.rounding import choose_ranges, level_range, round_weight, spread_scale, stored_bits
 from compress.widths import levels_of
 
 
@@ -91,6 +92,17 @@ def test_rows_in_a_code_by_stages_keep_to_their_bits(
         assert level_range(width)[0] <= int(levels.min()) <= int(levels.max()) <= level_range(width)[1]
         assert bool((scales > 0).all())
         assert zeros is None or not levels[zeros].any()
+
+
+def test_large_weights_in_a_code_by_stages_are_tried_at_fewer_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = drawn(1, 6, 72)
+    monkeypatch.setattr(output_rounding, "MOST_WEIGHTS", 500)
+    levels, scales = round_to_outputs(weight, moment, "d")
+    assert bool((stored_bits(levels[0], "d", 1) <= levels_of("d").bits * 72).all())
+    nearest = round_weight(weight[0], "channels:dddddd", axis=0, search="mse")
+    assert float(errors(weight, levels, scales, moment).sum()) < 0.8 * float(
+        errors(weight, nearest[0][None], nearest[1][None], moment).sum()
+    )
 
 
 @pytest.mark.parametrize(("width", "other"), [("d", "s"), ("e", 3), ("g", 4), ("i", 5)])
