@@ -68,6 +68,7 @@ def round_rows(
     if not is_mixed(width):
         return round_to_outputs(weight, moment, width, is_shared=is_shared, zeros=zeros, group_size=group_size)
     groups, count, _ = weight.shape
+    factored = factor_of(moment)
     levels = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.ones(groups, count, dtype=torch.float32, device=weight.device)
     for letter, places in rows_by_width(width, groups * count):
@@ -76,15 +77,49 @@ def round_rows(
         chosen = chosen.reshape(groups, count)
         columns = chosen.any(0)  # rows of other groups in the same places are rounded too, and dropped
         some = None if zeros is None else zeros[:, columns]
-        found, units = round_to_outputs(weight[:, columns], moment, letter, zeros=some)
+        found, units = round_to_outputs(weight[:, columns], factored, letter, zeros=some)
         kept = chosen[:, columns]
         levels[chosen], scales[chosen] = found[kept], units[kept]
     return levels, scales
 
 
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """Damped moments of several roundings.
+
+    Attributes:
+        h: ``[g, k, k]``, float32, in units of the mean of its diagonal, its columns in ``order``.
+        order: int64 ``[g, k]``: the columns by what their inputs are, the largest first.
+        power: ``[g, k]``, float32: the diagonal, in the columns' own order.
+        factor: ``[g, k, k]``, float32, upper triangular: ``factor^T factor`` is the inverse of ``h``.
+    """
+
+    h: Tensor
+    order: Tensor
+    power: Tensor
+    factor: Tensor
+
+
+def factor_of(moment: Tensor, damping: float = DAMPING) -> Factored:
+    """The moments ``[g, k, k]`` as ``round_to_outputs`` needs them.
+
+    Raises:
+        NumericsError: They aren't finite.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise NumericsError("the moment of a layer's inputs isn't finite", hint="check the checkpoint and data")
+    h = damped(moment.double(), damping)
+    h = h / h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    power = h.diagonal(dim1=1, dim2=2).float()
+    h = torch.stack([one[places][:, places] for one, places in zip(h, order, strict=True)])
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    return Factored(h.float(), order, power, factor)
+
+
 def round_to_outputs(
     weight: Tensor,
-    moment: Tensor,
+    moment: Tensor | Factored,
     bits: Width,
     *,
     damping: float = DAMPING,
@@ -98,7 +133,7 @@ def round_to_outputs(
 
     Args:
         weight: ``[g, c, k]``: the rows of ``g`` groups, each with inputs of its own.
-        moment: ``[g, k, k]``, symmetric: the sum or the mean of ``x x^T`` over positions.
+        moment: ``[g, k, k]``, symmetric: the sum or the mean of ``x x^T`` over positions; or ``factor_of`` it.
         bits: 2 to 8, or a letter, as for ``rounding.level_range``.
         damping: Added to the moments' diagonals, in units of their mean.
         is_shared: One scale for all rows of all groups.
@@ -114,16 +149,11 @@ def round_to_outputs(
     Raises:
         NumericsError: The weight or the moment isn't finite.
     """
-    if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(moment).all()):
-        raise NumericsError("a weight or the moment of its inputs isn't finite", hint="check the checkpoint and data")
+    factored = moment if isinstance(moment, Factored) else factor_of(moment, damping)
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericsError("a weight isn't finite", hint="check the checkpoint")
     groups, count, k = weight.shape
-    h = damped(moment.double(), damping)
-    h = h / h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    power = h.diagonal(dim1=1, dim2=2).float()
-    h = torch.stack([one[places][:, places] for one, places in zip(h, order, strict=True)])
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    h = h.float()
+    h, order, power, factor = factored.h, factored.order, factored.power, factored.factor
     unit = float(weight.abs().max()) or 1.0  # or the squares of small weights would leave the range of floats
     if group_size is not None:
         unit = 2.0 ** math.frexp(unit)[1]  # leaves scales of 16 bits what they are

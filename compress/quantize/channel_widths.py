@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.trace import Layer
-from ..numerics.output_rounding import round_to_outputs
+from ..numerics.output_rounding import Factored, factor_of, round_to_outputs
 from ..numerics.rounding import round_weight, spread_scale
 from ..plan import grid_bits, weight_scheme
 from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
@@ -89,9 +89,11 @@ def rounded_rows(
     letters = MIXED + "2345678" if mixes else "2345678"
     if with_integers and mixes:
         letters = letters.replace("8", "")  # has the levels of 7 bits
+    may_factor = by_outputs and layer.axis in (0, None)
+    factored = factor_of(in_groups(moment)) if may_factor and moment is not None else None
     rounded = {
         letter: rounded_at(
-            layer, weight, moment, letter, with_integers=with_integers, by_outputs=by_outputs, group_size=group_size
+            layer, weight, factored, letter, with_integers=with_integers, by_outputs=by_outputs, group_size=group_size
         )
         for letter in letters
     }
@@ -105,22 +107,27 @@ def _output_errors(change: Tensor, moment: Tensor | None) -> Tensor:
     """``[c]``: how far each row's outputs move, in the mean square."""
     if moment is None or moment.shape[-1] != change[0].numel():
         return change.double().flatten(1).square().sum(1)
-    groups = moment if moment.dim() == 3 else moment[None]
+    groups = in_groups(moment)
     rows = change.double().reshape(len(groups), -1, groups.shape[-1])
     return ((rows @ groups.double()) * rows).sum(2).reshape(-1).clamp_min(0)
+
+
+def in_groups(moment: Tensor) -> Tensor:
+    """``[g, k, k]``."""
+    return moment if moment.dim() == 3 else moment[None]
 
 
 def rounded_at(
     layer: Layer,
     weight: Tensor,
-    moment: Tensor | None,
+    moment: Factored | None,
     letter: str,
     *,
     with_integers: bool,
     by_outputs: bool,
     group_size: int | None = None,
 ) -> Tensor:
-    """A weight at one width for all of its rows; the arguments are those of ``rounded_rows``."""
+    """A weight at one width for all of its rows; the arguments are those of ``rounded_rows``, the moments factored."""
     if letter == "0":
         return torch.zeros_like(weight)
     width = of_letter(letter)
@@ -128,11 +135,10 @@ def rounded_at(
     if not by_outputs or moment is None or layer.axis not in (0, None):
         levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse", group_size=group_size)
         return levels * spread_scale(scale, layer.axis, weight.shape, group_size)
-    groups = moment if moment.dim() == 3 else moment[None]
-    shape, pruned = (len(groups), -1, groups.shape[-1]), weight == 0
+    shape, pruned = (len(moment.h), -1, moment.h.shape[-1]), weight == 0
     levels, scale = round_to_outputs(
         weight.reshape(shape),
-        groups,
+        moment,
         grid,
         is_shared=layer.axis is None,
         zeros=pruned.reshape(shape) if bool(pruned.any()) else None,
