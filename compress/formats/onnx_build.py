@@ -19,6 +19,7 @@ from .onnx_graph import reads
 
 STREAM_WEIGHTS = 4_000_000
 FEW_BYTES = 2**17  # of a plane: the bytes of nodes count, and those of memory don't
+MOST_TOGETHER = 2**21  # bytes of planes that are looked up at once
 
 Array = NDArray[np.generic]
 T = TypeVar("T")
@@ -72,19 +73,22 @@ class Builder:
 
         Few bytes are looked up together with those of all other planes of this width.
         """
-        if not is_few(plane):
-            every_byte = self.op("Cast", self.constant(plane), to=onnx.TensorProto.INT32)
-            if width < 8:
-                return look_up(self, table(self, width, shift, offset), every_byte)
-            fields = every_byte
-        else:
+        if is_few(plane) and self._has_room(plane, width):
             key = (plane.tobytes(), width)
             if key not in self.known:
                 self.known[key] = self._part(plane, width)
             fields = self.known[key]
+        else:
+            fields = self.op("Cast", self.constant(plane), to=onnx.TensorProto.INT32)
+            if width < 8:
+                return look_up(self, table(self, width, shift, offset), fields)
         if shift:
             fields = self.op("Mul", fields, self.number(1 << shift))
         return self.op("Sub", fields, self.number(offset)) if offset else fields
+
+    def _has_room(self, plane: Array, width: int) -> bool:
+        planes = self.together[width].planes if width in self.together else []
+        return plane.size + sum(other.size for other in planes) <= MOST_TOGETHER
 
     def _part(self, plane: Array, width: int) -> str:
         if width not in self.together:

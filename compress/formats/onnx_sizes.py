@@ -52,7 +52,8 @@ def _parts(
 ) -> Iterator[tuple[str, int]]:
     """What an initializer is, and its bytes; of one of bytes that are split, what each part is."""
     read = list(_past_casts(tensor.name, readers))
-    if tensor.data_type == TensorProto.UINT8 and [(node.op_type, place) for node, place in read] == [("Split", 0)]:
+    kinds = [(node.op_type, place) for node, place in read]
+    if tensor.data_type == TensorProto.UINT8 and kinds == [("Split", 0)] and read[0][0].input[1] in constants:
         node = read[0][0]
         for name, size in zip(node.output, numpy_helper.to_array(constants[node.input[1]]).tolist(), strict=True):
             yield _part(tensor, list(_past_casts(name, readers)), made), size

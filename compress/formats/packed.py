@@ -271,6 +271,8 @@ def _quantized(
         chosen = np.ones(part.shape, dtype=bool) if alive is None else alive[places]
         count = int(chosen.sum())
         numbers = planes.read(lambda size: stream.take(size, name).numpy(), width, count)
+        if planes.stages_of(width) and count and int(numbers.max()) >= levels_of(width).count():
+            raise _broken(f"{escape(name)} has a number beyond the {levels_of(width).count()} levels of width {width}")
         part[chosen] = planes.levels_from(numbers, width)
         levels[places] = part
     if group_size is not None:

@@ -68,12 +68,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("few_bytes", [2**17, 0], ids=["planes together", "planes alone"])
+@pytest.mark.parametrize(
+    ("few_bytes", "together"), [(2**17, 2**21), (2**17, 100), (0, 0)], ids=["together", "some alone", "planes alone"]
+)
 @pytest.mark.parametrize(("bits", "flipped"), CASES)
 def test_integer_kernels_and_outputs_are_those_of_the_plain_file(
-    bits: dict[str, int], flipped: tuple[str, ...], few_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bits: dict[str, int],
+    flipped: tuple[str, ...],
+    few_bytes: int,
+    together: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(onnx_build, "FEW_BYTES", few_bytes)
+    monkeypatch.setattr(onnx_build, "MOST_TOGETHER", together)
     plain = network(random_levels(bits, 0, flipped=flipped), "integer")
     found = assert_same_network(pack_weights(plain, bits), plain, tmp_path)
     assert found["QLinearConv"] == 3

@@ -232,6 +232,18 @@ def test_a_level_outside_of_its_bits_is_refused() -> None:
         encode({"weight": tensor}, {})
 
 
+def test_a_number_beyond_the_levels_of_a_code_by_stages_is_refused() -> None:
+    levels = torch.tensor([[4, 0, 0, 0]], dtype=torch.int8)
+    state, metadata = read(encode({"w": QuantizedTensor(levels, "channels:b", torch.ones(1), 0)}, {}))
+    assert state["hcompress.stream"].tolist() == [3, 3, 1]
+    state["hcompress.stream"] = torch.tensor([3, 3, 3], dtype=torch.uint8)
+    with pytest.raises(InputError, match="w has a number beyond the 9 levels"):
+        decode(state, metadata)
+    state["hcompress.stream"] = torch.tensor([3, 3], dtype=torch.uint8)
+    with pytest.raises(InputError, match="w needs 1 more elements"):
+        decode(state, metadata)
+
+
 def test_a_scale_of_another_shape_is_refused() -> None:
     tensor = QuantizedTensor(torch.zeros(2, 3, dtype=torch.int8), 4, torch.ones(3), 0)
     with pytest.raises(ValueError, match=r"weight: scale is torch.float32 \[3\], expected float32 \[2\]"):
