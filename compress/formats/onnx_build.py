@@ -111,8 +111,10 @@ class Builder:
         """Fill in what was put together."""
         for width, together in self.together.items():
             together.cast.input.append(self.constant(np.concatenate(together.planes)))
-            if len(together.planes) == 1:
-                together.parts.op_type = "Identity"
+            if len(together.planes) == 1:  # nothing to split
+                (fields,), (alone,) = together.parts.input, together.parts.output
+                self.nodes.remove(together.parts)
+                next(node for node in self.nodes if fields in node.output).output[0] = alone
                 continue
             sizes = [plane.size * (8 // width) for plane in together.planes]
             together.parts.input.append(self.constant(np.array(sizes)))

@@ -63,7 +63,7 @@ def _parts(
 
 def _past_casts(name: str, readers: Mapping[str, list[Reader]]) -> Iterator[Reader]:
     for node, place in readers.get(name, []):
-        if node.op_type in ("Cast", "Identity"):
+        if node.op_type == "Cast":
             yield from _past_casts(node.output[0], readers)
         else:
             yield node, place
