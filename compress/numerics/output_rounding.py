@@ -42,10 +42,8 @@ SHARES = (
 )  # of the scales that fit their groups best; fewer of them, the first ones
 QUICK_RATIOS = RATIOS[1:14:3]  # one in three, and none that clips more than half
 APART = (1.0, 1.15, 1.35, 1.6, 2.0, 2.6, 3.5)  # scales by stages, of those whose nearest levels take their bits
-QUICK_APART = (1.0, 1.3, 1.8, 2.8)
-NEAR = (0.88, 0.91, 0.94, 0.96, 0.98, 1.0, 1.03, 1.08)  # of the best one of those
-FEW_NEAR = (1.05, 1.15, 1.0)  # of large weights, whose nearest levels' scales are all that is known
-QUICK_NEAR = (0.85, 0.93, 1.0, 1.12)
+NEAR = (1.0, 0.96, 0.91, 1.03, 0.98, 0.94, 0.88, 1.08)  # of the best one of those
+QUICK_STAGED = (1.05, 1.2, 1.0, 1.1, 1.5, 2.2)  # where they are all that is tried: a quick look, or a large weight
 AHEAD = math.log(4) / 24  # of a scale, for each bit of the next stage: how far a level has to go before it is in it
 DAMPING = 0.01  # of the mean of the diagonal
 MOST_WEIGHTS = 2**25  # of all scales together; beyond, fewer of them are tried
@@ -150,6 +148,31 @@ def round_to_outputs(
         NumericsError: The weight or the moment isn't finite.
     """
     factored = moment if isinstance(moment, Factored) else factor_of(moment, damping)
+    (found,) = round_at_all(
+        weight,
+        factored,
+        (bits,),
+        is_shared=is_shared,
+        zeros=zeros,
+        is_quick=is_quick,
+        sweeps=sweeps,
+        group_size=group_size,
+    )
+    return found
+
+
+def round_at_all(
+    weight: Tensor,
+    factored: Factored,
+    widths: Sequence[Width],
+    *,
+    is_shared: bool = False,
+    zeros: Tensor | None = None,
+    is_quick: bool = False,
+    sweeps: int = SWEEPS,
+    group_size: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """``round_to_outputs`` at each of several widths, all of their scales at once."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericsError("a weight isn't finite", hint="check the checkpoint")
     groups, count, k = weight.shape
@@ -159,19 +182,20 @@ def round_to_outputs(
         unit = 2.0 ** math.frexp(unit)[1]  # leaves scales of 16 bits what they are
     flat = (weight / unit).float()
     w = flat.gather(2, order[:, None].expand_as(weight)).transpose(1, 2)
-    stages = levels_of(bits).stages
     kept = _kept(zeros, order)
-    if stages:
-        start = _staged_scales(w, flat, bits, h, factor, kept, is_quick=is_quick)
-        parts = torch.zeros_like(order)
-    elif group_size is None:
-        start = _scales(w, bits, QUICK_RATIOS if is_quick else RATIOS, is_shared=is_shared)[:, :, None]
-        parts = torch.zeros_like(order)
-    else:
-        start = _group_scales(flat, power, bits, QUICK_RATIOS if is_quick else RATIOS, group_size)
-        parts = order // group_size
+    parts = torch.zeros_like(order) if group_size is None else order // group_size
+    starts = []
+    for bits in widths:
+        if levels_of(bits).stages:
+            starts.append(_staged_scales(w, flat, bits, h, factor, kept, is_quick=is_quick))
+        elif group_size is None:
+            ratios = QUICK_RATIOS if is_quick else RATIOS
+            starts.append(_scales(w, bits, ratios, is_shared=is_shared)[:, :, None])
+        else:
+            starts.append(_group_scales(flat, power, bits, QUICK_RATIOS if is_quick else RATIOS, group_size))
+    start = torch.cat(starts)
     columns, scales = w.repeat(1, 1, len(start)), start.permute(1, 2, 0, 3).flatten(2)
-    grid = _grid(bits, kept, len(start))
+    grid = _grid_of_all([(bits, len(own)) for bits, own in zip(widths, starts, strict=True)], kept, w)
     levels = _by_columns(columns, _steps(scales, parts), factor, grid)
     for _ in range(sweeps):
         levels = _swept(columns, levels, _steps(scales, parts), h, grid)
@@ -179,19 +203,24 @@ def round_to_outputs(
             scales = _fitted_in_turn(columns, levels, scales, h, parts)
         elif not is_shared:
             scales = _fitted(columns, levels, scales[:, 0], h)[:, None]
-    if stages:  # one that takes no more than its bits in any case
-        scales[..., -count:] = start[-1]
-        levels[..., -count:] = replace(_grid(bits, kept, 1), ahead=0.0).nearest(w, start[-1], slice(None))
-    error = _errors(columns, levels, _steps(scales, parts), h).reshape(groups, len(start), count)
-    if stages:
-        error = torch.where(_keeps(levels, bits).reshape(error.shape), error, math.inf)
-    total = error.sum((0, 2), keepdim=True).expand_as(error) if is_shared else error
-    place = (total.argmin(1) * count + torch.arange(count, device=w.device))[:, None]
-    chosen = levels.gather(2, place.expand(-1, k, -1)).transpose(1, 2)
-    back = order.argsort(dim=1)[:, None].expand_as(chosen)
-    found = scales.gather(2, place.expand(-1, scales.shape[1], -1)).transpose(1, 2) * unit
-    scales = found.contiguous() if group_size is not None else found[..., 0]
-    return chosen.gather(2, back).to(torch.int8), scales
+    found, end = [], 0
+    for bits, own in zip(widths, starts, strict=True):
+        end, begin = end + len(own) * count, end
+        one = levels[..., begin:end], scales[..., begin:end]
+        if levels_of(bits).stages:  # one that takes no more than its bits in any case
+            one[1][..., -count:] = own[-1]
+            one[0][..., -count:] = replace(_grid(bits, kept, 1), ahead=0.0).nearest(w, own[-1], slice(None))
+        error = _errors(columns[..., begin:end], one[0], _steps(one[1], parts), h).reshape(groups, len(own), count)
+        if levels_of(bits).stages:
+            error = torch.where(_keeps(one[0], bits).reshape(error.shape), error, math.inf)
+        total = error.sum((0, 2), keepdim=True).expand_as(error) if is_shared else error
+        place = (total.argmin(1) * count + torch.arange(count, device=w.device))[:, None]
+        chosen = one[0].gather(2, place.expand(-1, k, -1)).transpose(1, 2)
+        back = order.argsort(dim=1)[:, None].expand_as(chosen)
+        units = one[1].gather(2, place.expand(-1, scales.shape[1], -1)).transpose(1, 2) * unit
+        units = units.contiguous() if group_size is not None else units[..., 0]
+        found.append((chosen.gather(2, back).to(torch.int8), units))
+    return found
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -247,20 +276,18 @@ def _staged_scales(
     """
     groups, count, k = weight.shape
     own = staged_scale(weight.reshape(-1, k), bits).reshape(groups, 1, count)
-    apart, near = (QUICK_APART, QUICK_NEAR) if is_quick else (APART, NEAR)
-    ratios: Sequence[float] = near
     found = own
-    if columns.numel() * len(apart) <= MOST_WEIGHTS:
-        scales = torch.cat([ratio * own for ratio in apart], 2)
-        grid = _grid(bits, kept, len(apart))
-        every, steps = columns.repeat(1, 1, len(apart)), scales.expand(-1, k, -1)
+    ratios: Sequence[float] = QUICK_STAGED
+    if not is_quick and columns.numel() * len(APART) <= MOST_WEIGHTS:
+        scales = torch.cat([ratio * own for ratio in APART], 2)
+        grid = _grid(bits, kept, len(APART))
+        every, steps = columns.repeat(1, 1, len(APART)), scales.expand(-1, k, -1)
         levels = _by_columns(every, steps, factor, grid)
         error = torch.where(_keeps(levels, bits), _errors(every, levels, steps, h), math.inf)
         error[..., -count:].clamp_(max=torch.finfo(error.dtype).max)  # of none that keeps to them, the last one
-        place = error.reshape(groups, len(apart), count).argmin(1, keepdim=True)
-        found = scales.reshape(groups, len(apart), count).gather(1, place)
-    else:
-        ratios = FEW_NEAR[: max(1, MOST_WEIGHTS // columns.numel())]
+        place = error.reshape(groups, len(APART), count).argmin(1, keepdim=True)
+        found, ratios = scales.reshape(groups, len(APART), count).gather(1, place), NEAR
+    ratios = ratios[: max(1, MOST_WEIGHTS // columns.numel())]
     return torch.stack([*(ratio * found for ratio in ratios), own])
 
 
@@ -300,17 +327,17 @@ class _Grid:
             what the square of the error grows by is then worth them, at the rate at which errors fall by 4 for a bit.
     """
 
-    low: int
-    high: int
+    low: int | Tensor
+    high: int | Tensor
     kept: Tensor | None
-    first: int = 0
-    ahead: float = 0.0
+    first: int | Tensor = 0
+    ahead: float | Tensor = 0.0
 
     def nearest(self, values: Tensor, step: Tensor, k: int | slice) -> Tensor:
         """Of a column, or of several."""
         ratio = values / step
-        levels = ratio.round().clamp_(self.low, self.high)
-        if self.ahead:
+        levels = torch.clamp(ratio.round(), self.low, self.high)  # type: ignore[arg-type]
+        if isinstance(self.ahead, Tensor) or self.ahead:
             stays = (levels.abs() == self.first + 1) & (ratio.abs() < self.first + 0.5 + self.ahead)
             levels -= torch.where(stays, levels.sign(), 0)
         return levels if self.kept is None else levels.mul_(self.kept[:, k])
@@ -323,6 +350,20 @@ def _grid(bits: Width, kept: Tensor | None, count: int) -> _Grid:
     if not stages:
         return _Grid(*level_range(bits), everywhere)
     return _Grid(*level_range(bits), everywhere, 2 ** (stages[0] - 1) - 1, AHEAD * stages[1])
+
+
+def _grid_of_all(widths: Sequence[tuple[Width, int]], kept: Tensor | None, like: Tensor) -> _Grid:
+    """For so many scales of each row at each of several widths."""
+    if len(widths) == 1:
+        return _grid(widths[0][0], kept, widths[0][1])
+    count = like.shape[2]
+    every = [(_grid(bits, None, 1), size * count) for bits, size in widths]
+    low, high, first, ahead = (
+        torch.cat([torch.full((size,), float(getattr(grid, name))) for grid, size in every]).to(like)
+        for name in ("low", "high", "first", "ahead")
+    )
+    everywhere = None if kept is None else kept.repeat(1, 1, sum(size for _, size in widths))
+    return _Grid(low, high, everywhere, first, ahead)
 
 
 def _kept(zeros: Tensor | None, order: Tensor) -> Tensor | None:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ..graph.trace import Layer
-from ..numerics.output_rounding import Factored, factor_of, round_to_outputs
+from ..numerics.output_rounding import factor_of, round_at_all
 from ..numerics.rounding import round_weight, spread_scale
 from ..plan import grid_bits, weight_scheme
 from ..widths import WIDTHS, Width, by_channel, is_width, letters_of, of_letter
 
 MIXED = "0abcdefghijklm"  # widths that channels share a number of bits by
+AT_ONCE = 2**20  # weights at several widths that are rounded together
 STEPS = 60  # of the search for the price of a bit
 
 
@@ -89,14 +90,9 @@ def rounded_rows(
     letters = MIXED + "2345678" if mixes else "2345678"
     if with_integers and mixes:
         letters = letters.replace("8", "")  # has the levels of 7 bits
-    may_factor = by_outputs and layer.axis in (0, None)
-    factored = factor_of(in_groups(moment)) if may_factor and moment is not None else None
-    rounded = {
-        letter: rounded_at(
-            layer, weight, factored, letter, with_integers=with_integers, by_outputs=by_outputs, group_size=group_size
-        )
-        for letter in letters
-    }
+    rounded = rounded_at(
+        layer, weight, moment, letters, with_integers=with_integers, by_outputs=by_outputs, group_size=group_size
+    )
     errors = torch.stack([_output_errors(weight - value, moment) for value in rounded.values()], 1)
     power = 1.0 if moment is None else float(moment.diagonal(dim1=-2, dim2=-1).sum(-1).mean()) or 1.0
     costs = traces[:, None] * errors / power
@@ -120,34 +116,43 @@ def in_groups(moment: Tensor) -> Tensor:
 def rounded_at(
     layer: Layer,
     weight: Tensor,
-    moment: Factored | None,
-    letter: str,
+    moment: Tensor | None,
+    letters: Sequence[str],
     *,
     with_integers: bool,
     by_outputs: bool,
     group_size: int | None = None,
-) -> Tensor:
-    """A weight at one width for all of its rows; the arguments are those of ``rounded_rows``, the moments factored."""
-    if letter == "0":
-        return torch.zeros_like(weight)
-    width = of_letter(letter)
-    grid = grid_bits(width, weight_scheme(width, with_integers=with_integers))
+) -> dict[str, Tensor]:
+    """A weight at each of some widths for all of its rows; the other arguments are those of ``rounded_rows``."""
+    widths = {letter: of_letter(letter) for letter in letters if letter != "0"}
+    grids = {letter: grid_bits(w, weight_scheme(w, with_integers=with_integers)) for letter, w in widths.items()}
+    found = {letter: torch.zeros_like(weight) for letter in letters if letter == "0"}
     if not by_outputs or moment is None or layer.axis not in (0, None):
-        levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse", group_size=group_size)
-        return levels * spread_scale(scale, layer.axis, weight.shape, group_size)
-    shape, pruned = (len(moment.h), -1, moment.h.shape[-1]), weight == 0
-    levels, scale = round_to_outputs(
-        weight.reshape(shape),
-        moment,
-        grid,
-        is_shared=layer.axis is None,
-        zeros=pruned.reshape(shape) if bool(pruned.any()) else None,
-        is_quick=True,
-        sweeps=1,
-        group_size=group_size,
-    )
-    step = scale[..., None] if group_size is None else spread_scale(scale[0], 0, weight.shape, group_size)
-    return (step * levels).reshape(weight.shape)
+        for letter, grid in grids.items():
+            levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse", group_size=group_size)
+            found[letter] = levels * spread_scale(scale, layer.axis, weight.shape, group_size)
+        return found
+    factored, pruned = factor_of(in_groups(moment)), weight == 0
+    shape = (len(factored.h), -1, factored.h.shape[-1])
+    zeros = pruned.reshape(shape) if bool(pruned.any()) else None
+    size = max(1, AT_ONCE // weight.numel())
+    names = list(grids)
+    for begin in range(0, len(names), size):
+        some = names[begin : begin + size]
+        made = round_at_all(
+            weight.reshape(shape),
+            factored,
+            [grids[letter] for letter in some],
+            is_shared=layer.axis is None,
+            zeros=zeros,
+            is_quick=True,
+            sweeps=1,
+            group_size=group_size,
+        )
+        for letter, (levels, scale) in zip(some, made, strict=True):
+            step = scale[..., None] if group_size is None else spread_scale(scale[0], 0, weight.shape, group_size)
+            found[letter] = (step * levels).reshape(weight.shape)
+    return found
 
 
 def mixtures(rows: Rows, targets: Sequence[float]) -> dict[float, Width]:

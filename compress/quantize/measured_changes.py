@@ -17,11 +17,10 @@ from ..curvature.moments import input_moments
 from ..curvature.network import open_network
 from ..graph.trace import Graph, Layer
 from ..model import Source
-from ..numerics.output_rounding import factor_of
 from ..sensitivity import Estimate, Repeats, Sensitivity
 from ..task import Calibration, has_logits
 from .changes import TEMPERATURE, loss_changes, telling_examples
-from .channel_widths import in_groups, rounded_at
+from .channel_widths import rounded_at
 from .output_change import EXAMPLES, NAME, USUAL
 from .points import WIDTHS
 
@@ -82,10 +81,8 @@ def at_every_width(
     for done, layer in enumerate(layers):
         context.progress("round at every width", done, len(layers))
         weight, moment = state[layer.tensor].detach().float().cpu(), moments.get(layer.tensor)
-        factored = None if moment is None else factor_of(in_groups(moment))
-        found[layer.tensor] = {
-            bits: rounded_at(layer, weight, factored, str(bits), with_integers=False, by_outputs=by_outputs)
-            for bits in widths
-        }
+        letters = [str(bits) for bits in widths]
+        made = rounded_at(layer, weight, moment, letters, with_integers=False, by_outputs=by_outputs)
+        found[layer.tensor] = {bits: made[str(bits)] for bits in widths}
     context.progress("round at every width", len(layers), len(layers))
     return found
