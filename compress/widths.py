@@ -44,6 +44,14 @@ class Levels:
         """How many levels there are."""
         return self.high - self.low + 1
 
+    def firsts(self) -> tuple[int, ...]:
+        """The first number of each stage, of levels that are numbered from zero outwards."""
+        return tuple(sum(2**own - 1 for own in self.stages[:place]) for place in range(len(self.stages)))
+
+    def largest_at_first(self) -> int:
+        """The largest level of the first stage."""
+        return (1 << self.stages[0]) // 2 - 1
+
 
 def _by_stages(bits: float, *stages: int) -> Levels:
     """As many on both sides as the stages can tell: all that each has, less one that leads to the next."""

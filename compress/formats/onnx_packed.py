@@ -5,7 +5,8 @@ initializers of one width. Nodes take them apart again: Cast, Gather in a table 
 are several fields, Split, Reshape. The tables are made in the graph by Div and Mod, with the field's shift and the
 levels' offset in them. Weights whose channels have widths of their own share the streams: the rows of one length, of
 all such weights, are put together by Concat, brought into their order by Gather, and split again; the order of many
-rows is that of their widths, sorted by TopK. Only ops that ONNX Runtime and OpenVINO fold are used, so with their
+rows is that of their widths, sorted by TopK. A code by stages is added up: TopK finds the values that go on in the next
+stage, and ScatterElements puts their sums there. Only ops that ONNX Runtime and OpenVINO fold are used, so with their
 default optimisations the running network is that of the plain file, bit for bit; without them it unpacks in every run.
 
 Cost: packing, one pass over the weights. ONNX Runtime keeps what it folds until it has folded the whole graph: loading
@@ -371,10 +372,8 @@ def _add_stages(build: Builder, numbers: planes.Bytes, width: Width) -> str:
 
 def _padded_stages(parts: Sequence[planes.Bytes], width: Width) -> planes.Bytes:
     """The parts, and values that fill up the bytes of every stage."""
-    stages = planes.stages_of(width)
-    firsts = [sum(2**own - 1 for own in stages[:place]) for place in range(len(stages))]
     merged = np.concatenate(parts)
-    for first in reversed(firsts):
+    for first in reversed(levels_of(width).firsts()):
         missing = -int((merged >= first).sum()) % 8
         merged = np.concatenate([merged, np.full(missing, first, np.uint8)])
     return merged
@@ -382,14 +381,13 @@ def _padded_stages(parts: Sequence[planes.Bytes], width: Width) -> planes.Bytes:
 
 def _add_whole_bits(build: Builder, merged: planes.Bytes, width: Width, *, is_flipped: bool) -> str:
     """int8 ``[n]``, or int32 where signs will be applied: levels that take equally many bits."""
-    first, *others = planes.pack_planes(merged, width)
     if isinstance(width, str):
-        total = look_up(build, _digits(build, width, offset_of(width)), build.int32(first))
-    elif others or is_flipped or is_few(first):
+        total = look_up(build, _digits(build, width, offset_of(width)), build.int32(planes.pack(merged, width)))
+    elif is_flipped or len(planes.fields(width)) > 1 or is_few(plane := planes.pack(merged, width)):
         total = add_fields(build, merged.astype(np.int64), width, offset=offset_of(width))
     else:  # no int32 of every weight
         rows = build.op("Cast", table(build, width, 0, offset_of(width)), to=onnx.TensorProto.INT8)
-        return look_up(build, rows, build.int32(first))
+        return look_up(build, rows, build.int32(plane))
     if not is_flipped:
         total = build.op("Cast", total, to=onnx.TensorProto.INT8)
     return total

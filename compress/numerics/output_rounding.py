@@ -346,10 +346,10 @@ class _Grid:
 def _grid(bits: Width, kept: Tensor | None, count: int) -> _Grid:
     """For so many scales of each row; ``kept`` is that of one."""
     everywhere = None if kept is None else kept.repeat(1, 1, count)
-    stages = levels_of(bits).stages
-    if not stages:
+    code = levels_of(bits)
+    if not code.stages:
         return _Grid(*level_range(bits), everywhere)
-    return _Grid(*level_range(bits), everywhere, 2 ** (stages[0] - 1) - 1, AHEAD * stages[1])
+    return _Grid(*level_range(bits), everywhere, code.largest_at_first(), AHEAD * code.stages[1])
 
 
 def _grid_of_all(widths: Sequence[tuple[Width, int]], kept: Tensor | None, like: Tensor) -> _Grid:

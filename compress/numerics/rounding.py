@@ -14,7 +14,6 @@ Such scales are rounded to bfloat16 before their levels are found, so that they 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -72,7 +71,7 @@ def level_bounds(values: Tensor, width: Width, axis: int | None) -> tuple[Tensor
 def _staged_bounds(values: Tensor, width: Width) -> Tensor:
     stages, (low, high) = levels_of(width).stages, level_range(width)
     levels = values.round().clamp(low, high)
-    first = float(2 ** (stages[0] - 1) - 1)  # the largest level of the first stage
+    first = float(levels_of(width).largest_at_first())
     saved = (stored_bits(levels, width, 1) - levels_of(width).bits * values.shape[1]).clamp_min(0)
     is_later = levels.abs() > first
     # Each saves at least the bits of the second stage.
@@ -261,11 +260,10 @@ def _to_levels(flat: Tensor, scale: Tensor, bits: Width) -> Tensor:
 
 def stored_bits(levels: Tensor, width: Width, dim: int) -> Tensor:
     """Bits that levels take, summed along a dimension, in a code by stages."""
-    stages = levels_of(width).stages
+    code = levels_of(width)
     numbers = 2 * levels.abs() - (levels > 0).to(levels)
-    total, first = torch.full_like(levels, stages[0]).sum(dim), 0
-    for before, bits in itertools.pairwise(stages):
-        first += 2**before - 1
+    total = torch.full_like(levels, code.stages[0]).sum(dim)
+    for first, bits in zip(code.firsts()[1:], code.stages[1:], strict=True):
         total += bits * (numbers >= first).sum(dim)
     return total
 

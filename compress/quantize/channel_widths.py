@@ -103,12 +103,12 @@ def _output_errors(change: Tensor, moment: Tensor | None) -> Tensor:
     """``[c]``: how far each row's outputs move, in the mean square."""
     if moment is None or moment.shape[-1] != change[0].numel():
         return change.double().flatten(1).square().sum(1)
-    groups = in_groups(moment)
+    groups = _in_groups(moment)
     rows = change.double().reshape(len(groups), -1, groups.shape[-1])
     return ((rows @ groups.double()) * rows).sum(2).reshape(-1).clamp_min(0)
 
 
-def in_groups(moment: Tensor) -> Tensor:
+def _in_groups(moment: Tensor) -> Tensor:
     """``[g, k, k]``."""
     return moment if moment.dim() == 3 else moment[None]
 
@@ -132,7 +132,7 @@ def rounded_at(
             levels, scale = round_weight(weight, grid, axis=layer.axis, search="mse", group_size=group_size)
             found[letter] = levels * spread_scale(scale, layer.axis, weight.shape, group_size)
         return found
-    factored, pruned = factor_of(in_groups(moment)), weight == 0
+    factored, pruned = factor_of(_in_groups(moment)), weight == 0
     shape = (len(factored.h), -1, factored.h.shape[-1])
     zeros = pruned.reshape(shape) if bool(pruned.any()) else None
     size = max(1, AT_ONCE // weight.numel())
